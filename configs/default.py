@@ -1,0 +1,82 @@
+"""Every field of a run: the published ImageNet recipe for t2t_vit_14. Other configs are differences to this one."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  """Returns the default config; a placeholder (None) stands for "as the named model has it"."""
+  config = ConfigDict()
+  config.seed = 0  # of parameters, order of the data, augmentation and dropout
+
+  config.model = ConfigDict()
+  config.model.name = 't2t_vit_14'
+  config.model.dtype = 'bfloat16'  # of computation: 'float32' or 'bfloat16'; parameters are float32
+  config.model.num_classes = placeholder(int)  # None: as many as the data has
+  config.model.tokens_type = placeholder(str)  # 'performer', 'transformer' or 'convolution'
+  config.model.embed_dim = placeholder(int)
+  config.model.depth = placeholder(int)
+  config.model.num_heads = placeholder(int)
+  config.model.mlp_ratio = placeholder(float)
+  config.model.qkv_bias = placeholder(bool)
+  config.model.qk_scale = placeholder(float)
+  config.model.token_dim = placeholder(int)
+  config.model.dropout_rate = 0.0
+  config.model.attention_dropout_rate = 0.0
+  config.model.stochastic_depth_rate = 0.1  # of the last block, rising linearly from 0
+  config.model.performer_dropout_rate = 0.1  # inside the token performer
+
+  config.data = ConfigDict()
+  config.data.name = 'imagenet2012'  # tfds name, prepared as array_record
+  config.data.data_dir = placeholder(str)  # None: TFDS_DATA_DIR or ~/tensorflow_datasets
+  config.data.train_split = 'train'
+  config.data.eval_split = 'validation'
+  config.data.image_size = 224  # px, height and width
+  config.data.batch_size = 512  # images a step, of all devices
+  config.data.eval_batch_size = 512  # any number: padding is masked out
+  config.data.crop_fraction = 0.9  # evaluation: share of the resized short side kept by the centre crop
+  config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops
+  config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
+  config.data.num_threads = 1  # in each of them
+
+  config.augment = ConfigDict()
+  config.augment.crop = 'resized'  # 'resized': random area and aspect ratio; 'padded': random shift
+  config.augment.crop_scale = (0.08, 1.0)  # share of the image's area
+  config.augment.crop_ratio = (3 / 4, 4 / 3)  # width / height
+  config.augment.crop_padding = 4  # px on each side, for padded crops
+  config.augment.horizontal_flip_probability = 0.5
+  config.augment.label_smoothing = 0.1
+
+  config.optimizer = ConfigDict()  # AdamW
+  config.optimizer.beta1 = 0.9
+  config.optimizer.beta2 = 0.999
+  config.optimizer.epsilon = 1e-8
+  config.optimizer.weight_decay = 0.05  # times the learning rate; not on biases, LayerNorm and cls token
+
+  config.schedule = ConfigDict()
+  config.schedule.base_learning_rate = 5e-4  # peak for a batch of base_batch_size, linear in data.batch_size
+  config.schedule.base_batch_size = 512
+  config.schedule.epochs = 300  # of the cosine, warmup included
+  config.schedule.cooldown_epochs = 10  # at the final learning rate
+  config.schedule.warmup_epochs = 10
+  config.schedule.warmup_learning_rate = 1e-6  # at the start of the warmup
+  config.schedule.final_learning_rate = 1e-5
+  config.schedule.granularity = 'epoch'  # the published run changes the learning rate per 'epoch'; or per 'step'
+  config.schedule.max_steps = 0  # > 0: end there, whatever the epochs say
+
+  config.ema = ConfigDict()
+  config.ema.decay = 0.99996  # per step, of the weights' moving average, which is what the paper evaluates; 0: none
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every_epochs = 1  # evaluate and save
+  config.checkpoint.keep_latest = 2  # beside the one with the best top-1
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # devices that share a batch; -1: all
+
+  config.logging = ConfigDict()
+  config.logging.every_steps = 50
+
+  return config

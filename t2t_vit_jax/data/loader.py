@@ -1,0 +1,152 @@
+"""Batches: a sample order that is a pure function of (seed, epoch), and its share for each process.
+
+Nothing is carried from step to step: what example stands where in which batch, and what its
+augmentation draws, follows from the seed and the step number alone. A run that starts again at step
+s therefore reads nothing of what came before.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import grain
+import numpy as np
+
+from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, decode
+from t2t_vit_jax.errors import UserError
+
+Example = dict[str, Any]  # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding
+Batch = dict[str, np.ndarray]  # the same with a leading axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Which part of each global batch is read here: one contiguous block for each process."""
+
+  batch_size: int  # images, of all processes together
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self) -> None:
+    if self.batch_size < 1 or self.batch_size % self.process_count:
+      raise UserError(f'a batch of {self.batch_size} images cannot be divided among {self.process_count} processes')
+
+  @property
+  def local_batch_size(self) -> int:
+    return self.batch_size // self.process_count
+
+  def global_position(self, local_number: int) -> int:
+    """Position in the sequence of all batches of the `local_number`-th example that is read here."""
+    step, offset = divmod(local_number, self.local_batch_size)
+    return step * self.batch_size + self.process_index * self.local_batch_size + offset
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOrder:
+  """The order of training: every epoch a new permutation, its incomplete last batch left out."""
+
+  num_records: int
+  batch_size: int
+  seed: int
+
+  def __post_init__(self) -> None:
+    if self.num_records < self.batch_size:
+      raise UserError(f'a batch of {self.batch_size} is more than the {self.num_records} training images')
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return self.num_records // self.batch_size
+
+  def __call__(self, global_position: int) -> tuple[int, int]:
+    """(epoch, record index) at a position in the sequence of all batches."""
+    epoch, position = divmod(global_position, self.steps_per_epoch * self.batch_size)
+    return epoch, self._shuffled[epoch * self.num_records + position]
+
+  @functools.cached_property
+  def _shuffled(self) -> grain.MapDataset:
+    # Grain permutes epoch e with seed + e; spread out, the seeds of two runs don't meet.
+    spread_seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+    return grain.MapDataset.range(self.num_records).shuffle(seed=spread_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainExample(grain.transforms.Map):
+  """Number of an example in this process's sequence -> augmented example. Pickles, for worker processes."""
+
+  source: Source
+  order: TrainOrder
+  share: Share
+  transform: TrainTransform
+
+  def map(self, element: int) -> Example:
+    epoch, index = self.order(self.share.global_position(element))
+    record = self.source.records[index]
+    rng = np.random.default_rng((self.order.seed, epoch, index))
+    return _example(self.transform(decode(record['image']), rng), record['label'])
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalExample(grain.transforms.Map):
+  """Number of an example in this process's sequence -> example, or padding after the last record."""
+
+  source: Source
+  share: Share
+  transform: EvalTransform
+
+  def map(self, element: int) -> Example:
+    index = self.share.global_position(element)
+    if index < len(self.source):
+      record = self.source.records[index]
+      return _example(self.transform(decode(record['image'])), record['label'])
+    record = self.source.records[0]
+    return _example(self.transform(decode(record['image'])), record['label'], mask=0)
+
+
+def _example(image: Any, label: int, mask: int = 1) -> Example:
+  return {'image': np.asarray(image), 'label': np.int32(label), 'mask': np.float32(mask)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+  """How a process prepares its images."""
+
+  num_workers: int = 0  # processes; 0 for threads of this one
+  num_threads: int = 1  # in each process
+
+  def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Iterator[Batch]:
+    """Maps each number to an example and batches the results in order; ends its workers when closed."""
+    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4 * max(batch_size, self.num_threads))
+    dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
+    if self.num_workers:
+      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
+    # After the prefetch: workers that batched would make the batches depend on their number.
+    batches = iter(dataset.batch(batch_size))
+    try:
+      yield from batches
+    finally:
+      batches.close()
+
+
+def train_batches(
+  source: Source,
+  transform: TrainTransform,
+  order: TrainOrder,
+  share: Share,
+  workers: Workers,
+  *,
+  first_step: int,
+  last_step: int,
+) -> Iterator[Batch]:
+  """This process's part of the training batches of steps `first_step` ... `last_step` - 1."""
+  numbers = range(first_step * share.local_batch_size, last_step * share.local_batch_size)
+  return workers.batches(numbers, _TrainExample(source, order, share, transform), share.local_batch_size)
+
+
+def eval_batches(source: Source, transform: EvalTransform, share: Share, workers: Workers) -> Iterator[Batch]:
+  """This process's part of all images, each exactly once: the last batch is filled up with `mask` 0."""
+  num_batches = math.ceil(len(source) / share.batch_size)
+  numbers = range(num_batches * share.local_batch_size)
+  return workers.batches(numbers, _EvalExample(source, share, transform), share.local_batch_size)

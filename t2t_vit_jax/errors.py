@@ -1,0 +1,17 @@
+"""The error for input that the user can correct, and suggestions for misspelt names."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(ValueError):
+  """Input that the user can correct: scripts print it as one line and exit with code 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns `name`'s nearest relatives among `known` as a phrase, or all of `known` if none is near."""
+  known = sorted(set(known))
+  near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+  if near:
+    return f'did you mean {" or ".join(map(repr, near))}?'
+  return f'known names: {", ".join(known)}'

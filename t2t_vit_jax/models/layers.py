@@ -1,0 +1,103 @@
+"""Layers with the reference's constants, and the position table.
+
+Flax's defaults differ from PyTorch's in three places that change results, so every layer of the
+model comes from here: LayerNorm's epsilon is 1e-5 (Flax: 1e-6) and its variance is computed in two
+passes (Flax's fast variance loses all digits when the mean is large), GELU is the exact erf form
+(Flax: tanh approximation), and Dense weights start from N(0, 0.02) (Flax: LeCun normal).
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Dtype = Any
+
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+# timm's "truncated" normal cuts at an absolute +-2, a hundred standard deviations out: it is a plain normal.
+Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02))
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def torch_conv_init(fan_in: int) -> Callable[..., Array]:
+  """PyTorch's default for convolutions, U(-b, b) with b = fan_in ** -0.5, for kernels and biases alike."""
+  bound = fan_in**-0.5
+
+  def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Mlp(nn.Module):
+  """Dense -> GELU -> dropout -> Dense -> dropout on the last axis."""
+
+  hidden_dim: int
+  out_dim: int
+  dropout_rate: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    x = Dense(self.hidden_dim, dtype=self.dtype, name='fc1')(x)
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(gelu(x))
+    x = Dense(self.out_dim, dtype=self.dtype, name='fc2')(x)
+    return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+
+class StochasticDepth(nn.Module):
+  """Drops a residual branch of (B, T, D) for whole samples and divides the kept ones by the keep probability."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, branch: Array, *, train: bool = False) -> Array:
+    return nn.Dropout(self.rate, broadcast_dims=(1, 2), deterministic=not train)(branch)
+
+
+def sinusoidal_position_embedding(num_positions: int, dim: int) -> np.ndarray:
+  """The fixed table of shape (1, num_positions, dim); row 0 belongs to the cls token.
+
+  table[p, 2i] = sin(p / 10000^(2i/dim)) and table[p, 2i+1] = cos of the same angle. The angles are
+  computed in float64: in float32 the large ones are off by 1e-5.
+  """
+  exponent = 2 * (np.arange(dim) // 2) / dim
+  angle = np.arange(num_positions)[:, None] / np.power(10000.0, exponent)
+  table = np.where(np.arange(dim) % 2 == 0, np.sin(angle), np.cos(angle))
+  return table[None].astype(np.float32)
+
+
+def resize_position_embedding(table: Array, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Array:
+  """Resizes the grid rows of a position table as the reference does when it loads a checkpoint.
+
+  Bicubic in PyTorch's convention (a = -0.75, align_corners=False, no anti-aliasing); row 0, the cls
+  token's, is kept.
+
+  Args:
+    table: (1, 1 + H * W, D).
+    old_grid: (H, W) of `table`.
+    new_grid: (H', W') wanted.
+
+  Returns:
+    (1, 1 + H' * W', D).
+  """
+  if old_grid == new_grid:
+    return table
+  cls_row, rows = table[:, :1], table[:, 1:]
+  dim = table.shape[-1]
+  # Interpolated in float32 and with full products on every backend: positions are small differences of large terms.
+  resized = jax.image.resize(
+    rows.reshape(1, *old_grid, dim).astype(jnp.float32),
+    (1, *new_grid, dim),
+    jax.image.ResizeMethod.CUBIC_PYTORCH,
+    antialias=False,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return jnp.concatenate([cls_row, resized.reshape(1, math.prod(new_grid), dim).astype(table.dtype)], axis=1)

@@ -1,0 +1,152 @@
+"""T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): tokens-to-token module, transformer encoder, linear head."""
+
+import math
+from typing import Any, NamedTuple, get_args
+
+from flax import linen as nn
+import jax
+from jax.nn import initializers
+import jax.numpy as jnp
+import numpy as np
+
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.encoder import EncoderBlock
+from t2t_vit_jax.models.layers import (
+  Dense,
+  Dtype,
+  LayerNorm,
+  resize_position_embedding,
+  sinusoidal_position_embedding,
+)
+from t2t_vit_jax.models.soft_split import token_grid
+from t2t_vit_jax.models.tokens_to_token import TokensToToken, TokensType
+
+Array = jax.Array
+
+
+class Features(NamedTuple):
+  """What the encoder says of a batch, after its last LayerNorm."""
+
+  cls: Array  # (B, D), the class token
+  tokens: Array  # (B, H, W, D), the other tokens on their grid
+
+
+class T2TViT(nn.Module):
+  """Image classifier: normalised images (B, height, width, C) -> logits (B, num_classes).
+
+  Variables: `params` are trained; `frozen` holds the position table and the performers' random
+  projections, which are saved and restored but never trained. Dropout and stochastic depth draw from
+  the rng `dropout` when `train=True`. Parameters are float32, whatever the computation `dtype`.
+
+  Attributes:
+    num_classes: width of the head; 0 for no head, which returns `Features`.
+    image_size: pixels, one side or (height, width): the size the position table is made for. Images
+      of any other size work too: the table is then resized as the reference does.
+    tokens_type: attention of the tokens-to-token module: 'performer', 'transformer' or 'convolution'.
+    embed_dim: width D of the encoder.
+    depth: number of encoder blocks.
+    num_heads: attention heads of a block; divides `embed_dim`.
+    mlp_ratio: hidden width of a block's MLP as a multiple of `embed_dim`.
+    qkv_bias: whether the query, key and value projections have a bias.
+    qk_scale: factor of the attention scores; None for head_width ** -0.5.
+    dropout_rate: after the position embedding, attention output and both MLP layers of each block.
+    attention_dropout_rate: on attention weights.
+    stochastic_depth_rate: rate of the last block; it rises linearly from 0 in the first.
+    performer_dropout_rate: inside the token performer, where the reference fixes 0.1.
+    norm_layer: makes the encoder's normalisation layers; called with `dtype` and `name`.
+    token_dim: width inside the tokens-to-token module.
+    dtype: computation dtype; logits are float32 always.
+
+  Raises:
+    UserError: `tokens_type` is unknown or `num_heads` does not divide `embed_dim`.
+  """
+
+  num_classes: int = 1000
+  image_size: int | tuple[int, int] = 224
+  tokens_type: TokensType = 'performer'
+  embed_dim: int = 768
+  depth: int = 12
+  num_heads: int = 12
+  mlp_ratio: float = 4.0
+  qkv_bias: bool = False
+  qk_scale: float | None = None
+  dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
+  stochastic_depth_rate: float = 0.0
+  performer_dropout_rate: float = 0.1
+  norm_layer: Any = LayerNorm
+  token_dim: int = 64
+  dtype: Dtype = jnp.float32
+
+  def __post_init__(self) -> None:
+    if self.tokens_type not in get_args(TokensType):
+      raise UserError(f'tokens_type must be one of {get_args(TokensType)}, not {self.tokens_type!r}')
+    if self.embed_dim % self.num_heads:
+      raise UserError(f'embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, images: Array, *, train: bool = False, features: bool = False) -> Array | Features:
+    """Classifies images, or with `features=True` (or no head) returns `Features`.
+
+    Raises:
+      UserError: `images` is not a batch of floating-point images, or too small for the splits.
+    """
+    _check_images(images)
+    grid = token_grid((images.shape[1], images.shape[2]))
+    tokens = TokensToToken(
+      self.tokens_type,
+      self.embed_dim,
+      token_dim=self.token_dim,
+      performer_dropout_rate=self.performer_dropout_rate,
+      dtype=self.dtype,
+      name='tokens_to_token',
+    )(images.astype(self.dtype), train=train)
+
+    batch = images.shape[0]
+    x = tokens.reshape(batch, math.prod(grid), self.embed_dim)
+    cls_token = self.param('cls_token', initializers.normal(0.02), (1, 1, self.embed_dim), jnp.float32)
+    x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim)).astype(self.dtype), x], axis=1)
+    x = x + self._position_embedding(grid).astype(self.dtype)
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+    for i, stochastic_depth_rate in enumerate(np.linspace(0, self.stochastic_depth_rate, self.depth)):
+      x = EncoderBlock(
+        self.num_heads,
+        self.mlp_ratio,
+        qkv_bias=self.qkv_bias,
+        qk_scale=self.qk_scale,
+        dropout_rate=self.dropout_rate,
+        attention_dropout_rate=self.attention_dropout_rate,
+        stochastic_depth_rate=float(stochastic_depth_rate),
+        norm_layer=self.norm_layer,
+        dtype=self.dtype,
+        name=f'blocks_{i}',
+      )(x, train=train)
+
+    norm = self.norm_layer(dtype=self.dtype, name='norm')
+    if features or not self.num_classes:
+      x = norm(x)
+      return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, self.embed_dim))
+    cls = norm(x[:, 0])  # LayerNorm works row by row: the head needs only this one
+    return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
+
+  def _position_embedding(self, grid: tuple[int, int]) -> Array:
+    """The stored table, (1, 1 + H * W, D), resized if the images are not of `image_size`."""
+    height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+    table_grid = token_grid((height, width))
+    table = self.variable(
+      'frozen',
+      'pos_embed',
+      lambda: jnp.asarray(sinusoidal_position_embedding(1 + math.prod(table_grid), self.embed_dim)),
+    ).value
+    return resize_position_embedding(table, table_grid, grid)
+
+
+def _check_images(images: Array) -> None:
+  if images.ndim != 4:
+    raise UserError(f'images must have shape (batch, height, width, channels), got {images.shape}')
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f'images must be floating-point, scaled to [0, 1] and normalised by mean and std; got {images.dtype}'
+    )

@@ -1,0 +1,95 @@
+"""The named models: one table, and the two functions that read it."""
+
+import dataclasses
+from typing import Any
+
+from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.models.t2t_vit import T2TViT
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDefaults:
+  """How images must be prepared for a model whose weights were trained by the published recipe."""
+
+  image_size: int = 224  # px, height and width
+  crop_fraction: float = 0.9  # evaluation: share of the resized short side that the centre crop keeps
+  interpolation: str = 'bicubic'
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+  num_classes: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One named model: the arguments in which it differs from `T2TViT`'s defaults."""
+
+  arguments: dict[str, Any]
+  data: DataDefaults = DataDefaults()
+  public: bool = True  # listed by `list_models`
+
+
+def _performer(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> Variant:
+  return Variant(
+    dict(tokens_type='performer', embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+  )
+
+
+def _transformer(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> Variant:
+  return Variant(
+    dict(tokens_type='transformer', embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+  )
+
+
+# Paper tables 1 and 3; the reference's constructors t2t_vit_7 ... t2t_vit_14_wide.
+VARIANTS: dict[str, Variant] = {
+  't2t_vit_7': _performer(256, 7, 4, 2.0),
+  't2t_vit_10': _performer(256, 10, 4, 2.0),
+  't2t_vit_12': _performer(256, 12, 4, 2.0),
+  't2t_vit_14': _performer(384, 14, 6, 3.0),
+  't2t_vit_19': _performer(448, 19, 7, 3.0),
+  't2t_vit_24': _performer(512, 24, 8, 3.0),
+  't2t_vit_t_14': _transformer(384, 14, 6, 3.0),
+  't2t_vit_t_19': _transformer(448, 19, 7, 3.0),
+  't2t_vit_t_24': _transformer(512, 24, 8, 3.0),
+  't2t_vit_14_resnext': _performer(384, 14, 32, 3.0),
+  't2t_vit_14_wide': _performer(768, 4, 12, 3.0),
+  # Not from the paper: small enough to train on a laptop's CPU and for tests.
+  't2t_vit_tiny': Variant(
+    dict(tokens_type='performer', embed_dim=96, depth=4, num_heads=4, mlp_ratio=2.0, token_dim=32),
+    DataDefaults(image_size=32),
+    public=False,
+  ),
+}
+
+
+def list_models() -> list[str]:
+  """Names that `create_model` knows, the paper's models only."""
+  return [name for name, variant in VARIANTS.items() if variant.public]
+
+
+def get_variant(name: str) -> Variant:
+  """The table's row of `name`.
+
+  Raises:
+    UserError: there is no such model; the message names the nearest.
+  """
+  if name not in VARIANTS:
+    raise UserError(f'unknown model {name!r}: {did_you_mean(name, VARIANTS)}')
+  return VARIANTS[name]
+
+
+def create_model(name: str, **overrides: Any) -> T2TViT:
+  """Builds a named model; keyword arguments replace the variant's, under `T2TViT`'s field names.
+
+  >>> model = create_model('t2t_vit_14', num_classes=10, stochastic_depth_rate=0.1)
+
+  Raises:
+    UserError: unknown model or argument, or arguments that don't fit together.
+  """
+  variant = get_variant(name)
+  fields = {field.name for field in dataclasses.fields(T2TViT)} - {'parent', 'name'}
+  for argument in overrides:
+    if argument not in fields:
+      raise UserError(f'{name} has no argument {argument!r}: {did_you_mean(argument, fields)}')
+  defaults = dict(image_size=variant.data.image_size, num_classes=variant.data.num_classes)
+  return T2TViT(**{**defaults, **variant.arguments, **overrides})

@@ -1,0 +1,96 @@
+"""Checkpoints of a run: saved in the background, the latest and the best kept."""
+
+from collections.abc import Sequence
+import os
+from typing import Any, Self
+
+from flax import serialization, traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training.state import TrainState
+
+BEST_METRIC = 'top1'
+policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints in a folder, by step. Use as a context manager: leaving it waits for the last save.
+
+  Args:
+    folder: made with its first checkpoint if it does not exist.
+    keep_latest: how many of the newest to keep, beside the one with the best top-1 accuracy.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], keep_latest: int = 1):
+    self.folder = os.path.abspath(folder)
+    best = policies.BestN(
+      get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
+    )
+    self._checkpointer = ocp.training.Checkpointer(
+      self.folder,
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
+      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best]),
+      cleanup_tmp_directories=True,  # what a killed process left half-written
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._checkpointer.close()
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest checkpoint's step; None without one."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  @property
+  def latest_metrics(self) -> dict[str, Any] | None:
+    """What the evaluation at the newest checkpoint found; None if it was saved without one."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.metrics
+
+  def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
+    """Starts saving `state` under its step; `run` (JSON: model, config) travels with it."""
+    step = int(state.step)
+    if step != self.latest_step:
+      self._checkpointer.save_async(step, serialization.to_state_dict(state), metrics=metrics, custom_metadata=run)
+
+  def restore(self, abstract_state: TrainState, *, model_name: str) -> TrainState:
+    """Loads the newest checkpoint.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings wanted.
+      model_name: for the message if they don't fit.
+
+    Raises:
+      UserError: the checkpoint's parameters have other names or shapes.
+    """
+    wanted = serialization.to_state_dict(abstract_state)
+    stored = self._checkpointer.metadata()
+    differences = tree_differences(stored.metadata, wanted)
+    if differences:
+      stored_name = (stored.custom_metadata or {}).get('model', 'another model')
+      shown = '; '.join(differences[:3]) + (f'; and {len(differences) - 3} more' if len(differences) > 3 else '')
+      raise UserError(
+        f'{self.folder} holds a checkpoint of {stored_name} that does not fit this {model_name}: '
+        f'{shown}. Nothing was changed; choose another --workdir'
+      )
+    restored = self._checkpointer.load(None, wanted)
+    return serialization.from_state_dict(abstract_state, restored)
+
+
+def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
+  """Names and shapes in which two nested dicts of arrays (or their descriptions) differ, one line each."""
+  stored_shapes, wanted_shapes = (
+    {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep='/').items()}
+    for tree in (stored, wanted)
+  )
+  lines = []
+  for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
+    there, here = stored_shapes.get(name), wanted_shapes.get(name)
+    if there != here:
+      lines.append(f'{name} is {there or "missing"} there, {here or "missing"} here')
+  return lines

@@ -1,0 +1,166 @@
+"""A run from start to end: train, evaluate, save, report; stop and carry on."""
+
+import collections
+from collections.abc import Iterator
+import contextlib
+import math
+import os
+from pathlib import Path
+import signal
+import threading
+from typing import Any
+
+import jax
+
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training import sharding
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.reporting import Reporter
+from t2t_vit_jax.training.run import Run, build_run
+from t2t_vit_jax.training.state import TrainState
+
+# Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
+MAX_STEPS_IN_FLIGHT = 2
+
+
+class Stopped(Exception):  # noqa: N818 (the user asked for it: no error)
+  """A signal ended the run early; its state is saved."""
+
+  def __init__(self, step: int, signal_number: int):
+    super().__init__(f'stopped at step {step} and saved; the same command continues from there')
+    self.exit_code = 128 + signal_number
+
+
+def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
+  """Trains by `config` up to its last step, from the newest checkpoint in `workdir` if there is one.
+
+  Prints progress; the last line on standard output is `<split> top-1 <percent> % (<correct>/<total>)`.
+
+  Args:
+    config: a `ConfigDict`; `configs/default.py` explains every field.
+    workdir: folder for checkpoints and `metrics.jsonl`.
+
+  Returns:
+    Accuracy on the evaluation split: of the moving average of the weights if the run keeps one, else of the weights.
+
+  Raises:
+    UserError: config, data, devices and workdir don't fit together; nothing was changed.
+    Stopped: SIGINT or SIGTERM arrived; the state was saved.
+  """
+  run = build_run(config)
+  workdir = Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot write to workdir {workdir}: {error.strerror}') from error
+
+  with Checkpoints(workdir / 'checkpoints', config.checkpoint.keep_latest) as checkpoints:
+    finished = checkpoints.latest_step is not None and checkpoints.latest_step >= run.total_steps
+    state = _initial_state(run, checkpoints)
+    if finished and checkpoints.latest_metrics:
+      accuracy = Accuracy.from_dict(checkpoints.latest_metrics)
+      print(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
+    else:
+      with _reporter(run, workdir, first_step=int(state.step)) as reporter:
+        accuracy = _train(run, state, checkpoints, reporter)
+  print(f'{config.data.eval_split} top-1 {100 * accuracy.top1:.2f} % ({accuracy.correct}/{accuracy.count})', flush=True)
+  return accuracy
+
+
+def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+  if checkpoints.latest_step is None:
+    return run.make_state(run.rng)
+  shapes = jax.eval_shape(run.make_state, run.rng)
+  replicated = sharding.replicated(run.mesh)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+  return checkpoints.restore(abstract, model_name=run.config.model.name)
+
+
+def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
+  reporter = Reporter(
+    workdir,
+    total_steps=run.total_steps,
+    first_step=first_step,
+    steps_per_epoch=run.order.steps_per_epoch,
+    batch_size=run.order.batch_size,
+  )
+  num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(run.make_state, run.rng).params))
+  reporter.say(f'model: {run.config.model.name}, {num_parameters:,} trained parameters, {run.config.model.dtype}')
+  reporter.say(f'train: {run.train_source.description}, {len(run.train_source):,} images')
+  reporter.say(f'evaluation: {run.eval_source.description}, {len(run.eval_source):,} images')
+  reporter.say(
+    f'steps: {run.total_steps:,} of {run.order.batch_size} images on {run.mesh.size} {jax.default_backend()} device(s), '
+    f'{run.order.steps_per_epoch:,} an epoch; workdir {workdir}'
+  )
+  if first_step:
+    reporter.say(f'continuing from the checkpoint of step {first_step}')
+  return reporter
+
+
+def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> Accuracy:
+  """The steps from `state` to the end of the run, and the accuracy there."""
+  config = run.config
+  description = {'model': config.model.name, 'config': config.to_dict()}
+  save_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
+  rng, first_step = run.rng, int(state.step)
+  in_flight: collections.deque[jax.Array] = collections.deque()
+  accuracies: dict[str, Accuracy] = {}
+
+  with contextlib.closing(run.train_batches(first_step)) as batches, _signals() as received:
+    reporter.resume()
+    for step, batch in enumerate(batches, start=first_step + 1):
+      state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
+      reporter.collect(metrics)
+      in_flight.append(metrics['loss'])
+      if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+        in_flight.popleft().block_until_ready()
+
+      last, save = step == run.total_steps, step % save_every == 0
+      if last or save or step % config.logging.every_steps == 0:
+        reporter.report(step)
+      if last or save:
+        accuracies = _evaluate(run, state, reporter)
+        checkpoints.save(state, metrics=_headline(accuracies).as_dict(), run=description)
+        reporter.resume()
+      if received and not last:
+        checkpoints.save(state, metrics=None, run=description)
+        raise Stopped(step, received[0])
+  return _headline(accuracies or _evaluate(run, state, reporter))
+
+
+def _evaluate(run: Run, state: TrainState, reporter: Reporter) -> dict[str, Accuracy]:
+  accuracies = run.evaluate(state)
+  reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)
+  start = run.config.ema.decay ** int(state.step)
+  if 'ema' in accuracies and start > 0.01:
+    reporter.say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
+  return accuracies
+
+
+def _headline(accuracies: dict[str, Accuracy]) -> Accuracy:
+  return accuracies.get('ema', accuracies['raw'])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Collects SIGINT and SIGTERM, so that a step is finished first; a second signal acts at once."""
+  received: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield received  # Python delivers signals to the main thread only
+    return
+  previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    received.append(number)
+    for each, handler in previous.items():
+      signal.signal(each, handler)
+
+  for number in previous:
+    signal.signal(number, note)
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

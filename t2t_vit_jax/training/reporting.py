@@ -1,0 +1,123 @@
+"""What a run tells its user: a live progress line, plain lines, and `metrics.jsonl`."""
+
+import json
+import os
+from pathlib import Path
+import sys
+import time
+from typing import Any, Self
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from t2t_vit_jax.training.evaluation import Accuracy
+
+
+class Reporter:
+  """Progress of a training run, written by the first process only. Use as a context manager.
+
+  Args:
+    workdir: folder of `metrics.jsonl`: one JSON object a line, with `step` and `kind` ('train' or an evaluated split).
+    total_steps: where the run ends.
+    first_step: where it starts; later rows of an earlier, interrupted run are dropped.
+    steps_per_epoch: to print epochs.
+    batch_size: images a step.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike[str], *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int
+  ):
+    self._silent = jax.process_index() != 0
+    self._file = Path(workdir) / 'metrics.jsonl'
+    self._total_steps = total_steps
+    self._steps_per_epoch = steps_per_epoch
+    self._batch_size = batch_size
+    if not self._silent:
+      _drop_rows_after(self._file, first_step)
+    self._bar = tqdm(
+      total=total_steps,
+      initial=first_step,
+      unit='step',
+      disable=self._silent or not sys.stderr.isatty(),
+      dynamic_ncols=True,
+      bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]',
+    )
+    self._pending: list[dict[str, jax.Array]] = []
+    self._resumed_at = time.perf_counter()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._bar.close()
+
+  def say(self, text: str) -> None:
+    """Prints a line to standard output without disturbing the progress line."""
+    if not self._silent:
+      tqdm.write(text)
+
+  def collect(self, metrics: dict[str, jax.Array]) -> None:
+    """Takes a step's metrics without waiting for the device."""
+    self._pending.append(metrics)
+
+  def report(self, step: int) -> None:
+    """Fetches what was collected since the last call, averages it, and shows and writes it."""
+    if not self._pending:
+      return
+    collected = jax.device_get(self._pending)
+    seconds = time.perf_counter() - self._resumed_at
+    images_per_second = len(collected) * self._batch_size / seconds
+    row: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
+    row['learning_rate'] = float(collected[-1]['learning_rate'])
+    row['images_per_second'] = round(images_per_second, 2)
+    epoch = step / self._steps_per_epoch
+    self._write(step, 'train', epoch=round(epoch, 4), **row)
+
+    summary = (
+      f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e} {images_per_second:,.0f} images/s'
+    )
+    if self._bar.disable:
+      left = (self._total_steps - step) * self._batch_size / images_per_second
+      self.say(f'step {step}/{self._total_steps} {summary} {tqdm.format_interval(left)} left')
+    else:
+      self._bar.set_postfix_str(summary, refresh=False)
+      self._bar.update(step - self._bar.n)
+    self.resume()
+
+  def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
+    """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""
+    for weights, accuracy in accuracies.items():
+      self.say(
+        f'step {step} {split} {weights}: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%}, '
+        f'loss {accuracy.loss:.4f} ({accuracy.count} images)'
+      )
+      self._write(step, split, weights=weights, **accuracy.as_dict())
+    self.resume()
+
+  def resume(self) -> None:
+    """Starts the clock of images per second anew, after work that is not training."""
+    self._pending.clear()
+    self._resumed_at = time.perf_counter()
+
+  def _write(self, step: int, kind: str, **values: Any) -> None:
+    if not self._silent:
+      with self._file.open('a') as file:
+        file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+
+
+def _drop_rows_after(file: Path, step: int) -> None:
+  """Keeps the rows up to `step`: the steps after it are about to be done again."""
+  if not file.exists():
+    return
+  rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+  rewritten = file.with_suffix('.tmp')
+  rewritten.write_text(''.join(f'{row}\n' for row in rows))
+  rewritten.replace(file)
+
+
+def _step_of(row: str) -> float:
+  try:
+    return json.loads(row)['step']
+  except ValueError:  # the last line of a killed process
+    return float('inf')

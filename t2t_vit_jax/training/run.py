@@ -1,0 +1,168 @@
+"""What a config describes, built and checked before anything is written or computed."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import optax
+
+from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data.sources import Source, open_tfds
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.soft_split import token_grid
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.models.variants import create_model
+from t2t_vit_jax.training import optimizer, sharding, steps
+from t2t_vit_jax.training.evaluation import Accuracy, evaluate
+from t2t_vit_jax.training.state import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The parts of a run, ready to be used. `config` is the whole of `configs/default.py`."""
+
+  config: Any
+  mesh: Mesh
+  model: T2TViT
+  train_source: Source
+  eval_source: Source
+  order: loader.TrainOrder
+  total_steps: int
+  make_state: Callable[[jax.Array], TrainState]  # from the run's rng
+  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  eval_step: Callable[..., dict[str, jax.Array]]
+
+  @property
+  def rng(self) -> jax.Array:
+    """The run's random key; steps derive theirs from it by number."""
+    return jax.device_put(jax.random.key(self.config.seed), sharding.replicated(self.mesh))
+
+  def train_batches(self, first_step: int) -> Iterator[loader.Batch]:
+    """This process's part of the batches from `first_step` to the end of the run."""
+    return loader.train_batches(
+      self.train_source,
+      train_transform(self.config),
+      self.order,
+      _share(self.order.batch_size),
+      _workers(self.config),
+      first_step=first_step,
+      last_step=self.total_steps,
+    )
+
+  def evaluate(self, state: TrainState) -> dict[str, Accuracy]:
+    """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one."""
+    weights = {'raw': state.variables()}
+    if self.config.ema.decay:
+      weights['ema'] = state.variables(state.ema)
+    # Rounded up to what the devices divide: padding is masked out.
+    batch_size = math.ceil(self.config.data.eval_batch_size / self.mesh.size) * self.mesh.size
+    batches = loader.eval_batches(
+      self.eval_source, eval_transform(self.config), _share(batch_size), _workers(self.config)
+    )
+    return evaluate(self.eval_step, weights, batches, self.mesh)
+
+
+def build_run(config: Any) -> Run:
+  """Builds everything that `config` names.
+
+  Raises:
+    UserError: a field is out of range, data is missing, or the parts don't fit together.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch_size(config.data.batch_size, mesh)
+  token_grid((config.data.image_size,) * 2)  # raises if the images are too small
+  train_transform(config), eval_transform(config)
+  build_model(config, num_classes=1000)  # raises before data is opened, which may take long
+  train_source = open_tfds(config.data.name, config.data.train_split, config.data.data_dir)
+  eval_source = open_tfds(config.data.name, config.data.eval_split, config.data.data_dir)
+  model = build_model(config, num_classes=len(train_source.class_names))
+  order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
+  learning_rate = optimizer.learning_rate_schedule(
+    config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size
+  )
+  adamw = optimizer.make_optimizer(config.optimizer, learning_rate)
+  normalization = steps.Normalization(tuple(config.data.mean), tuple(config.data.std))
+  replicated = sharding.replicated(mesh)
+
+  def make_state(rng: jax.Array) -> TrainState:
+    return init_state(model, adamw, rng, config.data.image_size, with_ema=bool(config.ema.decay))
+
+  return Run(
+    config=config,
+    mesh=mesh,
+    model=model,
+    train_source=train_source,
+    eval_source=eval_source,
+    order=order,
+    total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
+    make_state=jax.jit(make_state, out_shardings=replicated),
+    train_step=jax.jit(
+      steps.make_train_step(
+        model,
+        adamw,
+        learning_rate,
+        normalization=normalization,
+        label_smoothing=config.augment.label_smoothing,
+        ema_decay=config.ema.decay,
+      ),
+      donate_argnums=0,
+      out_shardings=replicated,
+    ),
+    eval_step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=replicated),
+  )
+
+
+def build_model(config: Any, num_classes: int) -> T2TViT:
+  """The model of `config.model`; fields that are None stay as the named variant has them.
+
+  Raises:
+    UserError: unknown model or argument, or a head that does not fit the data's `num_classes`.
+  """
+  arguments = {field: value for field, value in config.model.items() if value is not None}
+  name = arguments.pop('name')
+  arguments.setdefault('num_classes', num_classes)
+  try:
+    arguments['dtype'] = jnp.dtype(arguments['dtype'])
+  except TypeError as error:
+    raise UserError(f"model.dtype must be 'float32' or 'bfloat16', not {arguments['dtype']!r}") from error
+  return create_model(name, image_size=config.data.image_size, **arguments)
+
+
+def train_transform(config: Any) -> transforms.TrainTransform:
+  """The random transform of `config.augment`.
+
+  Raises:
+    UserError: `config.augment.crop` or `config.data.interpolation` is unknown.
+  """
+  size, augment = config.data.image_size, config.augment
+  if augment.crop == 'resized':
+    crop: Any = transforms.RandomResizedCrop(size, tuple(augment.crop_scale), tuple(augment.crop_ratio))
+  elif augment.crop == 'padded':
+    crop = transforms.RandomPaddedCrop(size, augment.crop_padding, _interpolation(config))
+  else:
+    raise UserError(f"augment.crop must be 'resized' or 'padded', not {augment.crop!r}")
+  return transforms.Chain((crop, transforms.RandomHorizontalFlip(augment.horizontal_flip_probability)))
+
+
+def eval_transform(config: Any) -> transforms.EvalTransform:
+  """The evaluation transform of `config.data`."""
+  return transforms.ResizeCenterCrop(config.data.image_size, config.data.crop_fraction, _interpolation(config))
+
+
+def _interpolation(config: Any) -> str:
+  if config.data.interpolation not in transforms.INTERPOLATIONS:
+    known = ' or '.join(map(repr, transforms.INTERPOLATIONS))
+    raise UserError(f'data.interpolation must be {known}, not {config.data.interpolation!r}')
+  return config.data.interpolation
+
+
+def _share(batch_size: int) -> loader.Share:
+  return loader.Share(batch_size, jax.process_index(), jax.process_count())
+
+
+def _workers(config: Any) -> loader.Workers:
+  return loader.Workers(config.data.num_workers, config.data.num_threads)

@@ -1,0 +1,44 @@
+"""Everything that a run changes from step to step."""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from t2t_vit_jax.models.t2t_vit import T2TViT
+
+Array = jax.Array
+Tree = Any
+
+
+@struct.dataclass
+class TrainState:
+  """One unit: saved, restored and passed from step to step together."""
+
+  step: Array  # () int32, optimizer steps done
+  params: Tree
+  frozen: Tree  # position table and random projections: stored, never trained
+  ema: Tree  # moving average of `params`; empty where the run keeps none
+  opt_state: optax.OptState
+
+  def variables(self, params: Tree | None = None) -> dict[str, Tree]:
+    """What `model.apply` takes; with `params` (such as `ema`) in place of the raw parameters."""
+    return {'params': self.params if params is None else params, 'frozen': self.frozen}
+
+
+def init_state(
+  model: T2TViT, optimizer: optax.GradientTransformation, rng: Array, image_size: int, *, with_ema: bool
+) -> TrainState:
+  """A fresh state for square images of `image_size` px with three channels."""
+  variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
+  params = variables['params']
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    frozen=variables['frozen'],
+    # A copy: the step donates its buffers, and one buffer cannot be given away twice.
+    ema=jax.tree.map(jnp.copy, params) if with_ema else {},
+    opt_state=optimizer.init(params),
+  )

@@ -1,0 +1,89 @@
+"""The training step and the evaluation step: pure functions, to be jitted."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.training.augment import normalize, soft_targets
+from t2t_vit_jax.training.state import TrainState, Tree
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+  """Mean and standard deviation of RGB in [0, 1]."""
+
+  mean: Sequence[float]
+  std: Sequence[float]
+
+  def __call__(self, images: Array) -> Array:
+    return normalize(images, self.mean, self.std)
+
+
+def make_train_step(
+  model: T2TViT,
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  *,
+  normalization: Normalization,
+  label_smoothing: float,
+  ema_decay: float,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+  """Returns `step(state, batch, rng) -> (state, metrics)`: one update by AdamW and the moving average.
+
+  `rng` is the run's: each step derives its own from its number, so a resumed run draws the same.
+  """
+
+  def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
+    images = normalization(batch['image'])
+    targets = soft_targets(batch['label'], model.num_classes, label_smoothing)
+    rngs = {'dropout': jax.random.fold_in(rng, state.step)}
+
+    def loss_of(params: Tree) -> Array:
+      logits = model.apply(state.variables(params), images, train=True, rngs=rngs)
+      return optax.softmax_cross_entropy(logits, targets).mean()
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+      'loss': loss,
+      'learning_rate': learning_rate(state.step),
+      'gradient_norm': optax.tree.norm(gradients),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      ema=optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else state.ema,
+      opt_state=opt_state,
+    )
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+  model: T2TViT, *, normalization: Normalization
+) -> Callable[[dict[str, Tree], Batch], dict[str, Array]]:
+  """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count."""
+
+  def eval_step(variables: dict[str, Tree], batch: Batch) -> dict[str, Array]:
+    logits = model.apply(variables, normalization(batch['image']))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    _, best = jax.lax.top_k(logits, min(5, model.num_classes))
+    hits = best == batch['label'][:, None]  # (B, 5), best guess first
+    mask = batch['mask']
+    return {
+      'loss': jnp.sum(mask * losses),
+      'top1': jnp.sum(mask * hits[:, 0]),
+      'top5': jnp.sum(mask * hits.any(axis=1)),
+      'count': jnp.sum(mask),
+    }
+
+  return eval_step
