@@ -5,7 +5,7 @@ augmentation draws, follows from the seed and the step number alone. A run that 
 s therefore reads nothing of what came before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import dataclasses
 import functools
 import math
@@ -116,7 +116,7 @@ class Workers:
   num_workers: int = 0  # processes; 0 for threads of this one
   num_threads: int = 1  # in each process
 
-  def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Iterator[Batch]:
+  def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
     read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4 * max(batch_size, self.num_threads))
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
@@ -139,13 +139,13 @@ def train_batches(
   *,
   first_step: int,
   last_step: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """This process's part of the training batches of steps `first_step` ... `last_step` - 1."""
   numbers = range(first_step * share.local_batch_size, last_step * share.local_batch_size)
   return workers.batches(numbers, _TrainExample(source, order, share, transform), share.local_batch_size)
 
 
-def eval_batches(source: Source, transform: EvalTransform, share: Share, workers: Workers) -> Iterator[Batch]:
+def eval_batches(source: Source, transform: EvalTransform, share: Share, workers: Workers) -> Generator[Batch]:
   """This process's part of all images, each exactly once: the last batch is filled up with `mask` 0."""
   num_batches = math.ceil(len(source) / share.batch_size)
   numbers = range(num_batches * share.local_batch_size)

@@ -72,8 +72,8 @@ class RandomResizedCrop:
       aspect = math.exp(rng.uniform(*log_ratio))
       box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
       if 0 < box_width <= width and 0 < box_height <= height:
-        left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
-        return int(left), int(top), int(left) + box_width, int(top) + box_height
+        left, top = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
+        return left, top, left + box_width, top + box_height
     aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
     box_width, box_height = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - box_width) // 2, (height - box_height) // 2

@@ -1,23 +1,77 @@
-"""The encoder block: pre-norm multi-head attention and MLP, each with a stochastic-depth residual."""
+"""The encoder's layers: pre-norm attention and MLP blocks, and the paper's variants of them.
 
-from typing import Any
+The variants come from the paper's transfer of CNN designs (section 3.2): squeeze-and-excitation in
+the attention, "ghost" layers that derive half of a layer's output from the other half, and a
+DenseNet-like encoder whose blocks add channels. Each is a difference of the standard block, switched
+on by an argument.
+"""
+
+from typing import Any, Literal
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm, Mlp, StochasticDepth
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm, Mlp, StochasticDepth, gelu, torch_conv_init
 
 Array = jax.Array
+BlockType = Literal['standard', 'se', 'ghost', 'dense']
+
+SQUEEZE_REDUCTION = 16  # of the squeeze-and-excitation gate's hidden width
+
+
+class SqueezeExcitation(nn.Module):
+  """Scales each channel of (B, T, D) by a gate in (0, 1) that the mean over the tokens decides."""
+
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    dim = x.shape[-1]
+    gate = x.mean(axis=1, keepdims=True)  # (B, 1, D)
+    gate = nn.relu(Dense(dim // SQUEEZE_REDUCTION, use_bias=False, dtype=self.dtype, name='fc1')(gate))
+    return x * nn.sigmoid(Dense(dim, use_bias=False, dtype=self.dtype, name='fc2')(gate))
+
+
+class CheapOperation(nn.Module):
+  """A factor per channel of (B, T, C): the depthwise 1x1 convolution of a ghost layer, started like one."""
+
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    kernel = self.param('kernel', torch_conv_init(fan_in=1), (1, 1, x.shape[-1]), jnp.float32)
+    return x * kernel.astype(self.dtype)
+
+
+class GhostMlp(nn.Module):
+  """An MLP of hidden width 3 D, of which one third is computed and two are cheap copies: (B, T, D) -> (B, T, D)."""
+
+  dropout_rate: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    dim = x.shape[-1]
+    x1 = gelu(Dense(dim, dtype=self.dtype, name='fc1')(x))
+    x2 = gelu(CheapOperation(dtype=self.dtype, name='cheap_operation2')(x1))
+    x3 = gelu(CheapOperation(dtype=self.dtype, name='cheap_operation3')(x1))
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(jnp.concatenate([x1, x2, x3], axis=-1))
+    x = Dense(dim, dtype=self.dtype, name='fc2')(x)
+    return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
 class Attention(nn.Module):
   """Multi-head softmax attention: (B, T, D) -> (B, T, D).
 
-  `qk_scale` multiplies the scores; None stands for head_width ** -0.5.
+  `qk_scale` multiplies the scores; None stands for head_width ** -0.5. With `block_type` 'se' the
+  output is gated by `SqueezeExcitation`; with 'ghost' each projection computes D/2 channels and
+  derives the others from them.
   """
 
   num_heads: int
+  block_type: BlockType = 'standard'
   qkv_bias: bool = False
   qk_scale: float | None = None
   dropout_rate: float = 0.0
@@ -27,24 +81,55 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     batch, num_tokens, dim = x.shape
+    if dim % self.num_heads:
+      raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
     head_dim = dim // self.num_heads
     scale = head_dim**-0.5 if self.qk_scale is None else self.qk_scale
 
-    qkv = Dense(3 * dim, use_bias=self.qkv_bias, dtype=self.dtype, name='qkv')(x)
-    qkv = qkv.reshape(batch, num_tokens, 3, self.num_heads, head_dim)
-    q, k, v = (qkv[:, :, i] for i in range(3))  # each (B, T, heads, head_dim)
+    q, k, v = (y.reshape(batch, num_tokens, self.num_heads, head_dim) for y in self._qkv(x))
     weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q * scale, k), axis=-1)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
     y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(batch, num_tokens, dim)
     y = Dense(dim, dtype=self.dtype, name='proj')(y)
+    if self.block_type == 'se':
+      y = SqueezeExcitation(dtype=self.dtype, name='se')(y)
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+
+  def _qkv(self, x: Array) -> list[Array]:
+    """Queries, keys and values, each (B, T, D)."""
+    dim = x.shape[-1]
+    if self.block_type != 'ghost':
+      return jnp.split(Dense(3 * dim, use_bias=self.qkv_bias, dtype=self.dtype, name='qkv')(x), 3, axis=-1)
+    projected = []
+    for name in ('q', 'k', 'v'):
+      y = Dense(dim // 2, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+      cheap = CheapOperation(dtype=self.dtype, name=f'cheap_operation_{name}')(y)
+      projected.append(jnp.concatenate([y, cheap], axis=-1))
+    return projected
+
+
+class Transition(nn.Module):
+  """Halves the channels between two stages of the dense encoder: (B, T, D) -> (B, T, D // 2)."""
+
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    del train  # called like a block
+    return gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name='linear')(x))
 
 
 class EncoderBlock(nn.Module):
-  """x + attention(norm x), then x + mlp(norm x): (B, T, D) -> (B, T, D)."""
+  """x + attention(norm x), then x + mlp(norm x): (B, T, D) -> (B, T, D).
+
+  With `block_type` 'dense' the result is narrowed to `growth_rate` channels and appended to the
+  block's input: (B, T, D) -> (B, T, D + growth_rate).
+  """
 
   num_heads: int
   mlp_ratio: float
+  block_type: BlockType = 'standard'
+  growth_rate: int = 64
   qkv_bias: bool = False
   qk_scale: float | None = None
   dropout_rate: float = 0.0
@@ -54,10 +139,11 @@ class EncoderBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool = False) -> Array:
-    dim = x.shape[-1]
+  def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+    x, dim = inputs, inputs.shape[-1]
     attention = Attention(
       self.num_heads,
+      block_type=self.block_type,
       qkv_bias=self.qkv_bias,
       qk_scale=self.qk_scale,
       dropout_rate=self.dropout_rate,
@@ -65,10 +151,17 @@ class EncoderBlock(nn.Module):
       dtype=self.dtype,
       name='attn',
     )
-    mlp = Mlp(int(dim * self.mlp_ratio), dim, dropout_rate=self.dropout_rate, dtype=self.dtype, name='mlp')
+    mlp: nn.Module
+    if self.block_type == 'ghost':
+      mlp = GhostMlp(dropout_rate=self.dropout_rate, dtype=self.dtype, name='mlp')
+    else:
+      mlp = Mlp(int(dim * self.mlp_ratio), dim, dropout_rate=self.dropout_rate, dtype=self.dtype, name='mlp')
     stochastic_depth = StochasticDepth(self.stochastic_depth_rate)
 
     y = attention(self.norm_layer(dtype=self.dtype, name='norm1')(x), train=train)
     x = x + stochastic_depth(y, train=train)
     y = mlp(self.norm_layer(dtype=self.dtype, name='norm2')(x), train=train)
-    return x + stochastic_depth(y, train=train)
+    x = x + stochastic_depth(y, train=train)
+    if self.block_type == 'dense':
+      return jnp.concatenate([inputs, Dense(self.growth_rate, dtype=self.dtype, name='dense_linear')(x)], axis=-1)
+    return x

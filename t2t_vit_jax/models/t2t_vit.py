@@ -1,5 +1,7 @@
 """T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): tokens-to-token module, transformer encoder, linear head."""
 
+from collections.abc import Iterator
+import itertools
 import math
 from typing import Any, NamedTuple, get_args
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.encoder import EncoderBlock
+from t2t_vit_jax.models.encoder import BlockType, EncoderBlock, Transition
 from t2t_vit_jax.models.layers import (
   Dense,
   Dtype,
@@ -55,10 +57,13 @@ class T2TViT(nn.Module):
     performer_dropout_rate: inside the token performer, where the reference fixes 0.1.
     norm_layer: makes the encoder's normalisation layers; called with `dtype` and `name`.
     token_dim: width inside the tokens-to-token module.
+    block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `encoder`.
+    dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
+    growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
     dtype: computation dtype; logits are float32 always.
 
   Raises:
-    UserError: `tokens_type` is unknown or `num_heads` does not divide `embed_dim`.
+    UserError: unknown `tokens_type` or `block_type`; ghost blocks of another shape than the reference's.
   """
 
   num_classes: int = 1000
@@ -76,13 +81,17 @@ class T2TViT(nn.Module):
   performer_dropout_rate: float = 0.1
   norm_layer: Any = LayerNorm
   token_dim: int = 64
+  block_type: BlockType = 'standard'
+  dense_stages: tuple[int, ...] = (3, 6, 6, 4)
+  growth_rate: int = 64
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    if self.tokens_type not in get_args(TokensType):
-      raise UserError(f'tokens_type must be one of {get_args(TokensType)}, not {self.tokens_type!r}')
-    if self.embed_dim % self.num_heads:
-      raise UserError(f'embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}')
+    for field, known in (('tokens_type', TokensType), ('block_type', BlockType)):
+      if getattr(self, field) not in get_args(known):
+        raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
+    if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
+      raise UserError('ghost blocks need mlp_ratio 3 and an even embed_dim')
     super().__post_init__()
 
   @nn.compact
@@ -90,7 +99,8 @@ class T2TViT(nn.Module):
     """Classifies images, or with `features=True` (or no head) returns `Features`.
 
     Raises:
-      UserError: `images` is not a batch of floating-point images, or too small for the splits.
+      UserError: `images` is not a batch of floating-point images or too small for the splits, or `num_heads`
+        does not divide a block's width.
     """
     _check_images(images)
     grid = token_grid((images.shape[1], images.shape[2]))
@@ -110,26 +120,47 @@ class T2TViT(nn.Module):
     x = x + self._position_embedding(grid).astype(self.dtype)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
-    for i, stochastic_depth_rate in enumerate(np.linspace(0, self.stochastic_depth_rate, self.depth)):
-      x = EncoderBlock(
-        self.num_heads,
-        self.mlp_ratio,
-        qkv_bias=self.qkv_bias,
-        qk_scale=self.qk_scale,
-        dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate,
-        stochastic_depth_rate=float(stochastic_depth_rate),
-        norm_layer=self.norm_layer,
-        dtype=self.dtype,
-        name=f'blocks_{i}',
-      )(x, train=train)
+    for block in self._blocks():
+      x = block(x, train=train)
 
     norm = self.norm_layer(dtype=self.dtype, name='norm')
     if features or not self.num_classes:
       x = norm(x)
-      return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, self.embed_dim))
+      return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, x.shape[-1]))
     cls = norm(x[:, 0])  # LayerNorm works row by row: the head needs only this one
     return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
+
+  def _blocks(self) -> Iterator[nn.Module]:
+    """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
+
+    def block(number: int, stochastic_depth_rate: float) -> EncoderBlock:
+      return EncoderBlock(
+        self.num_heads,
+        self.mlp_ratio,
+        block_type=self.block_type,
+        growth_rate=self.growth_rate,
+        qkv_bias=self.qkv_bias,
+        qk_scale=self.qk_scale,
+        dropout_rate=self.dropout_rate,
+        attention_dropout_rate=self.attention_dropout_rate,
+        stochastic_depth_rate=stochastic_depth_rate,
+        norm_layer=self.norm_layer,
+        dtype=self.dtype,
+        name=f'blocks_{number}',
+      )
+
+    if self.block_type != 'dense':
+      for number, rate in enumerate(np.linspace(0, self.stochastic_depth_rate, self.depth)):
+        yield block(number, float(rate))
+      return
+    # The reference spreads the rate over 12 blocks, its default depth, but picks from it by stage.
+    stage_rates = np.linspace(0, self.stochastic_depth_rate, 12)
+    numbers = itertools.count()
+    for stage, num_blocks in enumerate(self.dense_stages):
+      if stage:
+        yield Transition(dtype=self.dtype, name=f'blocks_{next(numbers)}')
+      for _ in range(num_blocks):
+        yield block(next(numbers), float(stage_rates[stage]))
 
   def _position_embedding(self, grid: tuple[int, int]) -> Array:
     """The stored table, (1, 1 + H * W, D), resized if the images are not of `image_size`."""

@@ -28,31 +28,30 @@ class Variant:
   public: bool = True  # listed by `list_models`
 
 
-def _performer(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> Variant:
-  return Variant(
-    dict(tokens_type='performer', embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
-  )
+def _variant(tokens_type: str, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float, **more: Any) -> Variant:
+  widths = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+  return Variant(dict(tokens_type=tokens_type, **widths, **more))
 
 
-def _transformer(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> Variant:
-  return Variant(
-    dict(tokens_type='transformer', embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
-  )
-
-
-# Paper tables 1 and 3; the reference's constructors t2t_vit_7 ... t2t_vit_14_wide.
+# Paper tables 1, 3 and 5; the reference's constructors.
 VARIANTS: dict[str, Variant] = {
-  't2t_vit_7': _performer(256, 7, 4, 2.0),
-  't2t_vit_10': _performer(256, 10, 4, 2.0),
-  't2t_vit_12': _performer(256, 12, 4, 2.0),
-  't2t_vit_14': _performer(384, 14, 6, 3.0),
-  't2t_vit_19': _performer(448, 19, 7, 3.0),
-  't2t_vit_24': _performer(512, 24, 8, 3.0),
-  't2t_vit_t_14': _transformer(384, 14, 6, 3.0),
-  't2t_vit_t_19': _transformer(448, 19, 7, 3.0),
-  't2t_vit_t_24': _transformer(512, 24, 8, 3.0),
-  't2t_vit_14_resnext': _performer(384, 14, 32, 3.0),
-  't2t_vit_14_wide': _performer(768, 4, 12, 3.0),
+  't2t_vit_7': _variant('performer', 256, 7, 4, 2.0),
+  't2t_vit_10': _variant('performer', 256, 10, 4, 2.0),
+  't2t_vit_12': _variant('performer', 256, 12, 4, 2.0),
+  't2t_vit_14': _variant('performer', 384, 14, 6, 3.0),
+  't2t_vit_19': _variant('performer', 448, 19, 7, 3.0),
+  't2t_vit_24': _variant('performer', 512, 24, 8, 3.0),
+  't2t_vit_t_14': _variant('transformer', 384, 14, 6, 3.0),
+  't2t_vit_t_19': _variant('transformer', 448, 19, 7, 3.0),
+  't2t_vit_t_24': _variant('transformer', 512, 24, 8, 3.0),
+  't2t_vit_14_resnext': _variant('performer', 384, 14, 32, 3.0),
+  't2t_vit_14_wide': _variant('performer', 768, 4, 12, 3.0),
+  't2t_vit_14_se': _variant('performer', 384, 14, 6, 3.0, block_type='se'),
+  # The paper counts 14 layers for the ghost model; the reference's code, and the published size, have 16.
+  't2t_vit_16_ghost': _variant('performer', 384, 16, 6, 3.0, block_type='ghost'),
+  't2t_vit_dense': _variant(
+    'performer', 128, 19, 8, 2.0, block_type='dense', dense_stages=(3, 6, 6, 4), growth_rate=64
+  ),
   # Not from the paper: small enough to train on a laptop's CPU and for tests.
   't2t_vit_tiny': Variant(
     dict(tokens_type='performer', embed_dim=96, depth=4, num_heads=4, mlp_ratio=2.0, token_dim=32),

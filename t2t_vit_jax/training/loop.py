@@ -90,8 +90,8 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
   reporter.say(f'train: {run.train_source.description}, {len(run.train_source):,} images')
   reporter.say(f'evaluation: {run.eval_source.description}, {len(run.eval_source):,} images')
   reporter.say(
-    f'steps: {run.total_steps:,} of {run.order.batch_size} images on {run.mesh.size} {jax.default_backend()} device(s), '
-    f'{run.order.steps_per_epoch:,} an epoch; workdir {workdir}'
+    f'steps: {run.total_steps:,} of {run.order.batch_size} images, {run.order.steps_per_epoch:,} an epoch, '
+    f'on {run.mesh.size} {jax.default_backend()} device(s); workdir {workdir}'
   )
   if first_step:
     reporter.say(f'continuing from the checkpoint of step {first_step}')

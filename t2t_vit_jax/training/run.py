@@ -1,14 +1,13 @@
 """What a config describes, built and checked before anything is written or computed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 import dataclasses
 import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
-import optax
+from jax.sharding import Mesh
 
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import Source, open_tfds
@@ -41,7 +40,7 @@ class Run:
     """The run's random key; steps derive theirs from it by number."""
     return jax.device_put(jax.random.key(self.config.seed), sharding.replicated(self.mesh))
 
-  def train_batches(self, first_step: int) -> Iterator[loader.Batch]:
+  def train_batches(self, first_step: int) -> Generator[loader.Batch]:
     """This process's part of the batches from `first_step` to the end of the run."""
     return loader.train_batches(
       self.train_source,

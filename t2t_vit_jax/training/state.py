@@ -13,8 +13,7 @@ Array = jax.Array
 Tree = Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """One unit: saved, restored and passed from step to step together."""
 
   step: Array  # () int32, optimizer steps done

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def make_train_step(
     rngs = {'dropout': jax.random.fold_in(rng, state.step)}
 
     def loss_of(params: Tree) -> Array:
-      logits = model.apply(state.variables(params), images, train=True, rngs=rngs)
+      logits: Any = model.apply(state.variables(params), images, train=True, rngs=rngs)
       return optax.softmax_cross_entropy(logits, targets).mean()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
@@ -74,7 +75,7 @@ def make_eval_step(
   """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count."""
 
   def eval_step(variables: dict[str, Tree], batch: Batch) -> dict[str, Array]:
-    logits = model.apply(variables, normalization(batch['image']))
+    logits: Any = model.apply(variables, normalization(batch['image']))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
     hits = best == batch['label'][:, None]  # (B, 5), best guess first
