@@ -5,9 +5,9 @@ import runpy
 
 import pytest
 import torch
-import torch_reference
 
 import t2t_vit_jax
+from tests import torch_reference
 
 DOCS = Path(__file__).parents[1] / 'docs'
 model_table = runpy.run_path(str(DOCS / 'model_table.py'))

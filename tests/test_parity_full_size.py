@@ -7,16 +7,15 @@ import dataclasses
 import functools
 from typing import Any
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-import torch_reference
 
 import t2t_vit_jax
+from tests import golden, torch_reference
 
 SMALL = {**golden.TINY_MODELS, 'convolution': dict(golden.TINY, tokens_type='convolution')}
 del SMALL['performer_own_pos_embed']  # differs from 'performer' in its weights alone

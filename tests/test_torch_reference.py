@@ -1,11 +1,11 @@
 """The PyTorch oracle of the other tests, against numbers of the published code."""
 
-import golden
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-import torch_reference
+
+from tests import golden, torch_reference
 
 # Entries of the parameters, all and trained, of the published code's models.
 PARAMETERS = {
