@@ -4,10 +4,11 @@ The checkpoint may come from the reference, from mmpretrain or from timm's train
 in it is executed. With --reverse, a converted file becomes a PyTorch state dict.
 """
 
+from collections.abc import Callable
 import sys
-from typing import Any
+from typing import Any, cast
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from t2t_vit_jax.errors import UserError, did_you_mean
 
@@ -30,15 +31,17 @@ def main(argv: list[str]) -> None:
 
   if len(argv) != 2:
     raise app.UsageError('give one CHECKPOINT')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # jax logs the devices it does not find at INFO
   try:
     if OUTPUT.value is None:
       raise UserError('give --output=FILE')
     options = conversion.Options(
       model_name=MODEL.value,
-      settings=dict(_setting(text) for text in SET.value),
-      weights=WEIGHTS.value,
+      settings=dict(map(_setting, SET.value)),
+      weights=cast(Any, WEIGHTS.value),  # an enum flag: 'ema', 'raw' or None
       num_classes=NUM_CLASSES.value,
-      image_size=IMAGE_SIZE.value and _image_size(IMAGE_SIZE.value),
+      image_size=None if IMAGE_SIZE.value is None else _image_size(IMAGE_SIZE.value),
     )
     for line in conversion.convert(argv[1], OUTPUT.value, options, reverse=REVERSE.value, force=FORCE.value):
       print(line)
@@ -61,13 +64,13 @@ def _setting(text: str) -> tuple[str, Any]:
 def _image_size(text: str) -> int | tuple[int, int]:
   """'224' -> 224, '192x256' -> (192, 256): pixels."""
   try:
-    height, *width = map(int, text.split('x', maxsplit=1))
+    numbers = [int(number) for number in text.split('x', maxsplit=1)]
   except ValueError as error:
     raise UserError(f'an image size is SIDE or HEIGHTxWIDTH, not {text!r}') from error
-  return (height, *width) if width else height
+  return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-_SETTINGS = {'num_heads': int, 'qk_scale': float, 'image_size': _image_size}
+_SETTINGS: dict[str, Callable[[str], Any]] = {'num_heads': int, 'qk_scale': float, 'image_size': _image_size}
 
 
 if __name__ == '__main__':

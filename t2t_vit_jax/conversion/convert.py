@@ -172,8 +172,8 @@ def _import(path: Path, kind: files.Format, options: Options) -> tuple[Weights, 
 def _expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:
   """Path -> shape of every variable of the model, found without computing any."""
   model = T2TViT(**arguments)
-  images = jax.ShapeDtypeStruct((1, *_sides(model.image_size), channels), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  height, width = _sides(model.image_size)
+  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, channels))))
   return {key: leaf.shape for key, leaf in flatten_dict(variables, sep='/').items()}
 
 
