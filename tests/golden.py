@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
-import re
 
+from flax.traverse_util import unflatten_dict
 import numpy as np
 import torch
+
+from t2t_vit_jax.conversion import names
 
 DATA = Path(__file__).parent / 'data'
 
@@ -16,18 +18,18 @@ TINY_MODELS = {
   'transformer': dict(TINY, tokens_type='transformer'),
   'performer_qkbias_qkscale': dict(TINY, tokens_type='performer', qkv_bias=True, qk_scale=0.17),
   'performer_own_pos_embed': dict(TINY, tokens_type='performer'),
+  'se': dict(TINY, tokens_type='performer', token_dim=64, block_type='se'),
+  'ghost': dict(TINY, tokens_type='performer', token_dim=64, mlp_ratio=3.0, block_type='ghost'),
+  'dense': dict(
+    TINY,
+    tokens_type='performer',
+    token_dim=64,
+    embed_dim=32,
+    block_type='dense',
+    dense_stages=(1, 2),
+    growth_rate=16,
+  ),
 }
-
-# torch name -> path here, applied in turn.
-_RENAMES = (
-  (r'^blocks\.(\d+)\.', r'blocks_\1.'),
-  (r'\.mlp\.0\.', '.mlp.fc1.'),
-  (r'\.mlp\.2\.', '.mlp.fc2.'),
-  (r'(attention\d)\.attn\.', r'\1.'),
-  (r'\.w$', '.random_projection'),
-  (r'norm(\d?)\.weight$', r'norm\1.scale'),
-  (r'\.weight$', '.kernel'),
-)
 
 
 def load_numbers(name):
@@ -36,23 +38,21 @@ def load_numbers(name):
     return dict(file)
 
 
-def load_variables(name):
-  """Variables `{'params': ..., 'frozen': ...}` of the golden model `official_tiny_<name>.pth.tar` (its EMA weights)."""
+def load_state_dict(name):
+  """Torch tensors of the golden model `official_tiny_<name>.pth.tar` (its EMA weights) by their names."""
   with torch.serialization.safe_globals([argparse.Namespace]):
-    saved = torch.load(DATA / f'official_tiny_{name}.pth.tar', weights_only=True)
-  return to_variables({key: tensor.numpy() for key, tensor in saved['state_dict_ema'].items()})
+    return torch.load(DATA / f'official_tiny_{name}.pth.tar', weights_only=True)['state_dict_ema']
+
+
+def load_variables(name):
+  """The same as variables `{'params': ..., 'frozen': ...}` of `T2TViT`."""
+  return to_variables({key: tensor.numpy() for key, tensor in load_state_dict(name).items()})
 
 
 def to_variables(tensors):
-  """Nests arrays under torch names as the variables of `T2TViT`; Linear weights are transposed."""
-  variables = {}
-  for torch_name, array in tensors.items():
-    name = torch_name
-    for pattern, replacement in _RENAMES:
-      name = re.sub(pattern, replacement, name)
-    *parents, leaf = name.split('.')
-    node = variables.setdefault('frozen' if leaf in ('pos_embed', 'random_projection') else 'params', {})
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = array.T if leaf == 'kernel' else array
-  return variables
+  """Nests arrays under torch names (all of a model's, or some) as the variables of `T2TViT`."""
+  tokens_type, flat = names.tokens_type_of(tensors), {}
+  for name, array in tensors.items():
+    path, transform = names.from_torch(name, tokens_type)
+    flat[path] = transform.to_here(array)
+  return unflatten_dict(flat, sep='/')
