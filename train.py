@@ -1,36 +1,70 @@
 """Trains a T2T-ViT: python train.py --config=configs/t2t_vit_14.py --workdir=runs/t2t_vit_14."""
 
 from pathlib import Path
+import re
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, did_you_mean
 
 HERE = Path(__file__).parent
-CONFIG = config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines and parses the flags; an unknown config field is refused in one line, like an unknown flag."""
+  try:
+    # ml_collections reads the overrides of the default config as soon as the flag is defined.
+    config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
+    flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
+    arguments = flags.FLAGS(argv)
+  except (AttributeError, KeyError):
+    refuse_unknown_field(argv)
+    raise
+  except flags.Error as error:
+    _fail(str(error).splitlines()[0])
+  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
+  if not Path(config_file).is_file():
+    _fail(f'there is no config file {config_file}')
+  return arguments
+
+
+def refuse_unknown_field(argv: list[str]) -> None:
+  """Ends the program if an override names a field that `configs/default.py` does not have."""
+  from configs import default
+
+  tree = default.get_config()
+  known = [f'{group}.{field}' for group in tree if group != 'seed' for field in tree[group]] + ['seed']
+  for path in re.findall(r'^--?(?:no)?config\.([^=]+)', '\n'.join(argv), flags=re.MULTILINE):
+    if path not in known:
+      _fail(f'unknown config field {path!r}: {did_you_mean(path, known)}')
 
 
 def main(argv: list[str]) -> None:
-  from t2t_vit_jax.training.loop import Stopped, train  # imported late: bad flags are refused at once
+  # Imported late: this takes seconds, and wrong flags should be refused at once.
+  from t2t_vit_jax.training.loop import Stopped, train
 
   if len(argv) > 1:
-    raise app.UsageError(f'arguments without a flag: {" ".join(argv[1:])}')
+    _fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # orbax logs every file at INFO
+    logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    train(CONFIG.value, WORKDIR.value or Path('runs') / Path(config_file).stem)
+    train(flags.FLAGS.config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _fail(str(error))
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_code)
 
 
+def _fail(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
 if __name__ == '__main__':
   sys.path.insert(0, str(HERE))  # so that a config finds its neighbours from any folder
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 import tensorflow_datasets as tfds
 
 NUM_TEST_IMAGES = 360
@@ -17,6 +15,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   """1,797 grey images of 8 x 8 px in ten classes, split 1,437 / 360 with the classes' shares kept.
 
   The split is part of the dataset's version: it never changes under the same version number.
+  scikit-learn is imported only to prepare the files: reading them, in each worker, does not need it.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -40,11 +39,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
     del dl_manager  # the images come with scikit-learn
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     labels = load_digits().target
     train, test = train_test_split(np.arange(len(labels)), test_size=NUM_TEST_IMAGES, stratify=labels, random_state=0)
     return {'train': self._generate_examples(train), 'test': self._generate_examples(test)}
 
   def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for index in sorted(indices.tolist()):
       pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)

@@ -9,6 +9,7 @@ from collections.abc import Generator
 import dataclasses
 import functools
 import math
+import signal
 from typing import Any
 
 import grain
@@ -121,13 +122,20 @@ class Workers:
     read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4 * max(batch_size, self.num_threads))
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
     if self.num_workers:
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
+      options = grain.MultiprocessingOptions(num_workers=self.num_workers)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     # After the prefetch: workers that batched would make the batches depend on their number.
     batches = iter(dataset.batch(batch_size))
     try:
       yield from batches
     finally:
       batches.close()
+
+
+def _ignore_interrupts(worker_index: int, worker_count: int) -> None:
+  """Leaves Ctrl-C, which a terminal sends to every process, to the main process: it ends its workers itself."""
+  del worker_index, worker_count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train_batches(

@@ -70,16 +70,23 @@ class Checkpoints:
     """
     wanted = serialization.to_state_dict(abstract_state)
     stored = self._checkpointer.metadata()
-    differences = tree_differences(stored.metadata, wanted)
+    # The optimizer's state repeats the parameters' names: it speaks only where they are the same.
+    differences = tree_differences(_variables(stored.metadata), _variables(wanted)) or tree_differences(
+      stored.metadata, wanted
+    )
     if differences:
-      stored_name = (stored.custom_metadata or {}).get('model', 'another model')
+      stored_name = (stored.custom_metadata or {}).get('model', 'a model')
       shown = '; '.join(differences[:3]) + (f'; and {len(differences) - 3} more' if len(differences) > 3 else '')
       raise UserError(
-        f'{self.folder} holds a checkpoint of {stored_name} that does not fit this {model_name}: '
+        f'{self.folder} has a checkpoint of {stored_name}, which does not fit the {model_name} of this config: '
         f'{shown}. Nothing was changed; choose another --workdir'
       )
     restored = self._checkpointer.load(None, wanted)
     return serialization.from_state_dict(abstract_state, restored)
+
+
+def _variables(state: dict[str, Any]) -> dict[str, Any]:
+  return {name: state[name] for name in ('params', 'frozen') if name in state}
 
 
 def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
@@ -92,5 +99,9 @@ def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
   for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
     there, here = stored_shapes.get(name), wanted_shapes.get(name)
     if there != here:
-      lines.append(f'{name} is {there or "missing"} there, {here or "missing"} here')
+      lines.append(f'{name} is {_shape(there)} there, {_shape(here)} here')
   return lines
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+  return 'missing' if shape is None else str(shape)

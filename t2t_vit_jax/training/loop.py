@@ -71,10 +71,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
 def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   if checkpoints.latest_step is None:
     return run.make_state(run.rng)
-  shapes = jax.eval_shape(run.make_state, run.rng)
-  replicated = sharding.replicated(run.mesh)
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
-  return checkpoints.restore(abstract, model_name=run.config.model.name)
+  return checkpoints.restore(run.abstract_state, model_name=run.config.model.name)
 
 
 def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
@@ -85,7 +82,7 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
     steps_per_epoch=run.order.steps_per_epoch,
     batch_size=run.order.batch_size,
   )
-  num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(run.make_state, run.rng).params))
+  num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(run.abstract_state.params))
   reporter.say(f'model: {run.config.model.name}, {num_parameters:,} trained parameters, {run.config.model.dtype}')
   reporter.say(f'train: {run.train_source.description}, {len(run.train_source):,} images')
   reporter.say(f'evaluation: {run.eval_source.description}, {len(run.eval_source):,} images')
@@ -108,10 +105,11 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
   accuracies: dict[str, Accuracy] = {}
 
   with contextlib.closing(run.train_batches(first_step)) as batches, _signals() as received:
-    reporter.resume()
     for step, batch in enumerate(batches, start=first_step + 1):
       state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
       reporter.collect(metrics)
+      if step == first_step + 1:
+        reporter.start_clock()  # that call compiled
       in_flight.append(metrics['loss'])
       if len(in_flight) > MAX_STEPS_IN_FLIGHT:
         in_flight.popleft().block_until_ready()
@@ -122,7 +120,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
       if last or save:
         accuracies = _evaluate(run, state, reporter)
         checkpoints.save(state, metrics=_headline(accuracies).as_dict(), run=description)
-        reporter.resume()
+        reporter.start_clock()
       if received and not last:
         checkpoints.save(state, metrics=None, run=description)
         raise Stopped(step, received[0])

@@ -44,7 +44,7 @@ class Reporter:
       bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]',
     )
     self._pending: list[dict[str, jax.Array]] = []
-    self._resumed_at = time.perf_counter()
+    self.start_clock()
 
   def __enter__(self) -> Self:
     return self
@@ -56,34 +56,38 @@ class Reporter:
     """Prints a line to standard output without disturbing the progress line."""
     if not self._silent:
       tqdm.write(text)
+      sys.stdout.flush()  # a log file should show it now
 
   def collect(self, metrics: dict[str, jax.Array]) -> None:
     """Takes a step's metrics without waiting for the device."""
     self._pending.append(metrics)
+    self._steps_timed += 1
 
   def report(self, step: int) -> None:
     """Fetches what was collected since the last call, averages it, and shows and writes it."""
     if not self._pending:
       return
     collected = jax.device_get(self._pending)
-    seconds = time.perf_counter() - self._resumed_at
-    images_per_second = len(collected) * self._batch_size / seconds
+    images_per_second = self._steps_timed * self._batch_size / (time.perf_counter() - self._clock_started)
     row: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
     row['learning_rate'] = float(collected[-1]['learning_rate'])
     row['images_per_second'] = round(images_per_second, 2)
     epoch = step / self._steps_per_epoch
     self._write(step, 'train', epoch=round(epoch, 4), **row)
 
-    summary = (
-      f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e} {images_per_second:,.0f} images/s'
-    )
+    summary = f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e}'
+    if self._steps_timed:
+      summary += f' {images_per_second:,.0f} images/s'
     if self._bar.disable:
-      left = (self._total_steps - step) * self._batch_size / images_per_second
-      self.say(f'step {step}/{self._total_steps} {summary} {tqdm.format_interval(left)} left')
+      if self._steps_timed:
+        left = (self._total_steps - step) * self._batch_size / images_per_second
+        summary += f' {tqdm.format_interval(left)} left'
+      self.say(f'step {step}/{self._total_steps} {summary}')
     else:
       self._bar.set_postfix_str(summary, refresh=False)
       self._bar.update(step - self._bar.n)
-    self.resume()
+    self._pending.clear()
+    self.start_clock()
 
   def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
     """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""
@@ -93,12 +97,11 @@ class Reporter:
         f'loss {accuracy.loss:.4f} ({accuracy.count} images)'
       )
       self._write(step, split, weights=weights, **accuracy.as_dict())
-    self.resume()
 
-  def resume(self) -> None:
-    """Starts the clock of images per second anew, after work that is not training."""
-    self._pending.clear()
-    self._resumed_at = time.perf_counter()
+  def start_clock(self) -> None:
+    """Measures images per second from here: after a compilation, an evaluation, a save."""
+    self._steps_timed = 0
+    self._clock_started = time.perf_counter()
 
   def _write(self, step: int, kind: str, **values: Any) -> None:
     if not self._silent:

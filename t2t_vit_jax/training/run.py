@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.training import optimizer, sharding, steps
+from t2t_vit_jax.training.augment import Normalization
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
 from t2t_vit_jax.training.state import TrainState, init_state
 
@@ -31,6 +33,7 @@ class Run:
   eval_source: Source
   order: loader.TrainOrder
   total_steps: int
+  abstract_state: TrainState  # shapes, dtypes and shardings
   make_state: Callable[[jax.Array], TrainState]  # from the run's rng
   train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   eval_step: Callable[..., dict[str, jax.Array]]
@@ -71,25 +74,30 @@ def build_run(config: Any) -> Run:
   Raises:
     UserError: a field is out of range, data is missing, or the parts don't fit together.
   """
+  _check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
   token_grid((config.data.image_size,) * 2)  # raises if the images are too small
   train_transform(config), eval_transform(config)
-  build_model(config, num_classes=1000)  # raises before data is opened, which may take long
   train_source = open_tfds(config.data.name, config.data.train_split, config.data.data_dir)
   eval_source = open_tfds(config.data.name, config.data.eval_split, config.data.data_dir)
   model = build_model(config, num_classes=len(train_source.class_names))
+  if model.num_classes != len(train_source.class_names):
+    raise UserError(
+      f'model.num_classes is {model.num_classes}, but {config.data.name} has {len(train_source.class_names)} classes'
+    )
   order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
   learning_rate = optimizer.learning_rate_schedule(
     config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size
   )
   adamw = optimizer.make_optimizer(config.optimizer, learning_rate)
-  normalization = steps.Normalization(tuple(config.data.mean), tuple(config.data.std))
+  normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
   replicated = sharding.replicated(mesh)
 
   def make_state(rng: jax.Array) -> TrainState:
     return init_state(model, adamw, rng, config.data.image_size, with_ema=bool(config.ema.decay))
 
+  shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
   return Run(
     config=config,
     mesh=mesh,
@@ -98,6 +106,7 @@ def build_run(config: Any) -> Run:
     eval_source=eval_source,
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
+    abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),
     make_state=jax.jit(make_state, out_shardings=replicated),
     train_step=jax.jit(
       steps.make_train_step(
@@ -115,11 +124,49 @@ def build_run(config: Any) -> Run:
   )
 
 
+# What a number means for these fields; others are checked where they are used.
+POSITIVE = (
+  'checkpoint.every_epochs',
+  'checkpoint.keep_latest',
+  'data.batch_size',
+  'data.crop_fraction',
+  'data.eval_batch_size',
+  'logging.every_steps',
+  'schedule.base_batch_size',
+  'schedule.epochs',
+)
+SHARES = (
+  'augment.horizontal_flip_probability',
+  'augment.label_smoothing',
+  'data.crop_fraction',
+  'ema.decay',
+  'model.attention_dropout_rate',
+  'model.dropout_rate',
+  'model.performer_dropout_rate',
+  'model.stochastic_depth_rate',
+)
+
+
+def _check_ranges(config: Any) -> None:
+  for path in POSITIVE:
+    if not _field(config, path) > 0:
+      raise UserError(f'{path} must be positive, not {_field(config, path)}')
+  for path in SHARES:
+    if not 0 <= _field(config, path) <= 1:
+      raise UserError(f'{path} must lie between 0 and 1, not {_field(config, path)}')
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
+
+
+def _field(config: Any, path: str) -> Any:
+  return functools.reduce(getattr, path.split('.'), config)
+
+
 def build_model(config: Any, num_classes: int) -> T2TViT:
   """The model of `config.model`; fields that are None stay as the named variant has them.
 
   Raises:
-    UserError: unknown model or argument, or a head that does not fit the data's `num_classes`.
+    UserError: unknown model, dtype or argument.
   """
   arguments = {field: value for field, value in config.model.items() if value is not None}
   name = arguments.pop('name')

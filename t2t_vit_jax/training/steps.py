@@ -1,7 +1,6 @@
 """The training step and the evaluation step: pure functions, to be jitted."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,22 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training.augment import normalize, soft_targets
+from t2t_vit_jax.training.augment import Normalization, soft_targets
 from t2t_vit_jax.training.state import TrainState, Tree
 
 Array = jax.Array
 Batch = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalization:
-  """Mean and standard deviation of RGB in [0, 1]."""
-
-  mean: Sequence[float]
-  std: Sequence[float]
-
-  def __call__(self, images: Array) -> Array:
-    return normalize(images, self.mean, self.std)
 
 
 def make_train_step(

@@ -1,0 +1,64 @@
+"""The digits as a tfds dataset, and what is said when data is missing."""
+
+import collections
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+from sklearn.datasets import load_digits
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.data.sources import open_tfds
+
+
+@pytest.fixture(scope='module')
+def splits(data_dir):
+  return {split: open_tfds('digits', split, data_dir) for split in ('train', 'test')}
+
+
+def test_digits_are_scikit_learns_images_each_once(splits):
+  digits = load_digits()
+  seen = {}
+  for source in splits.values():
+    for i in range(len(source)):
+      record = source.records[i]
+      index = int(record['file_name'].decode().removeprefix('digit_').removesuffix('.png'))
+      assert index not in seen
+      seen[index] = record['label']
+      pixels = np.asarray(Image.open(io.BytesIO(record['image'])))
+      np.testing.assert_array_equal(np.round(pixels / 255 * 16), digits.images[index])
+  assert [seen[i] for i in range(len(digits.target))] == digits.target.tolist()
+
+
+def test_digits_are_split_with_equal_shares(splits):
+  assert {name: len(source) for name, source in splits.items()} == {'train': 1437, 'test': 360}
+  labels = [splits['test'].records[i]['label'] for i in range(360)]
+  counts = collections.Counter(labels)
+  assert set(counts) == set(range(10))
+  for label, count in counts.items():
+    assert abs(count - 360 * np.mean(load_digits().target == label)) < 1
+
+
+def test_class_names_travel_with_the_source(splits):
+  assert splits['train'].class_names == tuple('0123456789')
+
+
+def test_slices_of_a_split(data_dir):
+  assert len(open_tfds('digits', 'test[:30]', data_dir)) == 30
+
+
+@pytest.mark.parametrize(
+  ('name', 'split', 'message'),
+  [
+    ('digit', 'train', "no dataset 'digit': did you mean 'digits'"),
+    ('digits', 'tset', "no split 'tset': did you mean 'test'"),
+    ('mnist/no_such_config', 'train', "cannot build 'mnist/no_such_config'"),
+    ('imagenet2012', 'train', r'not prepared.* python -m t2t_vit_jax\.data\.prepare imagenet2012 --manual-dir \S+ --d'),
+    ('cifar10', 'train', r'python -m t2t_vit_jax\.data\.prepare cifar10 --data-dir'),
+  ],
+)
+def test_missing_data_gets_one_line_that_helps(name, split, message, data_dir):
+  with pytest.raises(UserError, match=message) as caught:
+    open_tfds(name, split, data_dir)
+  assert '\n' not in str(caught.value)

@@ -1,0 +1,77 @@
+"""Layers against hand-computed values and golden files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from t2t_vit_jax.models import layers
+from tests import golden
+
+
+def test_sinusoidal_table_equals_the_references():
+  table = layers.sinusoidal_position_embedding(197, 384)
+  assert table.shape == (1, 197, 384)
+  assert table.dtype == np.float32
+  np.testing.assert_array_equal(table[0], golden.load_numbers('pos_embed_resize')['sinusoid_197_384'])
+
+
+def test_sinusoidal_table_by_hand():
+  table = layers.sinusoidal_position_embedding(3, 4)[0]
+  np.testing.assert_allclose(table[0], [0, 1, 0, 1])
+  np.testing.assert_allclose(table[2], [np.sin(2), np.cos(2), np.sin(0.02), np.cos(0.02)], rtol=1e-6)
+
+
+@pytest.mark.parametrize('side', [8, 24])
+def test_position_table_is_resized_like_the_reference_does(side):
+  numbers = golden.load_numbers('pos_embed_resize')
+  resized = layers.resize_position_embedding(numbers['old'], (14, 14), (side, side))
+  np.testing.assert_allclose(resized, numbers[f'new_{side}'], atol=1e-5)
+  np.testing.assert_array_equal(resized[:, 0], numbers['old'][:, 0])
+
+
+def test_position_table_resize_to_a_non_square_grid_equals_torch():
+  table = np.random.default_rng(0).normal(size=(1, 1 + 4 * 6, 5)).astype(np.float32)
+  grid = torch.from_numpy(table[:, 1:]).reshape(1, 4, 6, 5).permute(0, 3, 1, 2)
+  expected = torch.nn.functional.interpolate(grid, size=(7, 3), mode='bicubic', align_corners=False)
+  resized = layers.resize_position_embedding(jnp.asarray(table), (4, 6), (7, 3))
+  np.testing.assert_allclose(resized[0, 1:].reshape(7, 3, 5), expected[0].permute(1, 2, 0), atol=1e-5)
+
+
+def test_gelu_is_the_exact_form():
+  x = np.linspace(-6, 6, 1001, dtype=np.float32)
+  np.testing.assert_allclose(layers.gelu(x), torch.nn.functional.gelu(torch.from_numpy(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize('offset', [0.0, 1000.0])
+def test_layer_norm_equals_torch(offset):
+  x = np.random.default_rng(0).normal(offset, 1, size=(4, 147)).astype(np.float32)
+  norm = layers.LayerNorm()
+  variables = norm.init(jax.random.key(0), x)
+  expected = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (147,), eps=1e-5)
+  np.testing.assert_allclose(norm.apply(variables, x), expected, atol=1e-6 if offset == 0 else 1e-3)
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():
+  rate, samples = 0.25, 20_000
+  branch = jnp.broadcast_to(jnp.arange(1.0, 7.0).reshape(1, 2, 3), (samples, 2, 3))
+  layer = layers.StochasticDepth(rate)
+  kept = np.asarray(layer.apply({}, branch, train=True, rngs={'dropout': jax.random.key(0)}) / branch)
+  np.testing.assert_array_equal(kept, np.broadcast_to(kept[:, :1, :1], kept.shape))
+  assert set(np.unique(kept.round(6))) == {0, np.float32(1 / (1 - rate)).round(6)}
+  assert np.mean(kept[:, 0, 0] > 0) == pytest.approx(1 - rate, abs=4 * np.sqrt(rate * (1 - rate) / samples))
+  np.testing.assert_array_equal(layer.apply({}, branch, train=False), branch)
+
+
+def test_dense_weights_start_from_a_normal_of_std_002():
+  kernel = np.asarray(layers.Dense(512).init(jax.random.key(0), jnp.zeros((1, 512)))['params']['kernel'])
+  assert kernel.std() == pytest.approx(0.02, rel=0.01)
+  assert np.abs(kernel).max() > 0.07  # not truncated at two deviations
+
+
+def test_torch_conv_init_is_uniform_within_its_bound():
+  values = np.asarray(layers.torch_conv_init(fan_in=147)(jax.random.key(0), (7, 7, 3, 200)))
+  bound = 147**-0.5
+  assert np.abs(values).max() <= bound
+  assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)

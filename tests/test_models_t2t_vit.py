@@ -1,0 +1,161 @@
+"""The whole model against the reference's numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from t2t_vit_jax import Features, T2TViT, UserError
+from t2t_vit_jax.models.layers import resize_position_embedding
+from tests import golden
+
+LOGITS_ATOL = 1e-5
+GRADIENT_RTOL = 2e-5  # of the tensor's largest entry
+
+
+def tiny(name, **overrides):
+  return T2TViT(**{**golden.TINY_MODELS[name], **overrides})
+
+
+@pytest.mark.parametrize('name', golden.TINY_MODELS)
+def test_parameters_have_the_references_names_and_shapes(name):
+  fresh = jax.eval_shape(tiny(name).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  assert jax.tree.map(jnp.shape, golden.load_variables(name)) == jax.tree.map(lambda x: x.shape, dict(fresh))
+
+
+@pytest.mark.parametrize('name', golden.TINY_MODELS)
+def test_logits_equal_the_references(name, strict_dtypes):
+  numbers = golden.load_numbers(f'tiny_{name}')
+  logits = tiny(name).apply(golden.load_variables(name), numbers['images_nhwc'])
+  np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize('name', ['performer', 'transformer', 'performer_qkbias_qkscale'])
+def test_tokens_and_features_equal_the_references(name, strict_dtypes):
+  numbers = golden.load_numbers(f'tiny_{name}')
+  model = tiny(name)
+  features, state = model.apply(
+    golden.load_variables(name), numbers['images_nhwc'], features=True, capture_intermediates=True
+  )
+  assert isinstance(features, Features)
+  assert features.tokens.shape == (2, 4, 4, 64)
+  np.testing.assert_allclose(features.cls, numbers['features'], atol=LOGITS_ATOL)
+  (tokens,) = state['intermediates']['tokens_to_token']['__call__']
+  np.testing.assert_allclose(tokens.reshape(2, 16, 64), numbers['tokens'], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize('name', ['performer', 'transformer'])
+def test_constant_images_show_the_right_epsilon(name):
+  numbers = golden.load_numbers('tiny_half_constant')
+  logits = tiny(name).apply(golden.load_variables(name), numbers['images_nhwc'])
+  np.testing.assert_allclose(logits, numbers[f'logits_{name}'], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize('name', ['performer', 'transformer'])
+def test_gradients_equal_the_references(name):
+  numbers = golden.load_numbers(f'tiny_{name}')
+  variables = golden.load_variables(name)
+
+  def loss_of(params):
+    logits = tiny(name).apply({**variables, 'params': params}, numbers['images_nhwc'])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, numbers['labels']).mean()
+
+  loss, gradients = jax.jit(jax.value_and_grad(loss_of))(variables['params'])
+  expected = golden.to_variables({key[5:]: value for key, value in numbers.items() if key.startswith('grad/')})
+  assert loss == pytest.approx(float(numbers['loss']), abs=1e-6)
+  assert expected.keys() == {'params'}
+  assert jax.tree.structure(gradients) == jax.tree.structure(expected['params'])
+  errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), gradients, expected['params'])
+  assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
+
+
+def test_another_image_size_resizes_the_stored_table():
+  variables = golden.load_variables('performer_own_pos_embed')
+  images = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
+  resized = resize_position_embedding(variables['frozen']['pos_embed'], (4, 4), (6, 8))
+  expected = tiny('performer', image_size=(96, 128)).apply(
+    {'params': variables['params'], 'frozen': {**variables['frozen'], 'pos_embed': resized}}, images
+  )
+  np.testing.assert_allclose(tiny('performer').apply(variables, images), expected, atol=1e-6)
+
+
+def test_non_square_images_keep_their_grid():
+  model = tiny('performer', image_size=(32, 96), num_classes=0)
+  images = jax.random.normal(jax.random.key(1), (2, 32, 96, 3))
+  variables = model.init(jax.random.key(0), images)
+  assert variables['frozen']['pos_embed'].shape == (1, 1 + 2 * 6, 64)
+  features = model.apply(variables, images)
+  assert features.tokens.shape == (2, 2, 6, 64)
+  assert np.isfinite(features.tokens).all()
+
+
+def test_features_do_not_depend_on_the_other_images_of_the_batch():
+  variables = golden.load_variables('transformer')
+  images = golden.load_numbers('tiny_transformer')['images_nhwc']
+  both = tiny('transformer').apply(variables, images)
+  np.testing.assert_allclose(tiny('transformer').apply(variables, images[1:]), both[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize('tokens_type', ['performer', 'transformer', 'convolution'])
+def test_training_mode_draws_from_the_dropout_rng(tokens_type):
+  model = tiny('performer', tokens_type=tokens_type, dropout_rate=0.1, attention_dropout_rate=0.1)
+  images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+  variables = model.init(jax.random.key(0), images)
+
+  def logits(seed):
+    return model.apply(variables, images, train=True, rngs={'dropout': jax.random.key(seed)})
+
+  np.testing.assert_array_equal(logits(0), logits(0))
+  assert np.abs(logits(0) - logits(1)).max() > 1e-4
+  np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images, train=False))
+
+
+def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
+  images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+  variables = golden.load_variables('performer')
+
+  def difference(**overrides):
+    model = tiny('performer', **overrides)
+    trained = model.apply(variables, images, train=True, rngs={'dropout': jax.random.key(0)})
+    return np.abs(trained - model.apply(variables, images)).max()
+
+  assert difference() > 1e-3
+  assert difference(performer_dropout_rate=0.0) == 0
+
+
+@pytest.mark.parametrize('name', ['performer', 'transformer'])
+def test_bfloat16_stays_near_float32(name):
+  numbers = golden.load_numbers(f'tiny_{name}')
+  variables = golden.load_variables(name)
+  logits = tiny(name, dtype=jnp.bfloat16).apply(variables, numbers['images_nhwc'])
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, numbers['logits'], atol=5e-2)
+
+
+def test_parameters_are_float32_in_every_computation_dtype():
+  shapes = jax.eval_shape(tiny('performer', dtype=jnp.bfloat16).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
+
+
+def test_random_projections_have_orthogonal_rows_of_the_same_length():
+  variables = tiny('performer', token_dim=64).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  first, second = (variables['frozen']['tokens_to_token'][f'attention{i}']['random_projection'] for i in (1, 2))
+  assert first.shape == (32, 64)
+  np.testing.assert_allclose(first @ first.T, 32 * np.eye(32), atol=1e-4)
+  assert np.abs(first - second).max() > 0.1
+
+
+@pytest.mark.parametrize('images', [np.zeros((1, 64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.float32)])
+def test_wrong_images_are_refused(images):
+  with pytest.raises(UserError, match='images must'):
+    tiny('performer').apply(golden.load_variables('performer'), images)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+  with pytest.raises(UserError, match='tokens_type must be one of performer, transformer, convolution'):
+    T2TViT(tokens_type='perfomer')
+  with pytest.raises(UserError, match='num_heads'):
+    T2TViT(embed_dim=64, num_heads=5).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  with pytest.raises(UserError, match='mlp_ratio 3'):
+    T2TViT(block_type='ghost', mlp_ratio=2.0)

@@ -1,0 +1,109 @@
+"""The training and evaluation steps as pure functions."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+import pytest
+
+import t2t_vit_jax
+from t2t_vit_jax.training import optimizer, steps
+from t2t_vit_jax.training.augment import Normalization
+from t2t_vit_jax.training.evaluation import Accuracy, evaluate
+from t2t_vit_jax.training.sharding import make_mesh
+from t2t_vit_jax.training.state import init_state
+
+IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope='module')
+def model():
+  return t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, performer_dropout_rate=0.0)
+
+
+def random_batch(size, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'image': rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
+    'label': rng.integers(0, 10, size, dtype=np.int32),
+    'mask': np.ones(size, np.float32),
+  }
+
+
+def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
+  sgd = optax.sgd(0.1)
+  state = init_state(model, sgd, jax.random.key(0), 32, with_ema=True)
+  step = steps.make_train_step(
+    model, sgd, lambda count: 0.1, normalization=IDENTITY, label_smoothing=0.1, ema_decay=0.9
+  )
+  batch = random_batch(4)
+
+  def loss_of(params):
+    logits = model.apply({'params': params, 'frozen': state.frozen}, batch['image'].astype(np.float32) / 255)
+    log_probabilities = jax.nn.log_softmax(logits)
+    targets = np.full((4, 10), 0.01)
+    targets[np.arange(4), batch['label']] += 0.9
+    return -(targets * log_probabilities).sum(axis=1).mean()
+
+  expected_loss, gradients = jax.value_and_grad(loss_of)(state.params)
+  after, metrics = jax.jit(step)(state, batch, jax.random.key(1))
+  assert float(metrics['loss']) == pytest.approx(float(expected_loss), rel=1e-5)
+  assert int(after.step) == 1
+  moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+  averaged = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.params, moved)
+  for tree, expected in ((after.params, moved), (after.ema, averaged)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tree, expected)
+  jax.tree.map(np.testing.assert_array_equal, after.frozen, state.frozen)
+
+
+def test_steps_draw_other_dropout_masks():
+  model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
+  still = optax.set_to_zero()
+  state = init_state(model, still, jax.random.key(0), 32, with_ema=False)
+  step = jax.jit(
+    steps.make_train_step(model, still, lambda _: 0.0, normalization=IDENTITY, label_smoothing=0.0, ema_decay=0.0)
+  )
+  batch = random_batch(4)
+  next_state, first = step(state, batch, jax.random.key(1))
+  _, again = step(state, batch, jax.random.key(1))
+  _, second = step(next_state, batch, jax.random.key(1))
+  assert float(first['loss']) == float(again['loss'])
+  assert float(first['loss']) != float(second['loss'])
+
+
+def test_frozen_variables_are_not_in_the_optimizer(model):
+  adamw = optimizer.make_optimizer(
+    ConfigDict(dict(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1)),
+    lambda _: 1e-3,
+  )
+  state = init_state(model, adamw, jax.random.key(0), 32, with_ema=False)
+  names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+  assert not any('pos_embed' in name or 'random_projection' in name for name in names)
+  assert state.ema == {}
+
+
+def test_evaluation_sums_ignore_padding_and_batch_size(model):
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  data = random_batch(23)
+  logits = np.asarray(model.apply(variables, data['image'].astype(np.float32) / 255))
+  order = np.argsort(-logits, axis=1)
+  expected = Accuracy(
+    correct=int((order[:, 0] == data['label']).sum()),
+    correct_top5=int((order[:, :5] == data['label'][:, None]).sum()),
+    count=23,
+    loss_sum=float(-jax.nn.log_softmax(logits)[np.arange(23), data['label']].sum()),
+  )
+  mesh = make_mesh(ConfigDict(dict(data=2)))
+  eval_step = jax.jit(steps.make_eval_step(model, normalization=IDENTITY))
+  for batch_size in (2, 8, 24):
+    batches = []
+    for start in range(0, 23, batch_size):
+      part = {name: array[start : start + batch_size] for name, array in data.items()}
+      missing = batch_size - len(part['label'])
+      batches.append(
+        {name: np.concatenate([array, np.zeros_like(data[name][:missing])]) for name, array in part.items()}
+      )
+    (found,) = evaluate(eval_step, {'raw': variables}, batches, mesh).values()
+    assert (found.correct, found.correct_top5, found.count) == (expected.correct, expected.correct_top5, 23)
+    assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
