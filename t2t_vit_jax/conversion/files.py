@@ -93,9 +93,21 @@ def read_torch(path: Path, kind: Format) -> Any:
     elif tarfile.is_tarfile(file):
       raise UserError('is a tar archive')
     file.seek(0)
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+    with warnings.catch_warnings(), _only_namespace(torch.serialization):
       warnings.simplefilter('ignore')
       return torch.load(file, map_location='cpu', weights_only=True, mmap=False)
+
+
+@contextlib.contextmanager
+def _only_namespace(serialization: Any) -> Iterator[None]:
+  """Lets torch build an `argparse.Namespace`, and nothing that other libraries have allowed in this process."""
+  allowed = serialization.get_safe_globals()
+  serialization.clear_safe_globals()
+  try:
+    with serialization.safe_globals([argparse.Namespace]):
+      yield
+  finally:
+    serialization.add_safe_globals(allowed)
 
 
 def _check_zip(file: IO[bytes]) -> None:
