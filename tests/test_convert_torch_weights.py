@@ -59,7 +59,7 @@ def test_other_classes_and_sizes(tmp_path):
     (['--output={}', '--set=num_heads=5'], '5 heads'),
     (['--output={}', '--set=num_heads=0'], 'positive'),
     (['--output={}', '--set=num_heads=4', '--image_size=big'], 'HEIGHTxWIDTH'),
-    (['--output={}', '--set=num_heads=4', '--image_size=4'], 'too small'),
+    (['--output={}', '--set=num_heads=4', '--image_size=0'], 'too small'),
     (['--output={}', '--model=t2t_vit_41'], 'did you mean'),
     (['--output={}', '--model=t2t_vit_14'], 'is not t2t_vit_14'),
   ],

@@ -115,13 +115,13 @@ def _check_zip(file: IO[bytes]) -> None:
   size = os.fstat(file.fileno()).st_size
   with zipfile.ZipFile(file) as archive:
     members = archive.infolist()
+    if any(member.filename.endswith('/constants.pkl') or '/code/' in member.filename for member in members):
+      raise UserError('is a TorchScript archive, which is a program: save its state_dict() instead')
     declared = sum(member.file_size for member in members)
     if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
       raise UserError(
         f'refused: {declared:,} bytes unpacked in a file of {size:,}, or compressed, unlike PyTorch files'
       )
-    if any(member.filename.endswith('/constants.pkl') or '/code/' in member.filename for member in members):
-      raise UserError('is a TorchScript archive, which is a program: save its state_dict() instead')
     if not any(member.filename.endswith('/data.pkl') for member in members):
       raise UserError('is a zip archive but not a PyTorch checkpoint')
     if damaged := archive.testzip():
