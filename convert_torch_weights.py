@@ -6,7 +6,7 @@ in it is executed. With --reverse, a converted file becomes a PyTorch state dict
 
 from collections.abc import Callable
 import sys
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from absl import app, flags, logging
 
@@ -26,11 +26,20 @@ FORCE = flags.DEFINE_bool('force', False, 'Overwrite the output.')
 REVERSE = flags.DEFINE_bool('reverse', False, 'Write a PyTorch state dict.')
 
 
-def main(argv: list[str]) -> None:
-  from t2t_vit_jax import conversion  # imported late: bad flags are refused at once
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; a wrong one is refused in one line."""
+  try:
+    arguments = flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(str(error).splitlines()[0])
+  if len(arguments) != 2:
+    _fail('give one CHECKPOINT')
+  return arguments
 
-  if len(argv) != 2:
-    raise app.UsageError('give one CHECKPOINT')
+
+def main(argv: list[str]) -> None:
+  from t2t_vit_jax import conversion  # imported late: it takes seconds, and wrong flags should be refused at once
+
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # jax logs the devices it does not find at INFO
   try:
@@ -46,8 +55,12 @@ def main(argv: list[str]) -> None:
     for line in conversion.convert(argv[1], OUTPUT.value, options, reverse=REVERSE.value, force=FORCE.value):
       print(line)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -74,4 +87,4 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {'num_heads': int, 'qk_scale': floa
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -244,7 +244,16 @@ def test_channels_are_inferred(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / 'file.safetensors')[1], variables)
 
 
-def test_options_that_a_converted_file_answers_are_refused(tmp_path):
+@pytest.mark.parametrize(
+  ('options', 'says'),
+  [
+    (dict(settings={'num_heads': 8}), 'num_heads=4, not 8'),
+    (dict(model_name='t2t_vit_14'), 'model=None, not t2t_vit_14'),
+    (dict(weights='raw'), 'weights=ema, not raw'),
+  ],
+)
+def test_a_converted_file_must_agree_with_what_is_said_of_it(options, says, tmp_path):
   convert_to(golden_file('performer'), tmp_path / 'weights.safetensors')
-  with pytest.raises(UserError, match='is a converted file'):
-    load_pretrained(tmp_path / 'weights.safetensors', settings=HEADS)
+  load_pretrained(tmp_path / 'weights.safetensors', settings=HEADS, weights='ema')
+  with pytest.raises(UserError, match=f'is a converted file with {says}'):
+    load_pretrained(tmp_path / 'weights.safetensors', **options)

@@ -54,6 +54,9 @@ def test_other_classes_and_sizes(tmp_path):
   [
     (['--output={}'], '--set=num_heads=N'),
     ([], '--output'),
+    (['another', '--output={}'], 'one CHECKPOINT'),
+    (['--ouput={}'], 'ouput'),
+    (['--output={}', '--weights=best'], 'weights'),
     (['--output={}', '--set=heads=4'], "did you mean 'num_heads'?"),
     (['--output={}', '--set=num_heads=four'], 'four'),
     (['--output={}', '--set=num_heads=5'], '5 heads'),

@@ -34,7 +34,7 @@ _CIFAR = dict(  # how the reference's CIFAR transfer prepares images
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a user may say about a file; the first three are for checkpoints that are not converted yet."""
+  """What a user may say about a file. A converted one knows the first three, and must agree."""
 
   model_name: str | None = None  # where the tensors fit more than one named model
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments that tensors don't show
@@ -130,11 +130,8 @@ def load(path: Path, options: Options) -> tuple[Weights, list[str]]:
   try:
     kind = files.file_format(path)
     if kind == 'safetensors' and METADATA_KEY in files.read_metadata(path):
-      if options.model_name or options.settings or options.weights:
-        raise UserError(
-          'is a converted file, which knows its model and has one set of weights: leave those options out'
-        )
       found = _read(path)
+      _check_agreement(found, options)
     else:
       found, notes = _import(path, kind, options)
     found, changes = _adapt(found, options)
@@ -260,6 +257,15 @@ def _read(path: Path) -> Weights:
     raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
   _account(arrays, expected)
   return found
+
+
+def _check_agreement(found: Weights, options: Options) -> None:
+  """Raises a UserError if the user says of a converted file what it contradicts."""
+  said = {'model': options.model_name, 'weights': options.weights, **options.settings}
+  known = {'model': found.model, 'weights': found.source['weights'], **found.arguments}
+  wrong = [f'{field}={known[field]}, not {value}' for field, value in said.items() if value not in (None, known[field])]
+  if wrong:
+    raise UserError(f'is a converted file with {", ".join(wrong)}')
 
 
 def _from_json(value: Any) -> Any:
