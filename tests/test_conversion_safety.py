@@ -198,6 +198,14 @@ def test_an_output_is_overwritten_only_by_force(tmp_path):
   load_pretrained(output)
 
 
+def test_names_too_long_for_the_file_system(tmp_path):
+  checkpoints.save_form('bare', tmp_path / 'file')
+  assert_refused(tmp_path / ('x' * 300), tmp_path / 'out', says='cannot be read')
+  with pytest.raises(UserError, match='cannot be written'):
+    convert(tmp_path / 'file', tmp_path / ('x' * 300), OPTIONS)
+  convert(tmp_path / 'file', tmp_path / ('x' * 255), OPTIONS)
+
+
 @pytest.mark.parametrize('output', ['folder', 'missing/out.safetensors'])
 def test_an_output_that_cannot_be_is_refused_first(output, tmp_path):
   (tmp_path / 'folder').mkdir()

@@ -43,12 +43,13 @@ def file_format(path: Path) -> Format:
   Raises:
     UserError: it is none that can be read safely; the message says what it is.
   """
-  if path.is_dir():
-    raise UserError('is a directory; give the weight file itself')
-  if not path.is_file():
-    raise UserError('no such file')
-  with _reading(), path.open('rb') as file:
-    start = file.read(512)
+  with _reading():
+    if path.is_dir():
+      raise UserError('is a directory; give the weight file itself')
+    if not path.is_file():
+      raise UserError('no such file')
+    with path.open('rb') as file:
+      start = file.read(512)
   if not start:
     raise UserError('is empty')
   if start.startswith(_ZIP_START):
@@ -185,10 +186,13 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def check_output(path: Path, *, force: bool) -> None:
   """Raises UserError unless a file may be written at `path`: asked before the work, not after it."""
-  if path.is_dir() or not path.absolute().parent.is_dir():
-    raise problem(path, 'cannot be written: it is a folder, or its folder does not exist')
-  if path.exists() and not force:
-    raise problem(path, 'exists already; --force overwrites it')
+  try:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+      raise problem(path, 'cannot be written: it is a folder, or its folder does not exist')
+    if path.exists() and not force:
+      raise problem(path, 'exists already; --force overwrites it')
+  except OSError as error:
+    raise problem(path, f'cannot be written: {error.strerror}') from error
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -197,7 +201,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
   Raises:
     UserError: `path` can't be written.
   """
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{os.getpid()}.tmp')  # short: the name itself may be as long as names can be
   try:
     write(temporary)
     with temporary.open('rb') as file:
@@ -216,6 +220,8 @@ def _reading() -> Iterator[None]:
     yield
   except UserError:
     raise
+  except OSError as error:
+    raise UserError(f'cannot be read: {_first_line(error)}') from error
   except Exception as error:
     if wanted := re.search(r'GLOBAL ([\w.]+)', str(error)):
       raise UserError(f'refused: it wants to import {wanted[1]}; a file of tensors alone needs nothing') from error
