@@ -1,6 +1,7 @@
 """Two virtual CPU devices, and JAX as strict as it can be."""
 
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -9,6 +10,10 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Several tests build the same run: each program is compiled once.
+_cache = tempfile.TemporaryDirectory()
+jax.config.update('jax_compilation_cache_dir', _cache.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 @pytest.fixture(scope='session')

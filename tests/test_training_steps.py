@@ -22,6 +22,10 @@ def model():
   return t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, performer_dropout_rate=0.0)
 
 
+def fresh_state(model, tx, *, with_ema):
+  return jax.jit(lambda rng: init_state(model, tx, rng, 32, with_ema=with_ema))(jax.random.key(0))
+
+
 def random_batch(size, seed=0):
   rng = np.random.default_rng(seed)
   return {
@@ -33,7 +37,7 @@ def random_batch(size, seed=0):
 
 def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
   sgd = optax.sgd(0.1)
-  state = init_state(model, sgd, jax.random.key(0), 32, with_ema=True)
+  state = fresh_state(model, sgd, with_ema=True)
   step = steps.make_train_step(
     model, sgd, lambda count: 0.1, normalization=IDENTITY, label_smoothing=0.1, ema_decay=0.9
   )
@@ -46,7 +50,7 @@ def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
     targets[np.arange(4), batch['label']] += 0.9
     return -(targets * log_probabilities).sum(axis=1).mean()
 
-  expected_loss, gradients = jax.value_and_grad(loss_of)(state.params)
+  expected_loss, gradients = jax.jit(jax.value_and_grad(loss_of))(state.params)
   after, metrics = jax.jit(step)(state, batch, jax.random.key(1))
   assert float(metrics['loss']) == pytest.approx(float(expected_loss), rel=1e-5)
   assert int(after.step) == 1
@@ -60,7 +64,7 @@ def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
 def test_steps_draw_other_dropout_masks():
   model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
   still = optax.set_to_zero()
-  state = init_state(model, still, jax.random.key(0), 32, with_ema=False)
+  state = fresh_state(model, still, with_ema=False)
   step = jax.jit(
     steps.make_train_step(model, still, lambda _: 0.0, normalization=IDENTITY, label_smoothing=0.0, ema_decay=0.0)
   )
@@ -77,16 +81,16 @@ def test_frozen_variables_are_not_in_the_optimizer(model):
     ConfigDict(dict(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1)),
     lambda _: 1e-3,
   )
-  state = init_state(model, adamw, jax.random.key(0), 32, with_ema=False)
+  state = fresh_state(model, adamw, with_ema=False)
   names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
   assert not any('pos_embed' in name or 'random_projection' in name for name in names)
   assert state.ema == {}
 
 
 def test_evaluation_sums_ignore_padding_and_batch_size(model):
-  variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   data = random_batch(23)
-  logits = np.asarray(model.apply(variables, data['image'].astype(np.float32) / 255))
+  logits = np.asarray(jax.jit(model.apply)(variables, data['image'].astype(np.float32) / 255))
   order = np.argsort(-logits, axis=1)
   expected = Accuracy(
     correct=int((order[:, 0] == data['label']).sum()),

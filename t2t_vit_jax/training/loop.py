@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -90,8 +91,8 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
     f'steps: {run.total_steps:,} of {run.order.batch_size} images, {run.order.steps_per_epoch:,} an epoch, '
     f'on {run.mesh.size} {jax.default_backend()} device(s); workdir {workdir}'
   )
-  if first_step:
-    reporter.say(f'continuing from the checkpoint of step {first_step}')
+  start = f'continuing from the checkpoint of step {first_step}' if first_step else 'starting'
+  reporter.say(f'{start}; the first step takes longer, it is compiled')
   return reporter
 
 
@@ -152,6 +153,7 @@ def _signals() -> Iterator[list[int]]:
   def note(number: int, frame: Any) -> None:
     del frame
     received.append(number)
+    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
     for each, handler in previous.items():
       signal.signal(each, handler)
 

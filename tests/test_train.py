@@ -1,0 +1,143 @@
+"""`train.py` as a user runs it: in a process of its own."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.imagenet_tars import write_imagenet_tars
+
+ROOT = Path(__file__).parents[1]
+TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.token_dim=16']
+
+
+def environment():
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+
+
+def start(cwd, *arguments):
+  return subprocess.Popen(
+    [sys.executable, str(ROOT / 'train.py'), *map(str, arguments)],
+    cwd=cwd,
+    env=environment(),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  )
+
+
+def run(cwd, *arguments):
+  process = start(cwd, *arguments)
+  output, errors = process.communicate(timeout=600)
+  return process.returncode, output, errors
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--workdr=x'], "Unknown command line flag 'workdr'. Did you mean: workdir"),
+    (['--config.optimizer.beta=1'], "unknown config field 'optimizer.beta': did you mean 'optimizer.beta2'"),
+    (['--config.optimzer.beta1=1'], "unknown config field 'optimzer.beta1': did you mean 'optimizer.beta1'"),
+    (['--config=configs/nothing.py'], 'there is no config file configs/nothing.py'),
+    (['--config.data.batch_size=many'], 'invalid literal'),
+    (['digits'], 'arguments without a flag: digits'),
+    (['--config.model.name=t2t_vit_tinny'], "did you mean 't2t_vit_tiny'"),
+  ],
+)
+def test_bad_command_lines_get_one_line_and_exit_code_2(tmp_path, arguments, message):
+  code, output, errors = run(tmp_path, *arguments)
+  assert code == 2
+  assert output == ''
+  assert errors.count('\n') == 1
+  assert errors.startswith('error: ')
+  assert message in errors
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_imagenet_config_says_how_to_prepare_the_data(tmp_path):
+  arguments = [f'--config={ROOT}/configs/t2t_vit_14.py', f'--config.data.data_dir={tmp_path}/data']
+  code, _, errors = run(tmp_path, *arguments)
+  assert code == 2
+  assert errors.count('\n') == 1
+  assert 'imagenet2012 is not prepared' in errors
+  assert (
+    f'python -m t2t_vit_jax.data.prepare imagenet2012 --manual-dir FOLDER_OF_THE_TARS --data-dir {tmp_path}' in errors
+  )
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path, data_dir):
+  arguments = [
+    *TINY,
+    f'--config.data.data_dir={data_dir}',
+    '--config.data.num_workers=1',  # a terminal's Ctrl-C reaches the workers too
+    '--config.schedule.max_steps=40',
+    '--config.logging.every_steps=5',
+    '--config.checkpoint.every_epochs=2',
+  ]
+  process = start(tmp_path, '--workdir=stopped', *arguments)
+  for line in process.stdout:
+    if line.startswith('step 10/40'):
+      break
+  os.killpg(process.pid, signal.SIGINT)
+  rest, errors = process.communicate(timeout=120)
+  assert process.returncode == 128 + signal.SIGINT, errors
+  assert 'and saved; the same command continues from there' in errors
+  assert 'top-1' not in rest
+
+  results = []
+  for workdir in ('stopped', 'straight'):
+    code, output, errors = run(tmp_path, f'--workdir={workdir}', *arguments)
+    assert code == 0, errors
+    assert ('continuing from the checkpoint of step ' in output) == (workdir == 'stopped')
+    rows = [json.loads(row) for row in (tmp_path / workdir / 'metrics.jsonl').read_text().splitlines()]
+    results.append((output.splitlines()[-1], [row for row in rows if row['kind'] == 'test'][-1]))
+  assert results[0] == results[1]
+  assert results[0][0].startswith('test top-1 ')
+
+
+@pytest.mark.slow
+def test_imagenet_from_the_official_tars(tmp_path):
+  pytest.importorskip('tensorflow', reason='the builder of imagenet2012 needs it')
+  write_imagenet_tars(tmp_path / 'tars', images_per_class=4, num_validation=10)
+  prepare = [sys.executable, '-m', 't2t_vit_jax.data.prepare', 'imagenet2012']
+  prepared = subprocess.run(
+    [*prepare, '--manual-dir', tmp_path / 'tars', '--data-dir', tmp_path / 'data'],
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert prepared.returncode == 0, prepared.stderr
+  assert prepared.stdout.splitlines()[-1].endswith('train 16, validation 10 images')
+  code, output, errors = run(
+    tmp_path,
+    f'--config={ROOT}/configs/t2t_vit_14.py',
+    '--workdir=run',
+    f'--config.data.data_dir={tmp_path}/data',
+    '--config.data.num_workers=2',
+    '--config.data.batch_size=4',
+    '--config.data.eval_batch_size=4',
+    '--config.schedule.max_steps=2',
+    '--config.model.depth=2',
+  )
+  assert code == 0, errors
+  label, counts = output.splitlines()[-1].split(' % (')
+  assert label.startswith('validation top-1 ')
+  assert counts.endswith('/10)')
+
+
+@pytest.mark.slow
+def test_digits_learn(tmp_path, data_dir):
+  """A sixth of the default run: far above chance, so model, data and optimizer work together."""
+  code, output, errors = run(
+    tmp_path, '--workdir=run', f'--config.data.data_dir={data_dir}', '--config.schedule.epochs=10'
+  )
+  assert code == 0, errors
+  last = output.splitlines()[-1]
+  assert float(last.split()[2]) > 80, last

@@ -1,0 +1,191 @@
+"""Whole runs in this process: resume, refusal, completeness, and that every config field counts."""
+
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from configs import digits
+from t2t_vit_jax import UserError
+from t2t_vit_jax.training import loop
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.run import build_run
+
+
+def small_config(data_dir, **changes):
+  """Digits with a model that compiles in seconds; changes are given with dots, as on the command line."""
+  config = digits.get_config()
+  config.data.data_dir = data_dir
+  config.model.depth = 1
+  config.model.embed_dim = 32
+  config.model.token_dim = 16
+  config.model.performer_dropout_rate = 0.1
+  config.model.stochastic_depth_rate = 0.1
+  config.data.image_size = 16
+  config.data.batch_size = 64
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def final_state(config, workdir):
+  run = build_run(config)
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    return jax.device_get(checkpoints.restore(run.abstract_state, model_name='-'))
+
+
+@pytest.fixture(scope='module')
+def four_steps(data_dir, tmp_path_factory):
+  """A run of four steps on two devices."""
+  workdir = tmp_path_factory.mktemp('run')
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 4}), workdir)
+  return workdir
+
+
+def test_two_steps_and_two_more_equal_four(data_dir, four_steps, tmp_path):
+  config = small_config(data_dir, **{'schedule.max_steps': 4})
+  assert build_run(config).mesh.size == 2
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 2}), tmp_path)
+  loop.train(config, tmp_path)
+  straight, resumed = final_state(config, four_steps), final_state(config, tmp_path)
+  assert int(resumed.step) == 4
+  jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_one_device_gives_the_same_as_two(data_dir, four_steps, tmp_path):
+  config = small_config(data_dir, **{'schedule.max_steps': 4, 'mesh.data': 1})
+  loop.train(config, tmp_path)
+  rows = [
+    [json.loads(row) for row in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    for workdir in (four_steps, tmp_path)
+  ]
+  for one, two in zip(*rows, strict=True):
+    assert one.get('loss') == pytest.approx(two.get('loss'), rel=1e-5)
+
+
+def test_a_finished_run_says_so_and_repeats_its_result(data_dir, four_steps, capsys):
+  before = {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file()}
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 4}), four_steps)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('This run is complete: 4 steps in ')
+  row = json.loads((four_steps / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert lines[-1] == f'test top-1 {100 * row["correct"] / 360:.2f} % ({row["correct"]}/360)'
+  assert before == {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file()}
+
+
+def test_another_models_workdir_is_refused_and_left_alone(data_dir, four_steps):
+  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  config = small_config(data_dir, **{'schedule.max_steps': 8, 'model.embed_dim': 64})
+  with pytest.raises(UserError, match=r'proj/bias is \(32,\) there, \(64,\) here.* another --workdir'):
+    loop.train(config, four_steps)
+  assert before == {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+
+
+def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data_dir, tmp_path):
+  run = build_run(small_config(data_dir))
+  state = run.make_state(run.rng)
+  batches = run.train_batches(0)
+  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+    saved = jax.device_get(state)
+    checkpoints.save(state, metrics=None, run={'model': 'm'})
+    for _ in range(3):  # while the save runs in the background
+      state, _ = run.train_step(state, next(batches), run.rng)
+  with Checkpoints(tmp_path) as checkpoints:
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(run.abstract_state, model_name='m'), saved)
+  batches.close()
+
+
+def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
+  run = build_run(small_config(data_dir))
+  state = run.make_state(run.rng)
+  with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
+    for step, top1 in enumerate([0.1, 0.9, 0.3, 0.2, 0.5]):
+      checkpoints.save(state.replace(step=jax.numpy.int32(step)), metrics={'top1': top1}, run={})
+  assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [1, 3, 4]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps, tmp_path):
+  config = small_config(data_dir, **{'schedule.max_steps': 2, 'logging.every_steps': 1})
+  loop.train(config, tmp_path)
+  metrics = tmp_path / 'metrics.jsonl'
+  kept = metrics.read_text()
+  metrics.write_text(kept + '{"step": 3, "kind": "train"}\n{"step": 4, "ki')
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 3, 'logging.every_steps': 1}), tmp_path)
+  rows = metrics.read_text()
+  assert rows.startswith(kept)
+  assert [json.loads(row)['step'] for row in rows.splitlines()] == [1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('model.name', 't2t_vit_41', "unknown model 't2t_vit_41': did you mean .*'t2t_vit_14'"),
+    ('model.dtype', 'float99', r'model\.dtype must be'),
+    ('model.num_classes', 7, 'model.num_classes is 7, but digits has 10 classes'),
+    ('data.image_size', 2, '2 x 2 px is too small'),
+    ('data.batch_size', 63, '63 images cannot be divided among 2 devices: set data.batch_size to 62 or 64'),
+    ('data.batch_size', 2000, 'more than the 1437 training images'),
+    ('data.interpolation', 'cubic', r"data\.interpolation must be 'bilinear' or 'bicubic'"),
+    ('augment.crop', 'random', r"augment\.crop must be 'resized' or 'padded'"),
+    ('augment.label_smoothing', 1.5, 'must lie between 0 and 1'),
+    ('mesh.data', 3, r'mesh\.data is 3, but there are 2 devices'),
+    ('schedule.epochs', 0, r'schedule\.epochs must be positive'),
+    ('seed', -1, 'seed must lie between'),
+  ],
+)
+def test_bad_fields_are_refused_before_anything_is_written(data_dir, tmp_path, field, value, message):
+  workdir = tmp_path / 'run'
+  with pytest.raises(UserError, match=message) as caught:
+    loop.train(small_config(data_dir, **{field: value}), workdir)
+  assert '\n' not in str(caught.value)
+  assert not workdir.exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(data_dir, tmp_path):
+  (tmp_path / 'file').write_text('in the way')
+  with pytest.raises(UserError, match='cannot write to workdir'):
+    loop.train(small_config(data_dir), tmp_path / 'file' / 'run')
+
+
+class Recorder:
+  """A config that notes which of its leaves are read."""
+
+  def __init__(self, config, read, path=''):
+    self._config, self._read, self._path = config, read, path
+
+  def __getattr__(self, field):
+    value = getattr(self._config, field)
+    path = f'{self._path}{field}'
+    if isinstance(value, ConfigDict):
+      return Recorder(value, self._read, f'{path}.')
+    if not callable(value):
+      self._read.add(path)
+    return value
+
+  def items(self):
+    return [(field, getattr(self, field)) for field in self._config]
+
+  def to_dict(self):  # a copy for the record uses nothing
+    return self._config.to_dict()
+
+
+def leaves(config, path=''):
+  for field, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f'{path}{field}.')
+    else:
+      yield f'{path}{field}'
+
+
+def test_every_config_field_is_read_by_something(data_dir, tmp_path):
+  read = set()
+  for crop in ('padded', 'resized'):
+    config = small_config(data_dir, **{'schedule.max_steps': 1, 'augment.crop': crop})
+    loop.train(Recorder(config, read), tmp_path / crop)
+  assert set(leaves(config)) - read == set()
+
+
+def test_the_run_leaves_checkpoints_and_metrics(four_steps):
+  assert {path.name for path in Path(four_steps).iterdir()} == {'checkpoints', 'metrics.jsonl'}
