@@ -29,6 +29,7 @@ def fixture_weights(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_files_weights_and_trains(config, weights, tmp_path):
   config.init_from = str(weights)
   run = build_run(config)
