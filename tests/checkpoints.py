@@ -191,6 +191,11 @@ def _overlapping(path):
   torch.save(state, path)
 
 
+def _aliased(path):
+  state = state_dict()
+  torch.save({**state, **{f'blocks.{i}.mlp.fc1.weight': state['blocks.0.mlp.fc1.weight'] for i in range(999)}}, path)
+
+
 def _replace(name, value):
   return _edited(lambda state: state.update({name: value(state[name])}))
 
@@ -225,7 +230,9 @@ BAD = {
   'quantised tensor': (_replace('head.weight', _quantised), 'head.weight is quantised'),
   'tensor without data': (_replace('head.weight', lambda x: x.to('meta')), 'head.weight is no plain tensor'),
   'number for a tensor': (_replace('head.weight', lambda x: 3), 'head.weight is of type int'),
-  'strides of zero': (_overlapping, 'head.weight'),
+  'strides of zero': (_overlapping, 'head.weight is (1048576, 1048576), which is more than its storage'),
+  'many names for the same numbers': (_aliased, 'share their numbers'),
+  'two names for the same numbers': (_edited(lambda state: {**state, 'copy': state['pos_embed']}), 'copy (1, 17, 64)'),
   'number for a name': (_edited(lambda state: state.update({7: torch.ones(1)})), '7 is a int'),
   'name of two lines': (_edited(lambda state: state.update({'a\nb\x1b[1m': torch.ones(1)})), r'a\nb\x1b[1m'),
   'key twice': (_edited(lambda state: state.update({'module.norm.bias': state['norm.bias']})), 'norm.bias twice'),

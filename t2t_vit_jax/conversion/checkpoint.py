@@ -65,7 +65,7 @@ def read_checkpoint(path: Path, kind: files.Format, weights: WeightsKind | None)
     if dropped:
       notes.append(f'dropped: {", ".join(dropped)} ({reason})')
       state = {name: tensor for name, tensor in state.items() if name not in dropped}
-  arrays = dict(state) if kind == 'safetensors' else files.tensors_to_arrays(state, path.stat().st_size)
+  arrays = dict(state) if kind == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
   return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
 
 

@@ -133,17 +133,14 @@ def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, n
   """Float32 arrays of a state dict's tensors; float16 and bfloat16 are widened, which is exact.
 
   Raises:
-    UserError: listing every entry that is no ordinary floating-point tensor; or all are more than `max_bytes`.
+    UserError: listing every entry that is no ordinary floating-point tensor; or together they pass `max_bytes`.
   """
   torch = import_torch()
   troubles = [f'{name} is {trouble}' for name, tensor in tensors.items() if (trouble := _trouble(name, tensor, torch))]
   if troubles:
     raise UserError('; '.join(troubles))
-  # Strides of 0 can declare any shape over a few bytes.
-  declared = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-  if sum(declared.values()) > max_bytes:
-    largest = max(declared, key=lambda name: declared[name])
-    raise UserError(f'refused: its tensors declare more than the file holds, most of all {largest}')
+  if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > max_bytes:
+    raise UserError('refused: its tensors share their numbers, and together declare far more than the file holds')
   return {name: tensor.float().numpy(force=True) for name, tensor in tensors.items()}
 
 
@@ -161,6 +158,8 @@ def _trouble(name: Any, tensor: Any, torch: Any) -> str | None:
     return f'no plain tensor with data but a {type(tensor).__name__} on {tensor.device.type}'
   if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
     return f'of type {str(tensor.dtype).removeprefix("torch.")}, not float32'
+  if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0 repeat numbers
+    return f'{tuple(tensor.shape)}, which is more than its storage holds'
   return None
 
 

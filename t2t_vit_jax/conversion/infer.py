@@ -101,11 +101,12 @@ def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
     if match := re.fullmatch(r'blocks\.(\d{1,6})\.(.+)', name):
       blocks.setdefault(int(match[1]), []).append(match[2])
   blocks = {
-    number: inside for number, inside in sorted(blocks.items()) if len(inside) > 1 or inside == ['linear.weight']
+    number: inside for number, inside in sorted(blocks.items()) if len(inside) > 1 or inside[0].startswith('linear.')
   }
 
   def most(pattern: str) -> bool:
-    return 2 * sum(any(re.fullmatch(pattern, name) for name in inside) for inside in blocks.values()) > len(blocks)
+    have = [any(re.fullmatch(pattern, name) for name in inside) for inside in blocks.values()]
+    return any(have) and 2 * sum(have) >= len(have)
 
   arguments = {'depth': len(blocks), 'block_type': 'standard', 'qkv_bias': most(r'attn\.(qkv|q|k|v)\.bias')}
   if most(r'attn\.se_layer\..+'):
