@@ -1,0 +1,184 @@
+"""Writes the generated part of docs/models.md: `python docs/model_table.py`.
+
+Parameters and multiply-adds are counted on the models themselves, traced without computing anything;
+accuracies and file names are what the paper and the publishers of the weights report.
+"""
+
+from collections.abc import Iterator
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+
+import t2t_vit_jax
+
+PAGE = Path(__file__).parent / 'models.md'
+START, END = '<!-- written by docs/model_table.py -->\n', '<!-- end of the written part -->\n'
+
+REFERENCE_URL = 'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/'
+MMPRETRAIN_URL = 'https://download.openmmlab.com/mmclassification/v0/t2t-vit/'
+
+
+class WeightFile(NamedTuple):
+  """One published file of trained weights."""
+
+  model: str
+  top1: float  # per cent, as published
+  name: str
+  about: str = 'ImageNet-1k'
+  base_url: str = REFERENCE_URL
+  suffix: str = ''  # tells the converted file from others of the same model
+
+
+FILES = (
+  WeightFile('t2t_vit_7', 71.7, '71.7_T2T_ViT_7.pth.tar'),
+  WeightFile('t2t_vit_10', 75.2, '75.2_T2T_ViT_10.pth.tar'),
+  WeightFile('t2t_vit_12', 76.5, '76.5_T2T_ViT_12.pth.tar'),
+  WeightFile('t2t_vit_14', 81.5, '81.5_T2T_ViT_14.pth.tar'),
+  WeightFile('t2t_vit_19', 81.9, '81.9_T2T_ViT_19.pth.tar'),
+  WeightFile('t2t_vit_24', 82.3, '82.3_T2T_ViT_24.pth.tar'),
+  WeightFile('t2t_vit_t_14', 81.7, '81.7_T2T_ViTt_14.pth.tar'),
+  WeightFile('t2t_vit_t_19', 82.4, '82.4_T2T_ViTt_19.pth.tar'),
+  WeightFile('t2t_vit_t_24', 82.6, '82.6_T2T_ViTt_24.pth.tar'),
+  WeightFile('t2t_vit_14', 83.3, '83.3_T2T_ViT_14.pth.tar', 'ImageNet-1k at 384 px', suffix='_384'),
+  WeightFile(
+    't2t_vit_24', 84.2, '84.2_T2T_ViT_24.pth.tar', 'ImageNet-1k, token labeling', suffix='_token_labeling'
+  ),
+  WeightFile(
+    't2t_vit_t_14', 81.83, 't2t-vit-t-14_8xb64_in1k_20211220-f7378dd5.pth', 'ImageNet-1k, mmpretrain',
+    MMPRETRAIN_URL, '_mmpretrain',
+  ),
+  WeightFile(
+    't2t_vit_t_19', 82.63, 't2t-vit-t-19_8xb64_in1k_20211214-7f5e3aaf.pth', 'ImageNet-1k, mmpretrain',
+    MMPRETRAIN_URL, '_mmpretrain',
+  ),
+  WeightFile(
+    't2t_vit_t_24', 82.71, 't2t-vit-t-24_8xb64_in1k_20211214-b2a68ae3.pth', 'ImageNet-1k, mmpretrain',
+    MMPRETRAIN_URL, '_mmpretrain',
+  ),
+  WeightFile('t2t_vit_14', 98.3, 'cifar10_t2t-vit_14_98.3.pth', 'CIFAR-10', suffix='_cifar10'),
+  WeightFile('t2t_vit_14', 88.4, 'cirfar100_t2t-vit-14_88.4.pth', 'CIFAR-100', suffix='_cifar100'),
+  WeightFile('t2t_vit_19', 98.4, 'cifar10_t2t-vit_19_98.4.pth', 'CIFAR-10', suffix='_cifar10'),
+  WeightFile('t2t_vit_19', 89.0, 'cifar100_t2t-vit-19_89.0.pth', 'CIFAR-100', suffix='_cifar100'),
+)  # fmt: skip
+
+# Top-1 of the paper's variants whose weights were never published.
+PAPER_ONLY = {
+  't2t_vit_14_resnext': 81.5,
+  't2t_vit_14_wide': 77.9,
+  't2t_vit_14_se': 81.6,
+  't2t_vit_16_ghost': 79.5,
+  't2t_vit_dense': 80.6,
+}
+
+
+class MultiplyAdds(NamedTuple):
+  """Multiply-adds of one image."""
+
+  layers: int  # of Dense and convolution layers
+  attention: int  # of everything between activations: scores, weighted values, random features
+
+  @property
+  def total(self) -> int:
+    """Every matrix product."""
+    return self.layers + self.attention
+
+
+def count_parameters(name: str) -> tuple[int, int]:
+  """Entries of a named model's variables, all (with the frozen ones) and trained."""
+  variables = _abstract_variables(t2t_vit_jax.create_model(name))
+  sizes = {collection: sum(leaf.size for leaf in jax.tree.leaves(tree)) for collection, tree in variables.items()}
+  return sum(sizes.values()), sizes['params']
+
+
+def count_multiply_adds(name: str) -> MultiplyAdds:
+  """Counts the products in the computation that a named model traces for one image of 224 px."""
+  model = t2t_vit_jax.create_model(name)
+  layers = attention = 0
+  for equation in _equations(jax.make_jaxpr(model.apply)(_abstract_variables(model), _IMAGE).jaxpr):
+    if equation.primitive.name == 'dot_general':
+      (left, right), (batch, _) = equation.params['dimension_numbers']
+      products = equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in left)
+      # A Dense layer contracts the first axis of its kernel; random features have no batch axis, but contract the last.
+      if not batch and right == (0,):
+        layers += products
+      else:
+        attention += products
+    elif equation.primitive.name == 'conv_general_dilated' and equation.params['feature_group_count'] == 1:
+      # Grouped convolutions are left out: they are soft splits, which copy pixels.
+      kernel = equation.invars[1].aval.shape
+      out_features = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
+      layers += equation.outvars[0].aval.size * math.prod(kernel) // out_features
+  return MultiplyAdds(layers, attention)
+
+
+_IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+
+def _abstract_variables(model: t2t_vit_jax.T2TViT) -> Any:
+  return jax.eval_shape(model.init, jax.random.key(0), _IMAGE)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+  """Yields the equations of a computation and of all that it calls."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from _equations(inner)
+
+
+def model_table() -> str:
+  """One row for each named model."""
+  rows = [
+    '| model | parameters, all | trained | GMACs at 224 px (layers) | top-1, % | width / depth / heads | weights |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name in t2t_vit_jax.list_models():
+    everything, trained = count_parameters(name)
+    products = count_multiply_adds(name)
+    file = next((file for file in FILES if file.model == name), None)
+    top1 = f'{file.top1} (reference)' if file else f'{PAPER_ONLY[name]} (paper)'
+    weights = f'[`{file.name}`]({file.base_url}{file.name})' if file else 'never published'
+    rows.append(
+      f'| `{name}` | {everything:,} | {trained:,} | {products.total / 1e9:.2f} ({products.layers / 1e9:.2f}) '
+      f'| {top1} | {_shape(name)} | {weights} |'
+    )
+  return '\n'.join(rows) + '\n'
+
+
+def _shape(name: str) -> str:
+  model = t2t_vit_jax.create_model(name)
+  if model.block_type == 'dense':
+    stages = '+'.join(map(str, model.dense_stages))
+    return f'{model.embed_dim}, +{model.growth_rate} a block / {stages} / {model.num_heads}'
+  return f'{model.embed_dim} / {model.depth} / {model.num_heads}'
+
+
+def file_table() -> str:
+  """One row for each published weight file, with the commands that fetch and convert it."""
+  rows = ['| weights | top-1, % | fetch | convert |', '|---|---|---|---|']
+  for file in FILES:
+    rows.append(
+      f'| `{file.model}`, {file.about} | {file.top1} | `curl -LO {file.base_url}{file.name}` '
+      f'| `python convert_torch_weights.py {file.name} --output={file.model}{file.suffix}.safetensors '
+      f'--model={file.model}` |'
+    )
+  return '\n'.join(rows) + '\n'
+
+
+def render(page: str) -> str:
+  """Returns the page with its generated part replaced.
+
+  Raises:
+    ValueError: the page lacks one of the two marks.
+  """
+  before, rest = page.split(START)
+  _, after = rest.split(END)
+  return f'{before}{START}\n{model_table()}\n{file_table()}\n{END}{after}'
+
+
+if __name__ == '__main__':
+  PAGE.write_text(render(PAGE.read_text()))
