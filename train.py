@@ -36,7 +36,8 @@ def refuse_unknown_field(argv: list[str]) -> None:
   from configs import default
 
   tree = default.get_config()
-  known = [f'{group}.{field}' for group in tree if group != 'seed' for field in tree[group]] + ['seed']
+  groups = [name for name in tree if isinstance(tree[name], type(tree))]
+  known = [f'{group}.{field}' for group in groups for field in tree[group]] + [x for x in tree if x not in groups]
   for path in re.findall(r'^--?(?:no)?config\.([^=]+)', '\n'.join(argv), flags=re.MULTILINE):
     if path not in known:
       _fail(f'unknown config field {path!r}: {did_you_mean(path, known)}')

@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
   """Returns the default config; a placeholder (None) stands for "as the named model has it"."""
   config = ConfigDict()
   config.seed = 0  # of parameters, order of the data, augmentation and dropout
+  config.init_from = placeholder(str)  # weight file to start from; None: random parameters
 
   config.model = ConfigDict()
   config.model.name = 't2t_vit_14'

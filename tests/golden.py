@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
-import re
 
+from flax.traverse_util import unflatten_dict
 import numpy as np
 import torch
+
+from t2t_vit_jax.conversion import names
 
 DATA = Path(__file__).parent / 'data'
 
@@ -29,22 +31,6 @@ TINY_MODELS = {
   ),
 }
 
-# torch name -> path here, applied in turn.
-_RENAMES = (
-  (r'^blocks\.(\d+)\.', r'blocks_\1.'),
-  (r'\.se_layer\.fc\.0\.', '.se.fc1.'),
-  (r'\.se_layer\.fc\.2\.', '.se.fc2.'),
-  (r'\.mlp\.0\.', '.mlp.fc1.'),
-  (r'\.mlp\.2\.', '.mlp.fc2.'),
-  (r'(attention\d)\.attn\.', r'\1.'),
-  (r'\.w$', '.random_projection'),
-  (r'norm(\d?)\.weight$', r'norm\1.scale'),
-  (r'\.weight$', '.kernel'),
-)
-
-# By their number of axes: linear (out, in), depthwise (channels, 1, 1), convolution (out, in, height, width).
-_KERNEL_AXES = {2: (1, 0), 3: (1, 2, 0), 4: (2, 3, 1, 0)}
-
 
 def load_numbers(name):
   """The arrays of `tests/data/official_<name>.npz`."""
@@ -64,15 +50,9 @@ def load_variables(name):
 
 
 def to_variables(tensors):
-  """Nests arrays under torch names as the variables of `T2TViT`; the output axis of kernels becomes the last."""
-  variables = {}
-  for torch_name, array in tensors.items():
-    name = torch_name
-    for pattern, replacement in _RENAMES:
-      name = re.sub(pattern, replacement, name)
-    *parents, leaf = name.split('.')
-    node = variables.setdefault('frozen' if leaf in ('pos_embed', 'random_projection') else 'params', {})
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = array.transpose(_KERNEL_AXES[array.ndim]) if leaf == 'kernel' else array
-  return variables
+  """Nests arrays under torch names (all of a model's, or some) as the variables of `T2TViT`."""
+  tokens_type, flat = names.tokens_type_of(tensors), {}
+  for name, array in tensors.items():
+    path, transform = names.from_torch(name, tokens_type)
+    flat[path] = transform.to_here(array)
+  return unflatten_dict(flat, sep='/')

@@ -71,7 +71,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
 
 def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
   if checkpoints.latest_step is None:
-    return run.make_state(run.rng)
+    return run.fresh_state()
   return checkpoints.restore(run.abstract_state, model_name=run.config.model.name)
 
 

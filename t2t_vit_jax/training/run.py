@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import Source, open_tfds
 from t2t_vit_jax.errors import UserError
@@ -34,7 +35,7 @@ class Run:
   order: loader.TrainOrder
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
-  make_state: Callable[[jax.Array], TrainState]  # from the run's rng
+  make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
   train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   eval_step: Callable[..., dict[str, jax.Array]]
 
@@ -42,6 +43,16 @@ class Run:
   def rng(self) -> jax.Array:
     """The run's random key; steps derive theirs from it by number."""
     return jax.device_put(jax.random.key(self.config.seed), sharding.replicated(self.mesh))
+
+  def fresh_state(self) -> TrainState:
+    """The state before the first step: random, or with the weights of `config.init_from`.
+
+    Raises:
+      UserError: they can't be read, or are another model's.
+    """
+    if self.config.init_from is None:
+      return self.make_state(self.rng)
+    return self.make_state(self.rng, pretrained_variables(self.config.init_from, self.model, self.config.seed))
 
   def train_batches(self, first_step: int) -> Generator[loader.Batch]:
     """This process's part of the batches from `first_step` to the end of the run."""
@@ -94,8 +105,8 @@ def build_run(config: Any) -> Run:
   normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
   replicated = sharding.replicated(mesh)
 
-  def make_state(rng: jax.Array) -> TrainState:
-    return init_state(model, adamw, rng, config.data.image_size, with_ema=bool(config.ema.decay))
+  def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
+    return init_state(model, adamw, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
 
   shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
   return Run(
@@ -176,6 +187,42 @@ def build_model(config: Any, num_classes: int) -> T2TViT:
   except TypeError as error:
     raise UserError(f"model.dtype must be 'float32' or 'bfloat16', not {arguments['dtype']!r}") from error
   return create_model(name, image_size=config.data.image_size, **arguments)
+
+
+# What two models must share for the weights of one to mean the same in the other.
+ARCHITECTURE = (
+  'tokens_type',
+  'embed_dim',
+  'depth',
+  'num_heads',
+  'mlp_ratio',
+  'qkv_bias',
+  'qk_scale',
+  'token_dim',
+  'block_type',
+  'dense_stages',
+  'growth_rate',
+)
+
+
+def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
+  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
+
+  A head of another number of classes is made anew, from `seed`.
+
+  Raises:
+    UserError: the file can't be read, or holds another model.
+  """
+  settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
+  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
+  wrong = [
+    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
+    for field in ARCHITECTURE
+    if getattr(loaded, field) != getattr(model, field)
+  ]
+  if wrong:
+    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
+  return variables
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:

@@ -28,10 +28,17 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-  model: T2TViT, optimizer: optax.GradientTransformation, rng: Array, image_size: int, *, with_ema: bool
+  model: T2TViT,
+  optimizer: optax.GradientTransformation,
+  rng: Array,
+  image_size: int,
+  *,
+  with_ema: bool,
+  variables: Tree | None = None,
 ) -> TrainState:
-  """A fresh state for square images of `image_size` px with three channels."""
-  variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
+  """A fresh state for square images of `image_size` px with three channels; `variables` replace random ones."""
+  if variables is None:
+    variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
   params = variables['params']
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -1,0 +1,127 @@
+"""The forms in which T2T-ViT weights go around: which of a file's tensors are the model's, and under which names."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from pathlib import Path
+import re
+from typing import Any, Literal
+
+import numpy as np
+
+from t2t_vit_jax.conversion import files, names
+from t2t_vit_jax.errors import UserError
+
+WeightsKind = Literal['ema', 'raw']
+State = Mapping[Any, Any]  # a state dict, before anything is known about it
+
+_DESCRIPTIONS = {'ema': 'moving average (ema)', 'raw': 'raw', None: 'the only ones in the file'}
+_DROPPED = (  # tensors without a place in the model, and what leaving them out means
+  (
+    r'aux_head\.(weight|bias)',
+    "token labeling's classifier of every token: the published accuracy adds half of its largest logits to the "
+    "head's, so the head alone may stay below it",
+  ),
+  (r'steps', 'counter of the moving average'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """The tensors of one model under the reference's names."""
+
+  tensors: dict[str, np.ndarray]  # float32, in torch's layout
+  weights: WeightsKind | None  # None: the file does not say
+  cifar: bool  # saved by the reference's CIFAR transfer
+  class_names: tuple[str, ...] | None
+  notes: tuple[str, ...]  # what was chosen and dropped, for the user
+
+
+def read_checkpoint(path: Path, kind: files.Format, weights: WeightsKind | None) -> Checkpoint:
+  """Reads a file of reference or mmpretrain names.
+
+  Args:
+    path: the file.
+    kind: what `files.file_format` says of it.
+    weights: the moving average or the raw weights; None takes the average where the file has both.
+
+  Raises:
+    UserError: the file is damaged or unsafe, holds no weights, or not the ones asked for.
+  """
+  saved = files.read_safetensors(path) if kind == 'safetensors' else files.read_torch(path, kind)
+  if not isinstance(saved, dict):
+    raise UserError(f'holds a {type(saved).__name__}, not a state dict')
+  sets = _sets_of_weights(saved)
+  label = next(iter(sets)) if weights is None else weights
+  if label not in sets:
+    held = ' and '.join(str(key or 'unnamed') for key in sets)
+    raise UserError(f'has no {label} weights, only {held} ones: leave --weights out')
+  notes = [
+    f'weights: {_DESCRIPTIONS[label]}' + ''.join(f'; --weights={key} for the others' for key in sets if key != label)
+  ]
+
+  state = _renamed(sets[label], names.from_mmpretrain)
+  for pattern, reason in _DROPPED:
+    dropped = [name for name in state if isinstance(name, str) and re.fullmatch(pattern, name)]
+    if dropped:
+      notes.append(f'dropped: {", ".join(dropped)} ({reason})')
+      state = {name: tensor for name, tensor in state.items() if name not in dropped}
+  arrays = dict(state) if kind == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
+  return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
+
+
+def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
+  """The file's state dicts, the preferred first: timm's saver, mmpretrain's, the CIFAR transfer's, or a bare one.
+
+  Raises:
+    UserError: there is none.
+  """
+  sets: dict[WeightsKind | None, Any] = {'ema': saved.get('state_dict_ema'), 'raw': saved.get('state_dict')}
+  if all(state is None for state in sets.values()):
+    sets = {None: saved['net'] if isinstance(saved.get('net'), dict) else saved}
+  sets = {label: state for label, state in sets.items() if state is not None}
+  if not all(isinstance(state, dict) and state for state in sets.values()):
+    raise UserError('its state dict is empty or none at all')
+  # DataParallel puts a prefix before every name.
+  sets = {label: _renamed(state, lambda name: name.removeprefix('module.')) for label, state in sets.items()}
+  if 'backbone.cls_token' in sets.get('raw', {}):
+    other = saved.get('ema_state_dict')
+    return _mmpretrain_sets(sets['raw'], other if isinstance(other, dict) else {})
+  return sets
+
+
+def _mmpretrain_sets(state: State, other: State) -> dict[WeightsKind | None, State]:
+  """As mmpretrain swaps both when it saves, `state_dict` is the average and `ema_state_dict` the raw weights.
+
+  In older files the raw ones lie beside the average, with underscores for dots in their names, and
+  without the position table, which is not trained.
+  """
+  average = {name: tensor for name, tensor in state.items() if not str(name).startswith('ema_')}
+  flat = {name: f'ema_{str(name).replace(".", "_")}' for name in average}
+  raw = {name: state[key] for name, key in flat.items() if key in state}
+  if raw and 'backbone.pos_embed' in average:
+    raw.setdefault('backbone.pos_embed', average['backbone.pos_embed'])
+  raw = raw or _renamed(other, lambda name: name.removeprefix('module.'))
+  return {'ema': average, 'raw': raw} if raw else {'ema': average}
+
+
+def _renamed(state: State, new_name: Callable[[str], str]) -> dict[Any, Any]:
+  """`state` under new names; UserError if two of them become one."""
+  renamed: dict[Any, Any] = {}
+  for name, tensor in state.items():
+    new = new_name(name) if isinstance(name, str) else name
+    if new in renamed:
+      raise UserError(f'holds {new} twice, once as {name}')
+    renamed[new] = tensor
+  return renamed
+
+
+def _class_names(saved: State) -> tuple[str, ...] | None:
+  """What mmpretrain notes of its dataset: `CLASSES`, later `dataset_meta.classes`."""
+  meta = saved.get('meta')
+  if not isinstance(meta, dict):
+    return None
+  dataset = meta.get('dataset_meta')
+  classes = meta.get('CLASSES') or (dataset.get('classes') if isinstance(dataset, dict) else None)
+  if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+    return tuple(classes)
+  return None

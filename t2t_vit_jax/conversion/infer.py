@@ -1,0 +1,150 @@
+"""Which model a set of tensors belongs to, as far as names and shapes tell."""
+
+from collections import Counter
+from collections.abc import Mapping
+import itertools
+import math
+import re
+from typing import Any
+
+from t2t_vit_jax.conversion.names import tokens_type_of
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.soft_split import SPLITS
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.models.variants import VARIANTS, get_variant
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LEAF = r'\.(bias|weight)'
+
+
+def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
+  """Arguments of `T2TViT` that reference names and shapes show; heads and qk_scale are not among them.
+
+  Each is what most of the tensors that know it agree on: a damaged one then stands out by its own
+  name, and does not change the model that all others are compared with.
+
+  Raises:
+    UserError: these are no T2T-ViT's tensors, or the images were not square and `image_size` is not given.
+  """
+  if not any(name.startswith('tokens_to_token.') for name in shapes):
+    raise UserError(
+      f'holds no T2T-ViT: no tokens_to_token among its {len(shapes)} tensors ({", ".join(sorted(shapes)[:2])} ...)'
+    )
+  embed_dim = _agreed(
+    _sizes(shapes, rf'tokens_to_token\.project{_LEAF}|blocks\.0\.norm\d{_LEAF}', 0)
+    + _sizes(shapes, 'cls_token|pos_embed', -1)
+  )
+  hidden = _agreed(
+    _sizes(shapes, rf'blocks\.0\.mlp\.fc1{_LEAF}', 0) + _sizes(shapes, r'blocks\.0\.mlp\.fc2\.weight', 1)
+  )
+  blocks = _infer_blocks(shapes)
+  return {
+    'num_classes': _agreed(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
+    'image_size': image_size or _infer_image_size(shapes),
+    'tokens_type': tokens_type_of(shapes),
+    'embed_dim': embed_dim,
+    'mlp_ratio': 3.0 if blocks['block_type'] == 'ghost' else _ratio(hidden, embed_dim),
+    'token_dim': _agreed(
+      _sizes(shapes, rf'tokens_to_token\.(attention\d\.(norm2|(attn\.)?proj|mlp\.\w+)|soft_split\d){_LEAF}', 0)
+    ),
+    **blocks,
+  }
+
+
+def infer_channels(shapes: Shapes) -> int:
+  """Channels of the images: 3, but for models of other data."""
+  patch = _sizes(shapes, rf'tokens_to_token\.attention1\.norm1{_LEAF}', 0)
+  patch += _sizes(shapes, r'tokens_to_token\.attention1\.(kqv|attn\.qkv)\.weight', 1)
+  channels = [size // SPLITS[0].kernel ** 2 for size in patch]
+  return _agreed(channels + _sizes(shapes, r'tokens_to_token\.soft_split0\.weight', 1))
+
+
+def name_model(
+  inferred: Mapping[str, Any], settings: Mapping[str, Any], model_name: str | None
+) -> tuple[str | None, dict[str, Any]]:
+  """Name (None where no named model fits) and all arguments of the model that has the `inferred` ones.
+
+  Args:
+    inferred: what `infer_arguments` says.
+    settings: what the user says of arguments that no tensor shows.
+    model_name: the name that the user gives.
+
+  Raises:
+    UserError: the name contradicts the tensors, or they fit more than one model, or none and heads are unknown.
+  """
+  arguments = {'qk_scale': None, **inferred, **settings}
+  known = {field: value for field, value in arguments.items() if field not in ('num_classes', 'image_size')}
+  variants = VARIANTS if model_name is None else {model_name: get_variant(model_name)}
+  models = {name: T2TViT(**variant.arguments) for name, variant in variants.items()}
+  fitting = [name for name, model in models.items() if all(getattr(model, field) == known[field] for field in known)]
+  if len(fitting) == 1:
+    return fitting[0], {**arguments, 'num_heads': models[fitting[0]].num_heads}
+  if model_name is not None:
+    theirs = {field: getattr(models[model_name], field) for field in known}
+    wrong = [f'{field}={known[field]} instead of {theirs[field]}' for field in known if known[field] != theirs[field]]
+    raise UserError(f'is not {model_name}: it has {", ".join(wrong)}')
+  if fitting:
+    raise UserError(f'its tensors fit more than one model: add --model={" or --model=".join(fitting)}')
+  if 'num_heads' not in arguments:
+    raise UserError(
+      'is none of the named models, and tensors do not show the number of attention heads: add '
+      '--set=num_heads=N (and ,qk_scale=X if it is not head_width ** -0.5)'
+    )
+  return None, arguments
+
+
+def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
+  """Number and kind of the encoder's blocks; a lone stray tensor makes no block."""
+  blocks: dict[int, list[str]] = {}
+  for name in shapes:
+    if match := re.fullmatch(r'blocks\.(\d{1,6})\.(.+)', name):
+      blocks.setdefault(int(match[1]), []).append(match[2])
+  blocks = {
+    number: inside for number, inside in sorted(blocks.items()) if len(inside) > 1 or inside[0].startswith('linear.')
+  }
+
+  def most(pattern: str) -> bool:
+    have = [any(re.fullmatch(pattern, name) for name in inside) for inside in blocks.values()]
+    return any(have) and 2 * sum(have) >= len(have)
+
+  arguments = {'depth': len(blocks), 'block_type': 'standard', 'qkv_bias': most(r'attn\.(qkv|q|k|v)\.bias')}
+  if most(r'attn\.se_layer\..+'):
+    arguments['block_type'] = 'se'
+  elif most(r'(attn|mlp)\.cheap_operation.+'):
+    arguments['block_type'] = 'ghost'
+  elif most(rf'dense_linear{_LEAF}'):
+    transitions = [any(name.startswith('linear.') for name in inside) for inside in blocks.values()]
+    stages = tuple(len(list(group)) for between, group in itertools.groupby(transitions) if not between)
+    growth_rate = _agreed(_sizes(shapes, rf'blocks\.\d+\.dense_linear{_LEAF}', 0))
+    arguments.update(block_type='dense', dense_stages=stages, growth_rate=growth_rate, depth=sum(stages))
+  return arguments
+
+
+def _infer_image_size(shapes: Shapes) -> int:
+  """Pixels a side of the (square) images that the position table is made for: a multiple of 16."""
+  num_tokens = (_agreed(_sizes(shapes, 'pos_embed', 1)) or 1 + 14**2) - 1  # missing is reported later, with the others
+  side = math.isqrt(num_tokens)
+  if side**2 != num_tokens or not side:
+    raise UserError(
+      f'pos_embed is {shapes["pos_embed"]}: {num_tokens} tokens are no square grid; if the images were not square, add '
+      '--set=image_size=HEIGHTxWIDTH'
+    )
+  return math.prod(split.stride for split in SPLITS) * side
+
+
+def _ratio(hidden: int, width: int) -> float:
+  """The ratio for which int(width * ratio) is `hidden`."""
+  ratio = hidden / max(width, 1)
+  return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _sizes(shapes: Shapes, pattern: str, axis: int) -> list[int]:
+  """Sizes along `axis` of all tensors whose whole name matches."""
+  matching = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
+  return [shape[axis] for shape in matching if -len(shape) <= axis < len(shape)]
+
+
+def _agreed(sizes: list[int]) -> int:
+  """The most common size, the first of equals; 0 if there is none."""
+  return Counter(sizes).most_common(1)[0][0] if sizes else 0

@@ -1,0 +1,259 @@
+"""Conversion of good files: every form, both ways, against the reference's numbers."""
+
+import json
+
+from absl import logging
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import t2t_vit_jax
+from t2t_vit_jax import T2TViT, UserError, load_pretrained
+from t2t_vit_jax.conversion import Options, convert, infer, names
+from t2t_vit_jax.models.variants import VARIANTS
+from tests import checkpoints, golden
+
+LOGITS_ATOL = 1e-5
+HEADS = {'num_heads': 4}
+
+
+def golden_file(name):
+  return golden.DATA / f'official_tiny_{name}.pth.tar'
+
+
+def settings_of(name):
+  return {key: golden.TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in golden.TINY_MODELS[name]}
+
+
+def convert_to(path, output, **options):
+  return convert(path, output, Options(**{'settings': HEADS, **options}))
+
+
+def metadata_of(path):
+  with safetensors.safe_open(path, framework='np') as file:
+    return json.loads(file.metadata()['t2t_vit_jax'])
+
+
+def logits_of(path, images, **options):
+  model, variables = load_pretrained(path, **options)
+  return model.apply(variables, images)
+
+
+@pytest.mark.parametrize('name', golden.TINY_MODELS)
+def test_golden_checkpoints_give_the_references_logits(name, tmp_path):
+  convert_to(golden_file(name), tmp_path / 'weights.safetensors', settings=settings_of(name))
+  model, variables = load_pretrained(tmp_path / 'weights.safetensors')
+  assert model == T2TViT(**golden.TINY_MODELS[name] | {'depth': model.depth})
+  numbers = golden.load_numbers(f'tiny_{name}')
+  np.testing.assert_allclose(model.apply(variables, numbers['images_nhwc']), numbers['logits'], atol=LOGITS_ATOL)
+  half_constant = golden.load_numbers('tiny_half_constant')
+  if f'logits_{name}' in half_constant:
+    logits = model.apply(variables, half_constant['images_nhwc'])
+    np.testing.assert_allclose(logits, half_constant[f'logits_{name}'], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize('form', checkpoints.FORMS)
+def test_every_form_gives_the_same_logits(form, tmp_path):
+  name = checkpoints.save_form(form, tmp_path / 'file')
+  convert_to(tmp_path / 'file', tmp_path / 'weights.safetensors')
+  numbers = golden.load_numbers(f'tiny_{name}')
+  for path, options in ((tmp_path / 'weights.safetensors', {}), (tmp_path / 'file', {'settings': HEADS})):
+    np.testing.assert_allclose(logits_of(path, numbers['images_nhwc'], **options), numbers['logits'], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize('form', ['timm', 'mmpretrain', 'mmpretrain flat'])
+def test_raw_weights_are_the_other_ones(form, tmp_path):
+  name = checkpoints.save_form(form, tmp_path / 'file')
+  notes = convert_to(tmp_path / 'file', tmp_path / 'raw.safetensors', weights='raw')
+  assert 'weights: raw' in notes[0]
+  expected = golden.to_variables(
+    {key: tensor.numpy() for key, tensor in checkpoints.shifted(checkpoints.state_dict(name)).items()}
+  )
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / 'raw.safetensors')[1], expected)
+
+
+def test_golden_ema_differs_from_golden_raw():
+  images = golden.load_numbers('tiny_performer')['images_nhwc']
+  ema, raw = (logits_of(golden_file('performer'), images, settings=HEADS, weights=kind) for kind in ('ema', 'raw'))
+  assert np.abs(ema - raw).max() > 0.01
+
+
+def test_a_file_that_does_not_say_which_weights_it_holds_is_not_taken_for_either(tmp_path):
+  checkpoints.save_form('bare', tmp_path / 'file')
+  with pytest.raises(UserError, match='no raw weights, only unnamed ones'):
+    convert_to(tmp_path / 'file', tmp_path / 'out', weights='raw')
+
+
+def test_safetensors_of_torch_names_and_half_precision(tmp_path):
+  numbers = golden.load_numbers('tiny_performer')
+  state = checkpoints.state_dict()
+  safetensors.torch.save_file(state, tmp_path / 'torch.safetensors')
+  logits = logits_of(tmp_path / 'torch.safetensors', numbers['images_nhwc'], settings=HEADS)
+  np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
+  half = {key: tensor.bfloat16() for key, tensor in state.items()}
+  safetensors.torch.save_file(half, tmp_path / 'half.safetensors')
+  torch.save(half, tmp_path / 'half.pth')
+  expected = golden.to_variables({key: tensor.float().numpy() for key, tensor in half.items()})
+  for file in ('half.safetensors', 'half.pth'):
+    variables = load_pretrained(tmp_path / file, settings=HEADS)[1]
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+@pytest.mark.parametrize('name', golden.TINY_MODELS)
+def test_torch_to_here_to_torch_is_bit_exact(name, tmp_path):
+  convert_to(golden_file(name), tmp_path / 'weights.safetensors')
+  convert(tmp_path / 'weights.safetensors', tmp_path / 'back.pth', Options(), reverse=True)
+  back, state = torch.load(tmp_path / 'back.pth', weights_only=True), golden.load_state_dict(name)
+  assert back.keys() == state.keys()
+  assert all(back[key].numpy().tobytes() == state[key].numpy().tobytes() for key in state)
+  assert all(back[key].shape == state[key].shape and back[key].is_contiguous() for key in state)
+
+
+def test_metadata(tmp_path):
+  checkpoints.save_form('cifar', tmp_path / 'cifar.pth')
+  convert_to(tmp_path / 'cifar.pth', tmp_path / 'cifar.safetensors')
+  metadata = metadata_of(tmp_path / 'cifar.safetensors')
+  assert metadata['data'] == dict(
+    image_size=64, num_classes=10, crop_fraction=1.0, interpolation='bilinear', mean=[0.4914, 0.4822, 0.4465],
+    std=[0.2023, 0.1994, 0.2010],
+  )  # fmt: skip
+  assert metadata['version'] == t2t_vit_jax.__version__
+  assert metadata['source']['file'] == 'cifar.pth'
+  assert len(metadata['source']['sha256']) == 64
+  assert metadata['class_names'] is None
+  checkpoints.save_form('mmpretrain', tmp_path / 'mm.pth')
+  convert_to(tmp_path / 'mm.pth', tmp_path / 'mm.safetensors')
+  assert metadata_of(tmp_path / 'mm.safetensors')['class_names'] == [f'class {i}' for i in range(10)]
+
+
+def test_dropping_the_auxiliary_head_is_said(tmp_path):
+  checkpoints.save_form('token labeling', tmp_path / 'file')
+  notes = convert_to(tmp_path / 'file', tmp_path / 'out.safetensors')
+  assert any('dropped: aux_head.weight, aux_head.bias' in note and 'accuracy' in note for note in notes)
+
+
+def test_another_number_of_classes_gives_a_fresh_head(caplog):
+  path = golden_file('performer')
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    model, variables = load_pretrained(path, num_classes=3, settings=HEADS)
+  assert 'head: 3 instead of 10 classes; not trained' in caplog.text
+  kernel, bias = variables['params']['head']['kernel'], variables['params']['head']['bias']
+  assert (kernel.shape, bias.shape) == ((64, 3), (3,))
+  assert 0.015 < kernel.std() < 0.025
+  assert not bias.any()
+  assert model.apply(variables, jnp.zeros((1, 64, 64, 3))).shape == (1, 3)
+  _, same = load_pretrained(path, num_classes=10, settings=HEADS)
+  numbers = golden.load_numbers('tiny_performer')
+  assert model.num_classes == 3
+  assert same['params']['head']['kernel'].shape == (64, 10)
+  model, variables = load_pretrained(path, num_classes=0, settings=HEADS)
+  assert 'head' not in variables['params']
+  features = model.apply(variables, numbers['images_nhwc']).cls
+  np.testing.assert_allclose(features, numbers['features'], atol=LOGITS_ATOL)
+
+
+def test_another_image_size_resizes_the_stored_table(tmp_path):
+  images = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
+  small, variables = load_pretrained(golden_file('performer_own_pos_embed'), settings=HEADS)
+  large, resized = load_pretrained(golden_file('performer_own_pos_embed'), image_size=(96, 128), settings=HEADS)
+  assert resized['frozen']['pos_embed'].shape == (1, 1 + 6 * 8, 64)
+  np.testing.assert_allclose(large.apply(resized, images), small.apply(variables, images), atol=1e-6)
+
+  # A table that is not square travels too, if its shape is said.
+  convert_to(golden_file('performer'), tmp_path / 'wide.safetensors', image_size=(96, 128))
+  assert load_pretrained(tmp_path / 'wide.safetensors')[0].image_size == (96, 128)
+  convert(tmp_path / 'wide.safetensors', tmp_path / 'wide.pth', Options(), reverse=True)
+  with pytest.raises(UserError, match='image_size=HEIGHTxWIDTH'):
+    load_pretrained(tmp_path / 'wide.pth', settings=HEADS)
+  model, _ = load_pretrained(tmp_path / 'wide.pth', settings={**HEADS, 'image_size': (96, 128)})
+  assert model.image_size == (96, 128)
+
+
+def test_the_resized_table_is_the_references():
+  numbers = golden.load_numbers('pos_embed_resize')
+  resized = t2t_vit_jax.models.layers.resize_position_embedding(jnp.asarray(numbers['old']), (14, 14), (24, 24))
+  np.testing.assert_allclose(resized, numbers['new_24'], atol=LOGITS_ATOL)
+
+
+def shapes_of(name, **overrides):
+  """Torch names and shapes of a named model."""
+  model = t2t_vit_jax.create_model(name, **overrides)
+  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
+  shapes = {}
+  for path, leaf in flatten_dict(variables, sep='/').items():
+    torch_name, transform = names.to_torch(path, model.tokens_type)
+    assert names.from_torch(torch_name, model.tokens_type) == (path, transform)
+    shapes[torch_name] = transform.torch_shape(leaf.shape)
+  assert len(shapes) == len(flatten_dict(variables))
+  return shapes
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_named_models_are_recognised(name):
+  inferred = infer.infer_arguments(shapes_of(name, image_size=224))
+  assert inferred['image_size'] == 224
+  if name in ('t2t_vit_14', 't2t_vit_14_resnext'):
+    with pytest.raises(UserError, match='--model=t2t_vit_14 or --model=t2t_vit_14_resnext'):
+      infer.name_model(inferred, {}, None)
+    assert infer.name_model(inferred, {'num_heads': VARIANTS[name].arguments['num_heads']}, None)[0] == name
+  else:
+    assert infer.name_model(inferred, {}, None)[0] == name
+  found, arguments = infer.name_model(inferred, {}, name)
+  assert found == name
+  assert T2TViT(**arguments) == t2t_vit_jax.create_model(name, image_size=224)
+
+
+def test_a_wrong_model_name_is_refused_with_the_differences():
+  inferred = infer.infer_arguments(shapes_of('t2t_vit_19'))
+  with pytest.raises(UserError, match='is not t2t_vit_14: it has embed_dim=448 instead of 384, depth=19 instead of 14'):
+    infer.name_model(inferred, {}, 't2t_vit_14')
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    dict(tokens_type='convolution'),
+    dict(mlp_ratio=2.3, qkv_bias=True),
+    dict(block_type='dense', dense_stages=(1, 1, 2), growth_rate=32),
+  ],
+)
+def test_unnamed_models_are_inferred(overrides):
+  model = t2t_vit_jax.create_model('t2t_vit_7', num_classes=3, image_size=384, **overrides)
+  inferred = infer.infer_arguments(shapes_of('t2t_vit_7', num_classes=3, image_size=384, **overrides))
+  for field in set(inferred) - {'mlp_ratio', 'depth'}:
+    assert inferred[field] == getattr(model, field)
+  assert int(256 * inferred['mlp_ratio']) == int(256 * model.mlp_ratio)
+  assert infer.name_model(inferred, HEADS, None)[0] is None
+
+
+def test_channels_are_inferred(tmp_path):
+  model = T2TViT(**{**golden.TINY, 'tokens_type': 'convolution'})
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 5)))
+  state = {}
+  for path, array in flatten_dict(variables, sep='/').items():
+    name, transform = names.to_torch(path, 'convolution')
+    state[name] = torch.tensor(transform.to_torch(np.asarray(array)))
+  assert state['tokens_to_token.soft_split0.weight'].shape == (16, 5, 7, 7)
+  torch.save(state, tmp_path / 'file.pth')
+  convert_to(tmp_path / 'file.pth', tmp_path / 'file.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / 'file.safetensors')[1], variables)
+
+
+@pytest.mark.parametrize(
+  ('options', 'says'),
+  [
+    (dict(settings={'num_heads': 8}), 'num_heads=4, not 8'),
+    (dict(model_name='t2t_vit_14'), 'model=None, not t2t_vit_14'),
+    (dict(weights='raw'), 'weights=ema, not raw'),
+  ],
+)
+def test_a_converted_file_must_agree_with_what_is_said_of_it(options, says, tmp_path):
+  convert_to(golden_file('performer'), tmp_path / 'weights.safetensors')
+  load_pretrained(tmp_path / 'weights.safetensors', settings=HEADS, weights='ema')
+  with pytest.raises(UserError, match=f'is a converted file with {says}'):
+    load_pretrained(tmp_path / 'weights.safetensors', **options)
