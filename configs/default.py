@@ -48,6 +48,17 @@ def get_config() -> ConfigDict:
   config.augment.crop_ratio = (3 / 4, 4 / 3)  # width / height
   config.augment.crop_padding = 4  # px on each side, for padded crops
   config.augment.horizontal_flip_probability = 0.5
+  config.augment.randaugment_operations = 2  # drawn for each image; 0: none
+  config.augment.randaugment_magnitude = 9.0  # of 10
+  config.augment.randaugment_magnitude_std = 0.5
+  config.augment.randaugment_probability = 0.5  # of applying a drawn operation
+  config.augment.mixup_alpha = 0.8  # 0: no mixup
+  config.augment.cutmix_alpha = 1.0  # 0: no cutmix
+  config.augment.cutmix_probability = 0.5  # the rest is mixup
+  config.augment.mixing_group_size = 64  # images that share one draw, the reference's batch of a GPU; divides the batch
+  config.augment.random_erasing_probability = 0.25
+  config.augment.random_erasing_area = (0.02, 1 / 3)  # share of the image
+  config.augment.random_erasing_aspect_ratio = (0.3, 1 / 0.3)
   config.augment.label_smoothing = 0.1
 
   config.optimizer = ConfigDict()  # AdamW

@@ -29,6 +29,10 @@ def get_config() -> ConfigDict:
   config.data.num_workers = 0
   config.augment.crop = 'padded'
   config.augment.horizontal_flip_probability = 0.0  # a mirrored digit is another sign
+  config.augment.randaugment_operations = 0
+  config.augment.mixup_alpha = 0.0
+  config.augment.cutmix_alpha = 0.0
+  config.augment.random_erasing_probability = 0.0
   config.schedule.base_learning_rate = 2e-3
   config.schedule.base_batch_size = 128
   config.schedule.epochs = 60

@@ -3,7 +3,6 @@
 python train.py --config=configs/t2t_vit_14.py --workdir=runs/t2t_vit_14
 
 Published top-1: 81.5 % (reference, EMA weights). Measured here: nothing yet.
-Still missing from the published recipe: RandAugment, mixup and cutmix, random erasing.
 """
 
 from ml_collections import ConfigDict

@@ -26,6 +26,7 @@ def small_config(data_dir, **changes):
   config.model.stochastic_depth_rate = 0.1
   config.data.image_size = 16
   config.data.batch_size = 64
+  config.augment.mixing_group_size = 60  # unused while the alphas are 0
   config.update_from_flattened_dict(changes)
   return config
 
@@ -130,6 +131,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps
     ('data.interpolation', 'cubic', r"data\.interpolation must be 'bilinear' or 'bicubic'"),
     ('augment.crop', 'random', r"augment\.crop must be 'resized' or 'padded'"),
     ('augment.label_smoothing', 1.5, 'must lie between 0 and 1'),
+    ('augment.mixup_alpha', 0.8, 'mixing_group_size 60 does not divide the batch of 64 images'),
     ('mesh.data', 3, r'mesh\.data is 3, but there are 2 devices'),
     ('schedule.epochs', 0, r'schedule\.epochs must be positive'),
     ('seed', -1, 'seed must lie between'),

@@ -9,12 +9,13 @@ import pytest
 
 import t2t_vit_jax
 from t2t_vit_jax.training import optimizer, steps
-from t2t_vit_jax.training.augment import Normalization
+from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
 from t2t_vit_jax.training.sharding import make_mesh
 from t2t_vit_jax.training.state import init_state
 
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = BatchAugmentation(10, 0.1, Mixing(0.0, 0.0, 0.0, 1), IDENTITY, RandomErasing(0.0, (0.0, 0.0), (1.0, 1.0)))
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +39,7 @@ def random_batch(size, seed=0):
 def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
   sgd = optax.sgd(0.1)
   state = fresh_state(model, sgd, with_ema=True)
-  step = steps.make_train_step(
-    model, sgd, lambda count: 0.1, normalization=IDENTITY, label_smoothing=0.1, ema_decay=0.9
-  )
+  step = steps.make_train_step(model, sgd, lambda count: 0.1, augmentation=PLAIN, ema_decay=0.9)
   batch = random_batch(4)
 
   def loss_of(params):
@@ -65,9 +64,7 @@ def test_steps_draw_other_dropout_masks():
   model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
   still = optax.set_to_zero()
   state = fresh_state(model, still, with_ema=False)
-  step = jax.jit(
-    steps.make_train_step(model, still, lambda _: 0.0, normalization=IDENTITY, label_smoothing=0.0, ema_decay=0.0)
-  )
+  step = jax.jit(steps.make_train_step(model, still, lambda _: 0.0, augmentation=PLAIN, ema_decay=0.0))
   batch = random_batch(4)
   next_state, first = step(state, batch, jax.random.key(1))
   _, again = step(state, batch, jax.random.key(1))

@@ -1,4 +1,8 @@
-"""What happens to a batch of uint8 images and labels on the device."""
+"""What happens to a batch on the device: mixing, normalisation and random erasing, in the published order.
+
+The reference mixes the uint8 crops and rounds the result to uint8 again, then normalises, then erases.
+All randomness follows from the key that is passed in, and not from how the batch is spread over devices.
+"""
 
 import dataclasses
 
@@ -8,12 +12,14 @@ import optax
 
 Array = jax.Array
 
+ERASING_TRIES = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-  """Scales uint8 images (B, H, W, 3) to [0, 1], subtracts `mean` and divides by `std` per channel: float32."""
+  """Scales images (B, H, W, 3) of values from 0 to 255 to [0, 1], then subtracts `mean` and divides by `std`."""
 
-  mean: tuple[float, float, float]
+  mean: tuple[float, float, float]  # of RGB in [0, 1]
   std: tuple[float, float, float]
 
   def __call__(self, images: Array) -> Array:
@@ -24,3 +30,115 @@ class Normalization:
 def soft_targets(labels: Array, num_classes: int, label_smoothing: float) -> Array:
   """Labels (B,) as distributions (B, K): 1 - s + s/K for the class, s/K for the others."""
   return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+  """Mixup or cutmix within groups of consecutive images; every image's partner is its mirror in the group.
+
+  The reference draws once for each GPU's batch of 64 images. Groups keep that, whatever the number of
+  devices. With both alphas positive, cutmix has its probability and mixup the rest; with one, it is
+  always that one; with none, nothing is mixed.
+  """
+
+  mixup_alpha: float
+  cutmix_alpha: float
+  cutmix_probability: float
+  group_size: int
+
+  def __call__(self, rng: Array, images: Array, targets: Array) -> tuple[Array, Array]:
+    """Mixes uint8 images (B, H, W, 3), which become float32 whole numbers, and their targets (B, K)."""
+    if not (self.mixup_alpha or self.cutmix_alpha):
+      return images, targets
+    batch, height, width, channels = images.shape
+    num_groups = batch // self.group_size
+    keys = jax.random.split(rng, num_groups)
+    weights = jax.vmap(lambda key: self.draw_weights(key, height, width))(keys)  # (groups, H, W)
+
+    x = images.reshape(num_groups, self.group_size, height, width, channels).astype(jnp.float32)
+    weight = weights[:, None, :, :, None]
+    x = jnp.round(x * weight + x[:, ::-1] * (1 - weight))
+    y = targets.reshape(num_groups, self.group_size, -1)
+    share = weights.mean(axis=(1, 2)).reshape(num_groups, 1, 1)
+    y = y * share + y[:, ::-1] * (1 - share)
+    return x.reshape(images.shape), y.reshape(targets.shape)
+
+  def draw_weights(self, rng: Array, height: int, width: int) -> Array:
+    """Weight (H, W) of an image's own pixels: the same everywhere for mixup, 0 inside cutmix's box and 1 outside."""
+    choice_rng, mixup_rng, cutmix_rng, box_rng = jax.random.split(rng, 4)
+    if self.mixup_alpha and self.cutmix_alpha:
+      use_cutmix = jax.random.bernoulli(choice_rng, self.cutmix_probability)
+    else:
+      use_cutmix = jnp.asarray(bool(self.cutmix_alpha))
+    own_share = jax.random.beta(mixup_rng, self.mixup_alpha or 1.0, self.mixup_alpha or 1.0)
+    side_ratio = jnp.sqrt(1 - jax.random.beta(cutmix_rng, self.cutmix_alpha or 1.0, self.cutmix_alpha or 1.0))
+    inside = _cutmix_box(box_rng, side_ratio, height, width)
+    return jnp.where(use_cutmix, 1.0 - inside, own_share)
+
+
+def _cutmix_box(rng: Array, side_ratio: Array, height: int, width: int) -> Array:
+  """(H, W) float32: 1 in a box of `side_ratio` of each side around a random centre, cut off at the borders."""
+
+  def inside(size: int, key: Array) -> Array:
+    half = jnp.floor(size * side_ratio).astype(jnp.int32) // 2
+    centre = jax.random.randint(key, (), 0, size)
+    position = jnp.arange(size)
+    return (position >= centre - half) & (position < centre + half)
+
+  rows, columns = (inside(size, key) for size, key in zip((height, width), jax.random.split(rng), strict=True))
+  return (rows[:, None] & columns[None, :]).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomErasing:
+  """Replaces one box in a share of the images by noise from N(0, 1), each pixel and channel its own."""
+
+  probability: float
+  area: tuple[float, float]  # share of the image, drawn uniformly
+  aspect_ratio: tuple[float, float]  # height / width, drawn log-uniformly
+
+  def __call__(self, rng: Array, images: Array) -> Array:
+    """Normalised images (B, H, W, 3)."""
+    if not self.probability:
+      return images
+    box_rng, noise_rng = jax.random.split(rng)
+    keys = jax.random.split(box_rng, images.shape[0])
+    erased = jax.vmap(lambda key: self.draw_mask(key, images.shape[1], images.shape[2]))(keys)  # (B, H, W)
+    return jnp.where(erased[..., None], jax.random.normal(noise_rng, images.shape, images.dtype), images)
+
+  def draw_mask(self, rng: Array, height: int, width: int) -> Array:
+    """(H, W): True inside the first of ten boxes that is smaller than the image; all False if none is."""
+    apply_rng, area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 5)
+    tries = (ERASING_TRIES,)
+    area = height * width * jax.random.uniform(area_rng, tries, minval=self.area[0], maxval=self.area[1])
+    low, high = (jnp.log(ratio) for ratio in self.aspect_ratio)
+    ratio = jnp.exp(jax.random.uniform(ratio_rng, tries, minval=low, maxval=high))
+    box_heights, box_widths = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+    fits = (box_heights < height) & (box_widths < width)
+    first = jnp.argmax(fits)
+    box_height, box_width = box_heights[first], box_widths[first]
+    top = jnp.floor(jax.random.uniform(top_rng) * (height - box_height + 1))
+    left = jnp.floor(jax.random.uniform(left_rng) * (width - box_width + 1))
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside_rows = (rows >= top) & (rows < top + box_height)
+    inside_columns = (columns >= left) & (columns < left + box_width)
+    apply = jax.random.bernoulli(apply_rng, self.probability) & fits.any()
+    return inside_rows[:, None] & inside_columns[None, :] & apply
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchAugmentation:
+  """The device's part of augmentation: uint8 images and labels to what the model and the loss take."""
+
+  num_classes: int
+  label_smoothing: float
+  mixing: Mixing
+  normalization: Normalization
+  erasing: RandomErasing
+
+  def __call__(self, rng: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+    """(B, H, W, 3) uint8 and (B,) -> (B, H, W, 3) float32 and (B, K)."""
+    mixing_rng, erasing_rng = jax.random.split(rng)
+    targets = soft_targets(labels, self.num_classes, self.label_smoothing)
+    images, targets = self.mixing(mixing_rng, images, targets)
+    return self.erasing(erasing_rng, self.normalization(images)), targets

@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data.randaugment import RandAugment
 from t2t_vit_jax.data.sources import Source, open_tfds
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.training import optimizer, sharding, steps
-from t2t_vit_jax.training.augment import Normalization
+from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
 from t2t_vit_jax.training.state import TrainState, init_state
 
@@ -124,8 +125,7 @@ def build_run(config: Any) -> Run:
         model,
         adamw,
         learning_rate,
-        normalization=normalization,
-        label_smoothing=config.augment.label_smoothing,
+        augmentation=batch_augmentation(config, model.num_classes, normalization),
         ema_decay=config.ema.decay,
       ),
       donate_argnums=0,
@@ -137,6 +137,7 @@ def build_run(config: Any) -> Run:
 
 # What a number means for these fields; others are checked where they are used.
 POSITIVE = (
+  'augment.mixing_group_size',
   'checkpoint.every_epochs',
   'checkpoint.keep_latest',
   'data.batch_size',
@@ -147,8 +148,11 @@ POSITIVE = (
   'schedule.epochs',
 )
 SHARES = (
+  'augment.cutmix_probability',
   'augment.horizontal_flip_probability',
   'augment.label_smoothing',
+  'augment.randaugment_probability',
+  'augment.random_erasing_probability',
   'data.crop_fraction',
   'ema.decay',
   'model.attention_dropout_rate',
@@ -226,7 +230,7 @@ def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:
-  """The random transform of `config.augment`.
+  """The host's part of `config.augment`.
 
   Raises:
     UserError: `config.augment.crop` or `config.data.interpolation` is unknown.
@@ -238,7 +242,32 @@ def train_transform(config: Any) -> transforms.TrainTransform:
     crop = transforms.RandomPaddedCrop(size, augment.crop_padding, _interpolation(config))
   else:
     raise UserError(f"augment.crop must be 'resized' or 'padded', not {augment.crop!r}")
-  return transforms.Chain((crop, transforms.RandomHorizontalFlip(augment.horizontal_flip_probability)))
+  randaugment = RandAugment(
+    augment.randaugment_operations,
+    augment.randaugment_magnitude,
+    augment.randaugment_magnitude_std,
+    augment.randaugment_probability,
+    fill=tuple(round(255 * channel) for channel in config.data.mean),
+  )
+  return transforms.Chain((crop, transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
+
+
+def batch_augmentation(config: Any, num_classes: int, normalization: Normalization) -> BatchAugmentation:
+  """The device's part of `config.augment`.
+
+  Raises:
+    UserError: the mixing groups don't divide the batch.
+  """
+  augment = config.augment
+  mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, augment.mixing_group_size)
+  if (mixing.mixup_alpha or mixing.cutmix_alpha) and config.data.batch_size % mixing.group_size:
+    raise UserError(
+      f'augment.mixing_group_size {mixing.group_size} does not divide the batch of {config.data.batch_size} images'
+    )
+  erasing = RandomErasing(
+    augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)
+  )
+  return BatchAugmentation(num_classes, augment.label_smoothing, mixing, normalization, erasing)
 
 
 def eval_transform(config: Any) -> transforms.EvalTransform:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training.augment import Normalization, soft_targets
+from t2t_vit_jax.training.augment import BatchAugmentation, Normalization
 from t2t_vit_jax.training.state import TrainState, Tree
 
 Array = jax.Array
@@ -20,8 +20,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   learning_rate: optax.Schedule,
   *,
-  normalization: Normalization,
-  label_smoothing: float,
+  augmentation: BatchAugmentation,
   ema_decay: float,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
   """Returns `step(state, batch, rng) -> (state, metrics)`: one update by AdamW and the moving average.
@@ -30,12 +29,11 @@ def make_train_step(
   """
 
   def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
-    images = normalization(batch['image'])
-    targets = soft_targets(batch['label'], model.num_classes, label_smoothing)
-    rngs = {'dropout': jax.random.fold_in(rng, state.step)}
+    augmentation_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+    images, targets = augmentation(augmentation_rng, batch['image'], batch['label'])
 
     def loss_of(params: Tree) -> Array:
-      logits: Any = model.apply(state.variables(params), images, train=True, rngs=rngs)
+      logits: Any = model.apply(state.variables(params), images, train=True, rngs={'dropout': dropout_rng})
       return optax.softmax_cross_entropy(logits, targets).mean()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)

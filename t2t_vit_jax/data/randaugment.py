@@ -1,0 +1,146 @@
+"""RandAugment as timm defines `rand-m9-mstd0.5-inc1`, the policy of the published recipe.
+
+Every operation is a function of an RGB image and its magnitude, from 0 to 10. "Increasing" means that
+the effect grows with the magnitude in every operation (RandAugment's first version had some the other
+way round). Pixels equal timm's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MAX_MAGNITUDE = 10
+RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """What one application of an operation draws at random."""
+
+  level: float  # magnitude / 10, in [0, 1]
+  sign: int  # 1 or -1, for the operations that have a direction
+  resampling: Image.Resampling  # of the geometric operations
+  fill: tuple[int, int, int]  # RGB that geometric operations put where the image has moved away
+
+
+Operation = Callable[[Image.Image, Draw], Image.Image]
+
+
+def _affine(image: Image.Image, draw: Draw, matrix: tuple[float, ...]) -> Image.Image:
+  return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=draw.resampling, fillcolor=draw.fill)
+
+
+def rotate(image: Image.Image, draw: Draw) -> Image.Image:
+  return image.rotate(draw.sign * 30 * draw.level, resample=draw.resampling, fillcolor=draw.fill)
+
+
+def shear_x(image: Image.Image, draw: Draw) -> Image.Image:
+  return _affine(image, draw, (1, draw.sign * 0.3 * draw.level, 0, 0, 1, 0))
+
+
+def shear_y(image: Image.Image, draw: Draw) -> Image.Image:
+  return _affine(image, draw, (1, 0, 0, draw.sign * 0.3 * draw.level, 1, 0))
+
+
+def translate_x(image: Image.Image, draw: Draw) -> Image.Image:
+  return _affine(image, draw, (1, 0, draw.sign * 0.45 * draw.level * image.width, 0, 1, 0))
+
+
+def translate_y(image: Image.Image, draw: Draw) -> Image.Image:
+  return _affine(image, draw, (1, 0, 0, 0, 1, draw.sign * 0.45 * draw.level * image.height))
+
+
+def auto_contrast(image: Image.Image, draw: Draw) -> Image.Image:
+  del draw
+  return ImageOps.autocontrast(image)
+
+
+def equalize(image: Image.Image, draw: Draw) -> Image.Image:
+  del draw
+  return ImageOps.equalize(image)
+
+
+def invert(image: Image.Image, draw: Draw) -> Image.Image:
+  del draw
+  return ImageOps.invert(image)
+
+
+def posterize(image: Image.Image, draw: Draw) -> Image.Image:
+  """Keeps the upper 4 to 0 bits: with none left the image is black, which Pillow itself refuses to do."""
+  bits = 4 - int(4 * draw.level)
+  return ImageOps.posterize(image, bits) if bits else Image.new('RGB', image.size)
+
+
+def solarize(image: Image.Image, draw: Draw) -> Image.Image:
+  return ImageOps.solarize(image, 256 - min(256, int(256 * draw.level)))
+
+
+def solarize_add(image: Image.Image, draw: Draw) -> Image.Image:
+  """Adds up to 110 to every value below 128."""
+  added = min(128, int(110 * draw.level))
+  return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
+
+
+def _enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
+  def operation(image: Image.Image, draw: Draw) -> Image.Image:
+    return enhancer(image).enhance(max(0.1, 1 + draw.sign * 0.9 * draw.level))
+
+  return operation
+
+
+OPERATIONS: dict[str, Operation] = {
+  'AutoContrast': auto_contrast,
+  'Equalize': equalize,
+  'Invert': invert,
+  'Rotate': rotate,
+  'PosterizeIncreasing': posterize,
+  'SolarizeIncreasing': solarize,
+  'SolarizeAdd': solarize_add,
+  'ColorIncreasing': _enhance(ImageEnhance.Color),
+  'ContrastIncreasing': _enhance(ImageEnhance.Contrast),
+  'BrightnessIncreasing': _enhance(ImageEnhance.Brightness),
+  'SharpnessIncreasing': _enhance(ImageEnhance.Sharpness),
+  'ShearX': shear_x,
+  'ShearY': shear_y,
+  'TranslateXRel': translate_x,
+  'TranslateYRel': translate_y,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+  """Draws operations with replacement and applies each with a probability.
+
+  Attributes:
+    num_operations: drawn for each image.
+    magnitude: mean of a normal distribution, clipped to [0, 10], of which each application draws its own.
+    magnitude_std: its standard deviation.
+    probability: of applying a drawn operation.
+    fill: RGB from 0 to 255 for what geometric operations uncover.
+  """
+
+  num_operations: int = 2
+  magnitude: float = 9.0
+  magnitude_std: float = 0.5
+  probability: float = 0.5
+  fill: tuple[int, int, int] = (124, 116, 104)  # ImageNet's mean
+
+  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    names = list(OPERATIONS)
+    for index in rng.integers(len(names), size=self.num_operations):
+      if rng.random() < self.probability:
+        image = OPERATIONS[names[index]](image, self.draw(rng))
+    return image
+
+  def draw(self, rng: np.random.Generator) -> Draw:
+    """The random part of one application."""
+    magnitude = np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, MAX_MAGNITUDE)
+    return Draw(
+      level=float(magnitude) / MAX_MAGNITUDE,
+      sign=int(rng.choice((-1, 1))),
+      resampling=RESAMPLINGS[rng.integers(len(RESAMPLINGS))],
+      fill=self.fill,
+    )
