@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
   config.augment.mixup_alpha = 0.8  # 0: no mixup
   config.augment.cutmix_alpha = 1.0  # 0: no cutmix
   config.augment.cutmix_probability = 0.5  # the rest is mixup
-  config.augment.mixing_group_size = 64  # images that share one draw, the reference's batch of a GPU; divides the batch
+  config.augment.mixing_group_size = 64  # images that share a draw (the reference's batch of a GPU); divides the batch
   config.augment.random_erasing_probability = 0.25
   config.augment.random_erasing_area = (0.02, 1 / 3)  # share of the image
   config.augment.random_erasing_aspect_ratio = (0.3, 1 / 0.3)

@@ -259,7 +259,8 @@ def batch_augmentation(config: Any, num_classes: int, normalization: Normalizati
     UserError: the mixing groups don't divide the batch.
   """
   augment = config.augment
-  mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, augment.mixing_group_size)
+  group_size = min(augment.mixing_group_size, config.data.batch_size)  # a smaller batch is one group
+  mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
   if (mixing.mixup_alpha or mixing.cutmix_alpha) and config.data.batch_size % mixing.group_size:
     raise UserError(
       f'augment.mixing_group_size {mixing.group_size} does not divide the batch of {config.data.batch_size} images'
