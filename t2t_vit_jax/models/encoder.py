@@ -116,7 +116,7 @@ class Transition(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     del train  # called like a block
-    return gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name='linear')(x))
+    return gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name='linear')(x)).astype(x.dtype)
 
 
 class EncoderBlock(nn.Module):

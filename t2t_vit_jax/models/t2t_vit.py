@@ -60,7 +60,7 @@ class T2TViT(nn.Module):
     block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `encoder`.
     dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
-    dtype: computation dtype; logits are float32 always.
+    dtype: computation dtype; the residual stream and the logits are float32 always.
 
   Raises:
     UserError: unknown `tokens_type` or `block_type`; ghost blocks of another shape than the reference's.
@@ -114,10 +114,12 @@ class T2TViT(nn.Module):
     )(images.astype(self.dtype), train=train)
 
     batch = images.shape[0]
-    x = tokens.reshape(batch, math.prod(grid), self.embed_dim)
+    # The residual stream is float32, as under PyTorch's autocast: every block adds to it, and bfloat16 would round each
+    # sum. The blocks' branches compute in `dtype`.
+    x = tokens.reshape(batch, math.prod(grid), self.embed_dim).astype(jnp.float32)
     cls_token = self.param('cls_token', initializers.normal(0.02), (1, 1, self.embed_dim), jnp.float32)
-    x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim)).astype(self.dtype), x], axis=1)
-    x = x + self._position_embedding(grid).astype(self.dtype)
+    x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim)), x], axis=1)
+    x = x + self._position_embedding(grid)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
     for block in self._blocks():
