@@ -38,8 +38,8 @@ def refuse_unknown_field(argv: list[str]) -> None:
   tree = default.get_config()
   groups = [name for name in tree if isinstance(tree[name], type(tree))]
   known = [f'{group}.{field}' for group in groups for field in tree[group]] + [x for x in tree if x not in groups]
-  for path in re.findall(r'^--?(?:no)?config\.([^=]+)', '\n'.join(argv), flags=re.MULTILINE):
-    if path not in known:
+  for match in filter(None, (re.match(r'--?(?:no)?config\.([^=]+)', argument) for argument in argv)):
+    if (path := match[1]) not in known:
       _fail(f'unknown config field {path!r}: {did_you_mean(path, known)}')
 
 
@@ -59,6 +59,9 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_code)
+  except KeyboardInterrupt:
+    print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
+    sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """Two virtual CPU devices, and JAX as strict as it can be."""
 
+import atexit
 import os
 import tempfile
 
@@ -12,6 +13,7 @@ jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Several tests build the same run: each program is compiled once.
 _cache = tempfile.TemporaryDirectory()
+atexit.register(_cache.cleanup)
 jax.config.update('jax_compilation_cache_dir', _cache.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 

@@ -75,20 +75,21 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
   arguments = [
     *TINY,
     f'--config.data.data_dir={data_dir}',
-    '--config.data.num_workers=1',  # a terminal's Ctrl-C reaches the workers too
+    '--config.data.num_workers=1',  # the signals reach the workers too
     '--config.schedule.max_steps=40',
     '--config.logging.every_steps=5',
     '--config.checkpoint.every_epochs=2',
   ]
-  process = start(tmp_path, '--workdir=stopped', *arguments)
-  for line in process.stdout:
-    if line.startswith('step 10/40'):
-      break
-  os.killpg(process.pid, signal.SIGINT)
-  rest, errors = process.communicate(timeout=120)
-  assert process.returncode == 128 + signal.SIGINT, errors
-  assert 'and saved; the same command continues from there' in errors
-  assert 'top-1' not in rest
+  for number, step in ((signal.SIGINT, 10), (signal.SIGTERM, 25)):
+    process = start(tmp_path, '--workdir=stopped', *arguments)
+    for line in process.stdout:
+      if line.startswith(f'step {step}/40'):
+        break
+    os.killpg(process.pid, number)
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert 'and saved; the same command continues from there' in errors
+    assert 'top-1' not in rest
 
   results = []
   for workdir in ('stopped', 'straight'):

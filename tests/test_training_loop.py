@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+import re
+import shutil
 
 import jax
 from ml_collections import ConfigDict
@@ -34,7 +36,7 @@ def small_config(data_dir, **changes):
 def final_state(config, workdir):
   run = build_run(config)
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    return jax.device_get(checkpoints.restore(run.abstract_state, model_name='-'))
+    return jax.device_get(checkpoints.restore(run.abstract_state, run.description)[0])
 
 
 @pytest.fixture(scope='module')
@@ -90,11 +92,13 @@ def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data
   batches = run.train_batches(0)
   with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
     saved = jax.device_get(state)
-    checkpoints.save(state, metrics=None, run={'model': 'm'})
+    checkpoints.save(state, metrics=None, run=run.description)
     for _ in range(3):  # while the save runs in the background
       state, _ = run.train_step(state, next(batches), run.rng)
   with Checkpoints(tmp_path) as checkpoints:
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(run.abstract_state, model_name='m'), saved)
+    restored, changes = checkpoints.restore(run.abstract_state, run.description)
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    assert changes == []
   batches.close()
 
 
@@ -105,6 +109,53 @@ def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
     for step, top1 in enumerate([0.1, 0.9, 0.3, 0.2, 0.5]):
       checkpoints.save(state.replace(step=jax.numpy.int32(step)), metrics={'top1': top1}, run={})
   assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('model.num_heads', 8), ('seed', 7), ('data.batch_size', 32), ('data.train_split', 'train[:700]')],
+)
+def test_a_config_of_another_run_is_refused(data_dir, four_steps, field, value):
+  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  with pytest.raises(
+    UserError, match=rf'belongs to another run: {field} was \S+ and is {re.escape(str(value))}\. Noth'
+  ):
+    loop.train(small_config(data_dir, **{field: value}), four_steps)
+  assert before == {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+
+
+def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, capsys):
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 4, 'data.eval_split': 'test[:30]'}), four_steps)
+  assert capsys.readouterr().out.splitlines()[-1].startswith('test top-1 ')
+
+
+def test_other_changes_are_said_and_evaluations_come_when_they_should(data_dir, tmp_path, capsys):
+  # 700 images a step: two steps an epoch.
+  changes = {'data.batch_size': 700, 'checkpoint.every_epochs': 1, 'checkpoint.keep_latest': 9}
+  loop.train(small_config(data_dir, **changes, **{'schedule.max_steps': 3}), tmp_path)
+  loop.train(small_config(data_dir, **changes, **{'schedule.max_steps': 5}), tmp_path)
+  assert 'changed since the checkpoint: schedule.max_steps was 3 and is 5' in capsys.readouterr().out
+  rows = [json.loads(row) for row in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['step'] for row in rows if row.get('weights') == 'ema'] == [2, 3, 4, 5]
+  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [2, 3, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data_dir, tmp_path):
+  config = small_config(data_dir, **{'schedule.base_learning_rate': 1e9, 'schedule.warmup_learning_rate': 1e9})
+  with pytest.raises(UserError, match='the loss is nan by step 11; checkpoints up to the last evaluation are intact'):
+    loop.train(config, tmp_path)
+  assert list((tmp_path / 'checkpoints').iterdir()) == []
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # orbax's threads, on their way out
+@pytest.mark.parametrize('name', ['state/_METADATA', 'state/manifest.ocdbt'])
+def test_a_damaged_checkpoint_is_named(data_dir, four_steps, tmp_path, name):
+  shutil.copytree(four_steps, tmp_path / 'run')
+  damaged = tmp_path / 'run' / 'checkpoints' / '4' / name
+  damaged.write_bytes(damaged.read_bytes()[:10])
+  with pytest.raises(UserError, match='checkpoints/4 cannot be read') as caught:
+    loop.train(small_config(data_dir, **{'schedule.max_steps': 8}), tmp_path / 'run')
+  assert '\n' not in str(caught.value)
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps, tmp_path):
@@ -135,6 +186,10 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps
     ('mesh.data', 3, r'mesh\.data is 3, but there are 2 devices'),
     ('schedule.epochs', 0, r'schedule\.epochs must be positive'),
     ('seed', -1, 'seed must lie between'),
+    ('model.num_heads', 0, r'model\.num_heads must be positive'),
+    ('schedule.cooldown_epochs', -3, r'cooldown_epochs must not be negative'),
+    ('data.std', (0.1, 0.0, 0.1), r'data\.std must'),
+    ('data.eval_split', 'test[:abc]', r"no split 'test\[:abc\]'"),
   ],
 )
 def test_bad_fields_are_refused_before_anything_is_written(data_dir, tmp_path, field, value, message):

@@ -119,7 +119,8 @@ class Workers:
 
   def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
-    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4 * max(batch_size, self.num_threads))
+    buffer = max(4 * batch_size // max(self.num_workers, 1), self.num_threads)  # images; about four batches in all
+    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
     if self.num_workers:
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)

@@ -30,7 +30,7 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
   Raises:
     UserError: unknown dataset, tars missing, or TensorFlow not installed.
   """
-  builder = open_builder(name, data_dir)
+  builder = open_builder(name, data_dir, file_format='array_record')
   if builder.name == 'imagenet2012':
     folder = Path(manual_dir).expanduser() if manual_dir else None
     missing = [tar for tar in IMAGENET_TARS if folder is None or not (folder / tar).is_file()]
@@ -42,6 +42,8 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
   manual_dir = os.path.expanduser(manual_dir) if manual_dir else None
   try:
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+  except OSError as error:
+    raise UserError(f'cannot prepare {name} in {builder.data_path}: {error.strerror or error}') from error
   except ImportError as error:
     raise UserError(f"preparing {name} needs TensorFlow: pip install 't2t-vit-jax[prepare]' ({error})") from error
   return builder.info

@@ -62,8 +62,6 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
     features.get('label'), tfds.features.ClassLabel
   ):
     raise UserError(f'{name} is no image-classification dataset: it lacks the features image and label')
-  if builder.info.splits.get(split.split('[')[0]) is None:
-    raise UserError(f'{name} has no split {split!r}: {did_you_mean(split, builder.info.splits)}')
   try:
     records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
@@ -71,26 +69,39 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
       f'{builder.data_path} holds no array_record files, which random access needs; '
       f'prepare the dataset into another --data-dir with: {command}'
     ) from error
+  except (ValueError, AssertionError) as error:
+    splits = did_you_mean(split, builder.info.splits)
+    raise UserError(f'{name} has no split {split!r}: {splits}') from error
+  if not len(records):
+    raise UserError(f'split {split!r} of {name} is empty')
   return Source(records, tuple(features['label'].names), f'{name} {split} ({builder.data_path})')
 
 
-def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.core.DatasetBuilder:
-  """The tfds builder of `name`, set to write array_record files.
+def open_builder(
+  name: str, data_dir: str | os.PathLike[str] | None = None, file_format: str | None = None
+) -> tfds.core.DatasetBuilder:
+  """The tfds builder of `name`; `file_format` is what it will write, None for whatever is there.
 
   Raises:
-    UserError: tfds has no such dataset; the message names the nearest.
+    UserError: tfds has no such dataset (the message names the nearest), or the data is there in another format.
   """
   data_dir = os.path.expanduser(data_dir) if data_dir else None
   if name == Digits.name:
     return Digits(data_dir=data_dir, file_format='array_record')
   try:
-    return tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    return tfds.builder(name, data_dir=data_dir, file_format=file_format)
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     raise UserError(f'tfds has no dataset {name!r}: {did_you_mean(name, known)}') from error
   except ImportError as error:
     raise UserError(f"{name} needs TensorFlow: pip install 't2t-vit-jax[prepare]'") from error
-  except ValueError as error:  # no such config or version; tfds lists the known ones further down
+  except OSError as error:
+    raise UserError(f'cannot read {data_dir}: {error.strerror}') from error
+  except (ValueError, AssertionError) as error:  # no such config or version, or files of another format
+    if 'file format is already set' in str(error).lower():
+      raise UserError(
+        f'{name} is in {data_dir or "the default data_dir"} in another file format: choose another --data-dir'
+      ) from error
     raise UserError(f'tfds cannot build {name!r}: {str(error).splitlines()[0]}') from error
 
 
@@ -98,6 +109,8 @@ def _prepare_digits(builder: Digits) -> None:
   tfds.disable_progress_bar()  # four bars for half a second's work
   try:
     builder.download_and_prepare()  # returns at once where the files exist
+  except OSError as error:
+    raise UserError(f'cannot write to {builder.data_path}: {error.strerror}') from error
   finally:
     tfds.enable_progress_bar()
 

@@ -1,6 +1,8 @@
 """Checkpoints of a run: saved in the background, the latest and the best kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import json
 import os
 from typing import Any, Self
 
@@ -11,6 +13,8 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.state import TrainState
 
 BEST_METRIC = 'top1'
+# Fields without which a continued run would be another one: what the model computes, and the order of its data.
+UNCHANGEABLE = ('model.', 'seed', 'data.name', 'data.train_split', 'data.batch_size')
 policies = ocp.training.preservation_policies
 
 
@@ -58,18 +62,47 @@ class Checkpoints:
     if step != self.latest_step:
       self._checkpointer.save_async(step, serialization.to_state_dict(state), metrics=metrics, custom_metadata=run)
 
-  def restore(self, abstract_state: TrainState, *, model_name: str) -> TrainState:
+  def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str]]:
     """Loads the newest checkpoint.
 
     Args:
       abstract_state: shapes, dtypes and shardings wanted.
-      model_name: for the message if they don't fit.
+      run: what would be saved with a checkpoint now.
+
+    Returns:
+      The state, and in what the config differs from that of the checkpoint, a phrase for each field.
 
     Raises:
-      UserError: the checkpoint's parameters have other names or shapes.
+      UserError: the checkpoint is damaged, its parameters have other names or shapes, or its config is another in a
+        field that decides what the model computes or in which order the data comes.
     """
-    wanted = serialization.to_state_dict(abstract_state)
-    stored = self._checkpointer.metadata()
+    with self._reading():
+      stored = self._checkpointer.metadata()
+      wanted = serialization.to_state_dict(abstract_state)
+      self._check_shapes(stored, wanted, run['model'])
+      changes = config_changes((stored.custom_metadata or {}).get('config', {}), run['config'])
+      fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
+      if fatal:
+        raise UserError(
+          f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir'
+        )
+      restored = self._checkpointer.load(None, wanted)
+      return serialization.from_state_dict(abstract_state, restored), list(changes.values())
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    """Makes one line of what a damaged checkpoint sets off in orbax."""
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as error:
+      raise UserError(
+        f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({type(error).__name__}); '
+        'move this folder away to continue from the one before'
+      ) from error
+
+  def _check_shapes(self, stored: Any, wanted: dict[str, Any], model_name: str) -> None:
     # The optimizer's state repeats the parameters' names: it speaks only where they are the same.
     differences = tree_differences(_variables(stored.metadata), _variables(wanted)) or tree_differences(
       stored.metadata, wanted
@@ -81,8 +114,17 @@ class Checkpoints:
         f'{self.folder} has a checkpoint of {stored_name}, which does not fit the {model_name} of this config: '
         f'{shown}. Nothing was changed; choose another --workdir'
       )
-    restored = self._checkpointer.load(None, wanted)
-    return serialization.from_state_dict(abstract_state, restored)
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+  """Fields in which two configs differ -> a phrase that says how."""
+  # As JSON both: a tuple comes back from a checkpoint as a list.
+  old, new = (traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (before, now))
+  return {
+    field: f'{field} was {old.get(field)} and is {new.get(field)}'
+    for field in sorted(old.keys() & new.keys())
+    if old[field] != new[field]
+  }
 
 
 def _variables(state: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ import numpy as np
 
 from t2t_vit_jax.training.sharding import to_devices
 
+# Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
+MAX_BATCHES_IN_FLIGHT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
@@ -61,6 +64,8 @@ def evaluate(
     on_devices = to_devices(batch, mesh)
     for name, variables in weights.items():
       sums[name].append(eval_step(variables, on_devices))
+      if len(sums[name]) > MAX_BATCHES_IN_FLIGHT:
+        sums[name][-1 - MAX_BATCHES_IN_FLIGHT]['count'].block_until_ready()
   return {name: _total(jax.device_get(rows)) for name, rows in sums.items()}
 
 

@@ -52,27 +52,33 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
   run = build_run(config)
   workdir = Path(workdir)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
+    (workdir / 'metrics.jsonl').open('a').close()
   except OSError as error:
     raise UserError(f'cannot write to workdir {workdir}: {error.strerror}') from error
 
   with Checkpoints(workdir / 'checkpoints', config.checkpoint.keep_latest) as checkpoints:
     finished = checkpoints.latest_step is not None and checkpoints.latest_step >= run.total_steps
-    state = _initial_state(run, checkpoints)
+    state, changes = _initial_state(run, checkpoints)
     if finished and checkpoints.latest_metrics:
       accuracy = Accuracy.from_dict(checkpoints.latest_metrics)
+      split = checkpoints.latest_metrics['split']
       print(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
     else:
+      split = config.data.eval_split
       with _reporter(run, workdir, first_step=int(state.step)) as reporter:
+        if changes:
+          reporter.say(f'changed since the checkpoint: {"; ".join(changes)}')
         accuracy = _train(run, state, checkpoints, reporter)
-  print(f'{config.data.eval_split} top-1 {100 * accuracy.top1:.2f} % ({accuracy.correct}/{accuracy.count})', flush=True)
+  print(f'{split} top-1 {100 * accuracy.top1:.2f} % ({accuracy.correct}/{accuracy.count})', flush=True)
   return accuracy
 
 
-def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
+  """The state to start from, and in what the config differs from the checkpoint's."""
   if checkpoints.latest_step is None:
-    return run.fresh_state()
-  return checkpoints.restore(run.abstract_state, model_name=run.config.model.name)
+    return run.fresh_state(), []
+  return checkpoints.restore(run.abstract_state, run.description)
 
 
 def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
@@ -99,45 +105,56 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
 def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> Accuracy:
   """The steps from `state` to the end of the run, and the accuracy there."""
   config = run.config
-  description = {'model': config.model.name, 'config': config.to_dict()}
-  save_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
+  evaluate_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
   rng, first_step = run.rng, int(state.step)
   in_flight: collections.deque[jax.Array] = collections.deque()
-  accuracies: dict[str, Accuracy] = {}
 
   with contextlib.closing(run.train_batches(first_step)) as batches, _signals() as received:
-    for step, batch in enumerate(batches, start=first_step + 1):
-      state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
-      reporter.collect(metrics)
-      if step == first_step + 1:
-        reporter.start_clock()  # that call compiled
-      in_flight.append(metrics['loss'])
-      if len(in_flight) > MAX_STEPS_IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
+    try:
+      for step, batch in enumerate(batches, start=first_step + 1):
+        state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
+        reporter.collect(metrics)
+        if step == first_step + 1:
+          reporter.start_clock()  # that call compiled
+        in_flight.append(metrics['loss'])
+        if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+          in_flight.popleft().block_until_ready()
 
-      last, save = step == run.total_steps, step % save_every == 0
-      if last or save or step % config.logging.every_steps == 0:
-        reporter.report(step)
-      if last or save:
-        accuracies = _evaluate(run, state, reporter)
-        checkpoints.save(state, metrics=_headline(accuracies).as_dict(), run=description)
-        reporter.start_clock()
-      if received and not last:
-        checkpoints.save(state, metrics=None, run=description)
-        raise Stopped(step, received[0])
-  return _headline(accuracies or _evaluate(run, state, reporter))
+        evaluate = step == run.total_steps or step % evaluate_every == 0
+        if evaluate or received or step % config.logging.every_steps == 0:
+          reporter.report(step)
+        if evaluate and not received:
+          accuracy = _evaluate(run, state, reporter, received)
+          metrics = {**accuracy.as_dict(), 'split': config.data.eval_split}
+          checkpoints.save(state, metrics=metrics, run=run.description)
+          reporter.start_clock()
+          if step == run.total_steps:
+            return accuracy
+        if received:
+          break
+    except Exception:
+      # Workers may get the same signal and die of it: what is done is still to be saved.
+      if not received:
+        raise
+    if received:
+      checkpoints.save(state, metrics=None, run=run.description)
+      raise Stopped(int(state.step), received[0])
+    return _evaluate(run, state, reporter, received)  # an earlier run was stopped before its last evaluation
 
 
-def _evaluate(run: Run, state: TrainState, reporter: Reporter) -> dict[str, Accuracy]:
-  accuracies = run.evaluate(state)
+def _evaluate(run: Run, state: TrainState, reporter: Reporter, received: list[int]) -> Accuracy:
+  """Evaluates, reports, and returns the accuracy that counts: the moving average's if the run keeps one.
+
+  Raises:
+    InterruptedError: a signal was `received` meanwhile.
+  """
+  accuracies = run.evaluate(state, stop=received)
+  if received:
+    raise InterruptedError
   reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)
   start = run.config.ema.decay ** int(state.step)
   if 'ema' in accuracies and start > 0.01:
     reporter.say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
-  return accuracies
-
-
-def _headline(accuracies: dict[str, Accuracy]) -> Accuracy:
   return accuracies.get('ema', accuracies['raw'])
 
 

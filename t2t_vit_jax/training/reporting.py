@@ -1,6 +1,7 @@
 """What a run tells its user: a live progress line, plain lines, and `metrics.jsonl`."""
 
 import json
+import math
 import os
 from pathlib import Path
 import sys
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.evaluation import Accuracy
 
 
@@ -64,14 +66,24 @@ class Reporter:
     self._steps_timed += 1
 
   def report(self, step: int) -> None:
-    """Fetches what was collected since the last call, averages it, and shows and writes it."""
+    """Fetches what was collected since the last call, averages it, and shows and writes it.
+
+    Raises:
+      UserError: the loss is not finite.
+    """
     if not self._pending:
       return
     collected = jax.device_get(self._pending)
     images_per_second = self._steps_timed * self._batch_size / (time.perf_counter() - self._clock_started)
     row: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
     row['learning_rate'] = float(collected[-1]['learning_rate'])
-    row['images_per_second'] = round(images_per_second, 2)
+    if not math.isfinite(row['loss']):
+      raise UserError(
+        f'the loss is {row["loss"]} by step {step}; checkpoints up to the last evaluation are intact. Continue with a '
+        'lower --config.schedule.base_learning_rate, or look for broken images'
+      )
+    if self._steps_timed:
+      row['images_per_second'] = round(images_per_second, 2)
     epoch = step / self._steps_per_epoch
     self._write(step, 'train', epoch=round(epoch, 4), **row)
 
@@ -121,6 +133,6 @@ def _drop_rows_after(file: Path, step: int) -> None:
 
 def _step_of(row: str) -> float:
   try:
-    return json.loads(row)['step']
-  except ValueError:  # the last line of a killed process
+    return float(json.loads(row)['step'])
+  except (ValueError, TypeError, KeyError):  # the last line of a killed process
     return float('inf')

@@ -1,8 +1,10 @@
 """What a config describes, built and checked before anything is written or computed."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -67,8 +69,16 @@ class Run:
       last_step=self.total_steps,
     )
 
-  def evaluate(self, state: TrainState) -> dict[str, Accuracy]:
-    """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one."""
+  @property
+  def description(self) -> dict[str, Any]:
+    """What is saved with each checkpoint, as JSON."""
+    return {'model': self.config.model.name, 'config': self.config.to_dict()}
+
+  def evaluate(self, state: TrainState, stop: Sequence[Any] = ()) -> dict[str, Accuracy]:
+    """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one.
+
+    Ends early, with the images so far, as soon as `stop` is not empty.
+    """
     weights = {'raw': state.variables()}
     if self.config.ema.decay:
       weights['ema'] = state.variables(state.ema)
@@ -77,7 +87,8 @@ class Run:
     batches = loader.eval_batches(
       self.eval_source, eval_transform(self.config), _share(batch_size), _workers(self.config)
     )
-    return evaluate(self.eval_step, weights, batches, self.mesh)
+    with contextlib.closing(batches):
+      return evaluate(self.eval_step, weights, itertools.takewhile(lambda _: not stop, batches), self.mesh)
 
 
 def build_run(config: Any) -> Run:
@@ -143,9 +154,31 @@ POSITIVE = (
   'data.batch_size',
   'data.crop_fraction',
   'data.eval_batch_size',
+  'data.image_size',
   'logging.every_steps',
+  'model.depth',
+  'model.embed_dim',
+  'model.mlp_ratio',
+  'model.num_heads',
+  'model.token_dim',
+  'optimizer.epsilon',
   'schedule.base_batch_size',
+  'schedule.base_learning_rate',
   'schedule.epochs',
+)
+NOT_NEGATIVE = (
+  'augment.crop_padding',
+  'augment.cutmix_alpha',
+  'augment.mixup_alpha',
+  'augment.randaugment_operations',
+  'data.num_threads',
+  'data.num_workers',
+  'optimizer.weight_decay',
+  'schedule.cooldown_epochs',
+  'schedule.final_learning_rate',
+  'schedule.max_steps',
+  'schedule.warmup_epochs',
+  'schedule.warmup_learning_rate',
 )
 SHARES = (
   'augment.cutmix_probability',
@@ -159,18 +192,25 @@ SHARES = (
   'model.dropout_rate',
   'model.performer_dropout_rate',
   'model.stochastic_depth_rate',
+  'optimizer.beta1',
+  'optimizer.beta2',
 )
 
 
 def _check_ranges(config: Any) -> None:
-  for path in POSITIVE:
-    if not _field(config, path) > 0:
-      raise UserError(f'{path} must be positive, not {_field(config, path)}')
-  for path in SHARES:
-    if not 0 <= _field(config, path) <= 1:
-      raise UserError(f'{path} must lie between 0 and 1, not {_field(config, path)}')
+  for paths, fits, meaning in (
+    (POSITIVE, lambda value: value > 0, 'be positive'),
+    (NOT_NEGATIVE, lambda value: value >= 0, 'not be negative'),
+    (SHARES, lambda value: 0 <= value <= 1, 'lie between 0 and 1'),
+  ):
+    for path in paths:
+      value = _field(config, path)
+      if value is not None and not fits(value):  # a placeholder leaves the choice to the named model
+        raise UserError(f'{path} must {meaning}, not {value}')
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
+  if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
+    raise UserError('data.mean and data.std must have three numbers each, those of std positive')
 
 
 def _field(config: Any, path: str) -> Any:
