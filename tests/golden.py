@@ -11,6 +11,24 @@ from t2t_vit_jax.conversion import names
 
 DATA = Path(__file__).parent / 'data'
 
+# Parameters of the PyTorch reference: all (with position table and random projections), trained.
+PARAMETERS = {
+  't2t_vit_7': (4_310_222, 4_255_694),
+  't2t_vit_10': (5_889_230, 5_834_702),
+  't2t_vit_12': (6_941_902, 6_887_374),
+  't2t_vit_14': (21_545_550, 21_465_806),
+  't2t_vit_19': (39_177_422, 39_085_070),
+  't2t_vit_24': (64_105_934, 64_000_974),
+  't2t_vit_t_14': (21_541_070, 21_465_422),
+  't2t_vit_t_19': (39_172_942, 39_084_686),
+  't2t_vit_t_24': (64_101_454, 64_000_590),
+  't2t_vit_14_resnext': (21_545_550, 21_465_806),
+  't2t_vit_14_wide': (25_156_302, 25_000_910),
+  't2t_vit_14_se': (21_803_598, 21_723_854),
+  't2t_vit_16_ghost': (16_253_262, 16_173_518),
+  't2t_vit_dense': (23_647_062, 23_617_750),
+}
+
 # The golden models' arguments; heads and qk_scale leave no trace in the tensors.
 TINY = dict(image_size=64, num_classes=10, embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0, token_dim=16)
 TINY_MODELS = {

@@ -6,36 +6,19 @@ import pytest
 
 import t2t_vit_jax
 from t2t_vit_jax import UserError
-
-# Parameters of the PyTorch reference: all (with position table and random projections), trained.
-PARAMETERS = {
-  't2t_vit_7': (4_310_222, 4_255_694),
-  't2t_vit_10': (5_889_230, 5_834_702),
-  't2t_vit_12': (6_941_902, 6_887_374),
-  't2t_vit_14': (21_545_550, 21_465_806),
-  't2t_vit_19': (39_177_422, 39_085_070),
-  't2t_vit_24': (64_105_934, 64_000_974),
-  't2t_vit_t_14': (21_541_070, 21_465_422),
-  't2t_vit_t_19': (39_172_942, 39_084_686),
-  't2t_vit_t_24': (64_101_454, 64_000_590),
-  't2t_vit_14_resnext': (21_545_550, 21_465_806),
-  't2t_vit_14_wide': (25_156_302, 25_000_910),
-  't2t_vit_14_se': (21_803_598, 21_723_854),
-  't2t_vit_16_ghost': (16_253_262, 16_173_518),
-  't2t_vit_dense': (23_647_062, 23_617_750),
-}
+from tests import golden
 
 
-def test_every_named_model_has_a_row_here():
-  assert t2t_vit_jax.list_models() == list(PARAMETERS)
+def test_every_named_model_has_a_golden_row():
+  assert t2t_vit_jax.list_models() == list(golden.PARAMETERS)
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', golden.PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
   model = t2t_vit_jax.create_model(name)
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
   everything, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (variables, variables['params']))
-  assert (everything, trained) == PARAMETERS[name]
+  assert (everything, trained) == golden.PARAMETERS[name]
 
 
 def test_overrides_replace_the_variants_arguments():

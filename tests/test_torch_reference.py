@@ -7,23 +7,6 @@ from torch.nn import functional
 
 from tests import golden, torch_reference
 
-# Entries of the parameters, all and trained, of the published code's models.
-PARAMETERS = {
-  't2t_vit_7': (4_310_222, 4_255_694),
-  't2t_vit_10': (5_889_230, 5_834_702),
-  't2t_vit_12': (6_941_902, 6_887_374),
-  't2t_vit_14': (21_545_550, 21_465_806),
-  't2t_vit_19': (39_177_422, 39_085_070),
-  't2t_vit_24': (64_105_934, 64_000_974),
-  't2t_vit_t_14': (21_541_070, 21_465_422),
-  't2t_vit_t_19': (39_172_942, 39_084_686),
-  't2t_vit_t_24': (64_101_454, 64_000_590),
-  't2t_vit_14_resnext': (21_545_550, 21_465_806),
-  't2t_vit_14_wide': (25_156_302, 25_000_910),
-  't2t_vit_14_se': (21_803_598, 21_723_854),
-  't2t_vit_dense': (23_647_062, 23_617_750),
-  't2t_vit_16_ghost': (16_253_262, 16_173_518),
-}
 HALF_CONSTANT = ('performer', 'transformer', 'se', 'ghost', 'dense')
 WITH_GRADIENTS = ('performer', 'transformer')
 
@@ -77,16 +60,16 @@ def test_golden_gradients(name):
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=key)
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', golden.PARAMETERS)
 def test_number_of_parameters(name):
   with torch.device('meta'):
     parameters = list(torch_reference.create(name).parameters())
   counts = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-  assert counts == PARAMETERS[name]
+  assert counts == golden.PARAMETERS[name]
 
 
 def test_table_of_models():
-  assert torch_reference.MODELS.keys() == PARAMETERS.keys()
+  assert torch_reference.MODELS.keys() == golden.PARAMETERS.keys()
 
 
 def test_convolution_tokens():

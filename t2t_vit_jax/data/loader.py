@@ -99,11 +99,9 @@ class _EvalExample(grain.transforms.Map):
 
   def map(self, element: int) -> Example:
     index = self.share.global_position(element)
-    if index < len(self.source):
-      record = self.source.records[index]
-      return _example(self.transform(decode(record['image'])), record['label'])
-    record = self.source.records[0]
-    return _example(self.transform(decode(record['image'])), record['label'], mask=0)
+    padding = index >= len(self.source)
+    record = self.source.records[0 if padding else index]
+    return _example(self.transform(decode(record['image'])), record['label'], mask=0 if padding else 1)
 
 
 def _example(image: Any, label: int, mask: int = 1) -> Example:

@@ -121,7 +121,7 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str
   # As JSON both: a tuple comes back from a checkpoint as a list.
   old, new = (traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (before, now))
   return {
-    field: f'{field} was {old.get(field)} and is {new.get(field)}'
+    field: f'{field} was {old[field]} and is {new[field]}'
     for field in sorted(old.keys() & new.keys())
     if old[field] != new[field]
   }

@@ -125,8 +125,8 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
           reporter.report(step)
         if evaluate and not received:
           accuracy = _evaluate(run, state, reporter, received)
-          metrics = {**accuracy.as_dict(), 'split': config.data.eval_split}
-          checkpoints.save(state, metrics=metrics, run=run.description)
+          found = {**accuracy.as_dict(), 'split': config.data.eval_split}
+          checkpoints.save(state, metrics=found, run=run.description)
           reporter.start_clock()
           if step == run.total_steps:
             return accuracy

@@ -17,7 +17,6 @@ from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.randaugment import RandAugment
 from t2t_vit_jax.data.sources import Source, open_tfds
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.training import optimizer, sharding, steps
@@ -35,6 +34,8 @@ class Run:
   model: T2TViT
   train_source: Source
   eval_source: Source
+  train_transform: transforms.TrainTransform
+  eval_transform: transforms.EvalTransform
   order: loader.TrainOrder
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
@@ -61,7 +62,7 @@ class Run:
     """This process's part of the batches from `first_step` to the end of the run."""
     return loader.train_batches(
       self.train_source,
-      train_transform(self.config),
+      self.train_transform,
       self.order,
       _share(self.order.batch_size),
       _workers(self.config),
@@ -84,9 +85,7 @@ class Run:
       weights['ema'] = state.variables(state.ema)
     # Rounded up to what the devices divide: padding is masked out.
     batch_size = math.ceil(self.config.data.eval_batch_size / self.mesh.size) * self.mesh.size
-    batches = loader.eval_batches(
-      self.eval_source, eval_transform(self.config), _share(batch_size), _workers(self.config)
-    )
+    batches = loader.eval_batches(self.eval_source, self.eval_transform, _share(batch_size), _workers(self.config))
     with contextlib.closing(batches):
       return evaluate(self.eval_step, weights, itertools.takewhile(lambda _: not stop, batches), self.mesh)
 
@@ -100,8 +99,6 @@ def build_run(config: Any) -> Run:
   _check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
-  token_grid((config.data.image_size,) * 2)  # raises if the images are too small
-  train_transform(config), eval_transform(config)
   train_source = open_tfds(config.data.name, config.data.train_split, config.data.data_dir)
   eval_source = open_tfds(config.data.name, config.data.eval_split, config.data.data_dir)
   model = build_model(config, num_classes=len(train_source.class_names))
@@ -127,6 +124,8 @@ def build_run(config: Any) -> Run:
     model=model,
     train_source=train_source,
     eval_source=eval_source,
+    train_transform=train_transform(config),
+    eval_transform=eval_transform(config),
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
     abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),
