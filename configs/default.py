@@ -28,8 +28,10 @@ def get_config() -> ConfigDict:
   config.model.performer_dropout_rate = 0.1  # inside the token performer
 
   config.data = ConfigDict()
-  config.data.name = 'imagenet2012'  # tfds name, prepared as array_record
-  config.data.data_dir = placeholder(str)  # None: TFDS_DATA_DIR or ~/tensorflow_datasets
+  config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>
+  config.data.name = 'imagenet2012'  # tfds name
+  config.data.data_dir = placeholder(str)  # of tfds; None: TFDS_DATA_DIR or ~/tensorflow_datasets
+  config.data.path = placeholder(str)  # of a folder source
   config.data.train_split = 'train'
   config.data.eval_split = 'validation'
   config.data.image_size = 224  # px, height and width
@@ -41,6 +43,7 @@ def get_config() -> ConfigDict:
   config.data.std = (0.229, 0.224, 0.225)
   config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
   config.data.num_threads = 1  # in each of them
+  config.data.max_bad_fraction = 0.001  # of training images that may be unreadable before the run stops
 
   config.augment = ConfigDict()
   config.augment.crop = 'resized'  # 'resized': random area and aspect ratio; 'padded': random shift

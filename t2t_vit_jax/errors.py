@@ -8,6 +8,10 @@ class UserError(ValueError):
   """Input that the user can correct: scripts print it as one line and exit with code 2."""
 
 
+class DataError(UserError):
+  """Data that failed while a run was reading it: what the run has done so far is good."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
   """Returns `name`'s nearest relatives among `known` as a phrase, or all of `known` if none is near."""
   known = sorted(set(known))

@@ -113,7 +113,7 @@ def test_evaluation_counts_every_image_once(data_dir, batch_size, processes):
     ):
       assert len(batch['label']) == batch_size // processes
       labels.update(batch['label'][batch['mask'] == 1].tolist())
-  assert labels == collections.Counter(source.records[i]['label'] for i in range(360))
+  assert labels == collections.Counter(source[i].label for i in range(360))
 
 
 def test_examples_pickle_for_worker_processes(source):

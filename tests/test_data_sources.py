@@ -22,18 +22,18 @@ def test_digits_are_scikit_learns_images_each_once(splits):
   seen = {}
   for source in splits.values():
     for i in range(len(source)):
-      record = source.records[i]
-      index = int(record['file_name'].decode().removeprefix('digit_').removesuffix('.png'))
+      record = source[i]
+      index = int(record.id.removeprefix('digit_').removesuffix('.png'))
       assert index not in seen
-      seen[index] = record['label']
-      pixels = np.asarray(Image.open(io.BytesIO(record['image'])))
+      seen[index] = record.label
+      pixels = np.asarray(Image.open(io.BytesIO(record.image)))
       np.testing.assert_array_equal(np.round(pixels / 255 * 16), digits.images[index])
   assert [seen[i] for i in range(len(digits.target))] == digits.target.tolist()
 
 
 def test_digits_are_split_with_equal_shares(splits):
   assert {name: len(source) for name, source in splits.items()} == {'train': 1437, 'test': 360}
-  labels = [splits['test'].records[i]['label'] for i in range(360)]
+  labels = [splits['test'][i].label for i in range(360)]
   counts = collections.Counter(labels)
   assert set(counts) == set(range(10))
   for label, count in counts.items():

@@ -116,9 +116,7 @@ def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
 )
 def test_a_config_of_another_run_is_refused(data_dir, four_steps, field, value):
   before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
-  with pytest.raises(
-    UserError, match=rf'belongs to another run: {field} was \S+ and is {re.escape(str(value))}\. Noth'
-  ):
+  with pytest.raises(UserError, match=rf'belongs to another run: {field} was \S+ and is {re.escape(str(value))}[.;]'):
     loop.train(small_config(data_dir, **{field: value}), four_steps)
   assert before == {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
 
@@ -163,7 +161,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps
   [
     ('model.name', 't2t_vit_41', "unknown model 't2t_vit_41': did you mean .*'t2t_vit_14'"),
     ('model.dtype', 'float99', r'model\.dtype must be'),
-    ('model.num_classes', 7, 'model.num_classes is 7, but digits has 10 classes'),
+    ('model.num_classes', 7, r'model.num_classes is 7, but digits train .* has 10 classes'),
     ('data.image_size', 2, '2 x 2 px is too small'),
     ('data.batch_size', 63, '63 images cannot be divided among 2 devices: set data.batch_size to 62 or 64'),
     ('data.batch_size', 2000, 'more than the 1437 training images'),

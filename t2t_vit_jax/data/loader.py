@@ -12,15 +12,21 @@ import math
 import signal
 from typing import Any
 
+from absl import flags
 import grain
 import numpy as np
+from PIL import Image
 
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, decode
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.data.transforms import BadImage, EvalTransform, TrainTransform, decode
+from t2t_vit_jax.errors import DataError, UserError
 
-Example = dict[str, Any]  # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding
+# image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, of the record;
+# bad: bool, whether that record could not be read. `faults.Faults` takes the last two out.
+Example = dict[str, Any]
 Batch = dict[str, np.ndarray]  # the same with a leading axis
+UNREADABLE = -1  # the label of an evaluated image that cannot be read: no guess is right
+MAX_BAD_IN_A_ROW = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,10 @@ class TrainOrder:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainExample(grain.transforms.Map):
-  """Number of an example in this process's sequence -> augmented example. Pickles, for worker processes."""
+  """Number of an example in this process's sequence -> augmented example. Pickles, for worker processes.
+
+  A record that cannot be read is replaced by the next that can.
+  """
 
   source: Source
   order: TrainOrder
@@ -84,9 +93,15 @@ class _TrainExample(grain.transforms.Map):
 
   def map(self, element: int) -> Example:
     epoch, index = self.order(self.share.global_position(element))
-    record = self.source.records[index]
-    rng = np.random.default_rng((self.order.seed, epoch, index))
-    return _example(self.transform(decode(record['image']), rng), record['label'])
+    for tries in range(MAX_BAD_IN_A_ROW):
+      rng = np.random.default_rng((self.order.seed, epoch, index))
+      try:
+        record = self.source[(index + tries) % len(self.source)]
+        image = self.transform(decode(record.image), rng)
+      except BadImage:
+        continue
+      return _example(image, record.label, index, bad=tries > 0)
+    raise DataError(f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +114,27 @@ class _EvalExample(grain.transforms.Map):
 
   def map(self, element: int) -> Example:
     index = self.share.global_position(element)
-    padding = index >= len(self.source)
-    record = self.source.records[0 if padding else index]
-    return _example(self.transform(decode(record['image'])), record['label'], mask=0 if padding else 1)
+    if index >= len(self.source):
+      return _example(self._black, 0, index, mask=0)
+    try:
+      record = self.source[index]
+      return _example(self.transform(decode(record.image)), record.label, index)
+    except BadImage:
+      return _example(self._black, UNREADABLE, index, bad=True)
+
+  @functools.cached_property
+  def _black(self) -> Image.Image:
+    return self.transform(Image.new('RGB', (1, 1)))
 
 
-def _example(image: Any, label: int, mask: int = 1) -> Example:
-  return {'image': np.asarray(image), 'label': np.int32(label), 'mask': np.float32(mask)}
+def _example(image: Any, label: int, index: int, *, mask: int = 1, bad: bool = False) -> Example:
+  return {
+    'image': np.asarray(image),
+    'label': np.int32(label),
+    'mask': np.float32(mask),
+    'index': np.int64(index),
+    'bad': np.bool_(bad),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +150,21 @@ class Workers:
     read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
     if self.num_workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without any has not parsed
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
       dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     # After the prefetch: workers that batched would make the batches depend on their number.
     batches = iter(dataset.batch(batch_size))
     try:
       yield from batches
+    except RuntimeError as error:
+      if 'terminated unexpectedly' not in str(error):  # grain has no class of its own for this
+        raise
+      raise DataError(
+        f'a data worker died ({str(error).split(".")[0]}); if it was killed for want of memory, set a smaller '
+        '--config.data.num_workers'
+      ) from error
     finally:
       batches.close()
 

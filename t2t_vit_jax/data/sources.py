@@ -1,22 +1,39 @@
-"""Where images come from: prepared tfds datasets, read by random access without TensorFlow."""
+"""Where images come from: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
 
+from collections.abc import Iterator
 import dataclasses
 import os
+from pathlib import Path
 import shlex
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax.data.digits import Digits
+from t2t_vit_jax.data.transforms import BadImage
 from t2t_vit_jax.errors import UserError, did_you_mean
+
+# What counts as an image in a folder, by its name: torchvision's list.
+IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
+# Other names that people give the folder of a split.
+SPLIT_FOLDERS = {'validation': ('validation', 'val', 'valid')}
+
+
+class Record(NamedTuple):
+  """One example as it is stored."""
+
+  image: bytes  # an encoded image file
+  label: int
+  id: str  # names the example in messages: the same in every run
 
 
 class Records(Protocol):
-  """Random access to encoded examples; pickles, so that worker processes can open it again."""
+  """Random access to examples; pickles, so that worker processes can open it again."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
+  def __getitem__(self, index: int) -> Record: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +41,7 @@ class Source:
   """One split of a dataset.
 
   Attributes:
-    records: examples with `image` (the encoded file's bytes) and `label` (int).
+    records: the examples.
     class_names: one per label.
     description: what and where, for messages.
   """
@@ -35,6 +52,101 @@ class Source:
 
   def __len__(self) -> int:
     return len(self.records)
+
+  def __getitem__(self, index: int) -> Record:
+    """Reads a record.
+
+    Raises:
+      BadImage: its file, or its part of the array_record file, cannot be read.
+    """
+    try:
+      return self.records[index]
+    except (OSError, RuntimeError) as error:  # array_record's for a checksum that does not match
+      raise BadImage(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsRecords:
+  """A tfds data source with its dicts turned into records."""
+
+  examples: Any
+  name: str  # of dataset and split
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Record:
+    example = self.examples[index]
+    file_name = example.get('file_name')
+    return Record(
+      example['image'], int(example['label']), f'{self.name}#{index}' if file_name is None else file_name.decode()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FolderRecords:
+  """Files below a folder. Names are kept as bytes in one array: 50 MB for ImageNet, and quick to hand to workers."""
+
+  folder: Path
+  names: np.ndarray  # relative to the folder, dtype 'S'
+  labels: np.ndarray  # int32
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def __getitem__(self, index: int) -> Record:
+    name = os.fsdecode(self.names[index])
+    return Record((self.folder / name).read_bytes(), int(self.labels[index]), name)
+
+
+def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str, ...] | None = None) -> Source:
+  """Opens `path/split/<class>/...`, the layout of PyTorch's ImageFolder.
+
+  Labels number the class folders in the order of their names, which for ImageNet's synsets is tfds's order too.
+  Images may lie in folders inside a class's; their names decide what is an image (`IMAGE_SUFFIXES`).
+
+  Args:
+    path: the folder of the splits.
+    split: 'train', 'validation' (also found as 'val' and 'valid') or any other name.
+    class_names: the classes of the training split, for another split of the same dataset; None takes its own.
+
+  Raises:
+    UserError: folders are missing, a class is unknown or has no image.
+  """
+  folder = _split_folder(Path(path).expanduser(), split)
+  found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+  if not found:
+    raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
+  class_names = class_names or tuple(found)
+  if unknown := set(found) - set(class_names):
+    raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
+  names, labels = [], []
+  for label, class_name in enumerate(class_names):
+    images = sorted(_images_below(folder, class_name))
+    if not images and class_name in found:
+      raise UserError(f'{folder / class_name} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
+    names += images
+    labels += [label] * len(images)
+  records = _FolderRecords(folder, np.array(names), np.array(labels, np.int32))
+  return Source(records, class_names, os.fspath(folder))
+
+
+def _split_folder(path: Path, split: str) -> Path:
+  candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
+  for folder in candidates:
+    if folder.is_dir():
+      return folder
+  what = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
+  raise UserError(f'{path} {what}: images are expected as {candidates[0]}/CLASS/IMAGE')
+
+
+def _images_below(folder: Path, class_name: str) -> Iterator[bytes]:
+  """Names of a class's image files, relative to `folder`."""
+  for parent, _, files in os.walk(folder / class_name, followlinks=True):
+    relative = os.path.relpath(parent, folder)
+    for name in files:
+      if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.'):
+        yield os.fsencode(os.path.join(relative, name))
 
 
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
@@ -74,7 +186,9 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
     raise UserError(f'{name} has no split {split!r}: {splits}') from error
   if not len(records):
     raise UserError(f'split {split!r} of {name} is empty')
-  return Source(records, tuple(features['label'].names), f'{name} {split} ({builder.data_path})')
+  return Source(
+    _TfdsRecords(records, f'{name}/{split}'), tuple(features['label'].names), f'{name} {split} ({builder.data_path})'
+  )
 
 
 def open_builder(

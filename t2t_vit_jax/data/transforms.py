@@ -6,7 +6,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 
@@ -14,9 +14,26 @@ TrainTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
 EvalTransform = Callable[[Image.Image], Image.Image]
 
 
+class BadImage(ValueError):  # noqa: N818 (a condition of the data that is dealt with)
+  """An image file that cannot be decoded."""
+
+
 def decode(encoded: bytes) -> Image.Image:
-  """Decodes an image file to RGB. EXIF orientation is ignored, as it was when the published models were trained."""
-  return Image.open(io.BytesIO(encoded)).convert('RGB')
+  """Decodes an image file of any mode to RGB as Pillow converts it.
+
+  EXIF orientation is ignored, as it was when the published models were trained.
+
+  Raises:
+    BadImage: the file is empty, damaged, cut off, or no image.
+  """
+  try:
+    return Image.open(io.BytesIO(encoded)).convert('RGB')
+  except MemoryError:
+    raise
+  except UnidentifiedImageError as error:
+    raise BadImage('no image file') from error
+  except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+    raise BadImage(f'{type(error).__name__}: {error}') from error
 
 
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:

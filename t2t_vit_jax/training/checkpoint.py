@@ -14,7 +14,15 @@ from t2t_vit_jax.training.state import TrainState
 
 BEST_METRIC = 'top1'
 # Fields without which a continued run would be another one: what the model computes, and the order of its data.
-UNCHANGEABLE = ('model.', 'seed', 'data.name', 'data.train_split', 'data.batch_size')
+UNCHANGEABLE = (
+  'model.',
+  'seed',
+  'data.source',
+  'data.name',
+  'data.train_split',
+  'data.batch_size',
+  'train_images',
+)
 policies = ocp.training.preservation_policies
 
 
@@ -80,7 +88,8 @@ class Checkpoints:
       stored = self._checkpointer.metadata()
       wanted = serialization.to_state_dict(abstract_state)
       self._check_shapes(stored, wanted, run['model'])
-      changes = config_changes((stored.custom_metadata or {}).get('config', {}), run['config'])
+      before = stored.custom_metadata or {}
+      changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
       fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
       if fatal:
         raise UserError(

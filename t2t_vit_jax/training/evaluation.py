@@ -22,6 +22,7 @@ class Accuracy:
   correct_top5: int  # the label is among the five best
   count: int
   loss_sum: float  # cross entropy, without label smoothing
+  unreadable: int = 0  # images that could not be read: counted as wrong, with the loss of an even guess
 
   @property
   def top1(self) -> float:
@@ -42,7 +43,7 @@ class Accuracy:
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> Self:
     """The inverse of `as_dict`."""
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 def evaluate(
@@ -76,4 +77,5 @@ def _total(rows: list[dict[str, np.ndarray]]) -> Accuracy:
     correct_top5=sum(int(row['top5']) for row in rows),
     count=sum(int(row['count']) for row in rows),
     loss_sum=float(sum(np.float64(row['loss']) for row in rows)),
+    unreadable=sum(int(row['unreadable']) for row in rows),
   )

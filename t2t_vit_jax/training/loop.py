@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import DataError, UserError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.evaluation import Accuracy
@@ -108,10 +108,11 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
   evaluate_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
   rng, first_step = run.rng, int(state.step)
   in_flight: collections.deque[jax.Array] = collections.deque()
+  faults = run.train_faults(reporter.warn)
 
   with contextlib.closing(run.train_batches(first_step)) as batches, _signals() as received:
     try:
-      for step, batch in enumerate(batches, start=first_step + 1):
+      for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
         state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
         reporter.collect(metrics)
         if step == first_step + 1:
@@ -122,7 +123,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
 
         evaluate = step == run.total_steps or step % evaluate_every == 0
         if evaluate or received or step % config.logging.every_steps == 0:
-          reporter.report(step)
+          reporter.report(step, faults.num_bad)
         if evaluate and not received:
           accuracy = _evaluate(run, state, reporter, received)
           found = {**accuracy.as_dict(), 'split': config.data.eval_split}
@@ -132,9 +133,11 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
             return accuracy
         if received:
           break
-    except Exception:
+    except Exception as error:
       # Workers may get the same signal and die of it: what is done is still to be saved.
       if not received:
+        if isinstance(error, DataError) and int(state.step) > first_step:
+          checkpoints.save(state, metrics=None, run=run.description)
         raise
     if received:
       checkpoints.save(state, metrics=None, run=run.description)
@@ -148,7 +151,7 @@ def _evaluate(run: Run, state: TrainState, reporter: Reporter, received: list[in
   Raises:
     InterruptedError: a signal was `received` meanwhile.
   """
-  accuracies = run.evaluate(state, stop=received)
+  accuracies = run.evaluate(state, reporter.warn, stop=received)
   if received:
     raise InterruptedError
   reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)

@@ -1,5 +1,6 @@
 """What a run tells its user: a live progress line, plain lines, and `metrics.jsonl`."""
 
+from collections.abc import Iterable, Iterator
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.evaluation import Accuracy
 
@@ -60,13 +62,36 @@ class Reporter:
       tqdm.write(text)
       sys.stdout.flush()  # a log file should show it now
 
+  def warn(self, text: str) -> None:
+    """Prints a line to standard error, in every process."""
+    tqdm.write(f'warning: {text}', file=sys.stderr)
+
+  def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Passes `batches` on and takes the time that they keep the caller waiting."""
+    iterator = iter(batches)
+    while True:
+      started = time.perf_counter()
+      try:
+        batch = next(iterator)
+      except StopIteration:
+        return
+      self._seconds_waited += time.perf_counter() - started
+      yield batch
+
   def collect(self, metrics: dict[str, jax.Array]) -> None:
     """Takes a step's metrics without waiting for the device."""
     self._pending.append(metrics)
     self._steps_timed += 1
 
-  def report(self, step: int) -> None:
+  def report(self, step: int, num_bad: int = 0) -> None:
     """Fetches what was collected since the last call, averages it, and shows and writes it.
+
+    `data_wait`, the share of the time that the run waited for images, and images per second are left out where
+    nothing but a compilation was timed.
+
+    Args:
+      step: the number of steps done.
+      num_bad: unreadable images so far.
 
     Raises:
       UserError: the loss is not finite.
@@ -74,7 +99,9 @@ class Reporter:
     if not self._pending:
       return
     collected = jax.device_get(self._pending)
-    images_per_second = self._steps_timed * self._batch_size / (time.perf_counter() - self._clock_started)
+    seconds = time.perf_counter() - self._clock_started
+    images_per_second = self._steps_timed * self._batch_size / seconds
+    data_wait = self._seconds_waited / seconds
     row: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
     row['learning_rate'] = float(collected[-1]['learning_rate'])
     if not math.isfinite(row['loss']):
@@ -84,12 +111,14 @@ class Reporter:
       )
     if self._steps_timed:
       row['images_per_second'] = round(images_per_second, 2)
+      row['data_wait'] = round(data_wait, 4)
+    row['bad_images'] = num_bad
     epoch = step / self._steps_per_epoch
     self._write(step, 'train', epoch=round(epoch, 4), **row)
 
     summary = f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e}'
     if self._steps_timed:
-      summary += f' {images_per_second:,.0f} images/s'
+      summary += f' {images_per_second:,.0f} images/s data wait {data_wait:.0%}'
     if self._bar.disable:
       if self._steps_timed:
         left = (self._total_steps - step) * self._batch_size / images_per_second
@@ -106,13 +135,15 @@ class Reporter:
     for weights, accuracy in accuracies.items():
       self.say(
         f'step {step} {split} {weights}: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%}, '
-        f'loss {accuracy.loss:.4f} ({accuracy.count} images)'
+        f'loss {accuracy.loss:.4f} ({accuracy.count} images'
+        + (f', {accuracy.unreadable} unreadable)' if accuracy.unreadable else ')')
       )
       self._write(step, split, weights=weights, **accuracy.as_dict())
 
   def start_clock(self) -> None:
     """Measures images per second from here: after a compilation, an evaluation, a save."""
     self._steps_timed = 0
+    self._seconds_waited = 0.0
     self._clock_started = time.perf_counter()
 
   def _write(self, step: int, kind: str, **values: Any) -> None:

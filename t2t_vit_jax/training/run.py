@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, open_tfds
+from t2t_vit_jax.data.sources import Source, open_folder, open_tfds
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
@@ -58,8 +59,12 @@ class Run:
       return self.make_state(self.rng)
     return self.make_state(self.rng, pretrained_variables(self.config.init_from, self.model, self.config.seed))
 
+  def train_faults(self, warn: Callable[[str], None]) -> Faults:
+    """Checks training batches; see `train_batches`."""
+    return Faults(self.train_source, warn, 'the next one takes its place', self.config.data.max_bad_fraction)
+
   def train_batches(self, first_step: int) -> Generator[loader.Batch]:
-    """This process's part of the batches from `first_step` to the end of the run."""
+    """This process's part of the batches from `first_step` to the end of the run, unchecked."""
     return loader.train_batches(
       self.train_source,
       self.train_transform,
@@ -73,12 +78,21 @@ class Run:
   @property
   def description(self) -> dict[str, Any]:
     """What is saved with each checkpoint, as JSON."""
-    return {'model': self.config.model.name, 'config': self.config.to_dict()}
+    return {
+      'model': self.config.model.name,
+      'config': self.config.to_dict(),
+      'train_images': len(self.train_source),
+    }
 
-  def evaluate(self, state: TrainState, stop: Sequence[Any] = ()) -> dict[str, Accuracy]:
+  def evaluate(
+    self, state: TrainState, warn: Callable[[str], None] = print, stop: Sequence[Any] = ()
+  ) -> dict[str, Accuracy]:
     """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one.
 
-    Ends early, with the images so far, as soon as `stop` is not empty.
+    Ends early, with the images so far, as soon as `stop` is not empty. Images that cannot be read are named to `warn`.
+
+    Raises:
+      DataError: a label is none of the classes', or a worker died.
     """
     weights = {'raw': state.variables()}
     if self.config.ema.decay:
@@ -86,8 +100,10 @@ class Run:
     # Rounded up to what the devices divide: padding is masked out.
     batch_size = math.ceil(self.config.data.eval_batch_size / self.mesh.size) * self.mesh.size
     batches = loader.eval_batches(self.eval_source, self.eval_transform, _share(batch_size), _workers(self.config))
+    faults = Faults(self.eval_source, warn, 'it counts as wrong')
     with contextlib.closing(batches):
-      return evaluate(self.eval_step, weights, itertools.takewhile(lambda _: not stop, batches), self.mesh)
+      until_stop = itertools.takewhile(lambda _: not stop, faults.check(batches))
+      return evaluate(self.eval_step, weights, until_stop, self.mesh)
 
 
 def build_run(config: Any) -> Run:
@@ -99,12 +115,12 @@ def build_run(config: Any) -> Run:
   _check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
-  train_source = open_tfds(config.data.name, config.data.train_split, config.data.data_dir)
-  eval_source = open_tfds(config.data.name, config.data.eval_split, config.data.data_dir)
+  train_source, eval_source = open_sources(config.data)
   model = build_model(config, num_classes=len(train_source.class_names))
   if model.num_classes != len(train_source.class_names):
     raise UserError(
-      f'model.num_classes is {model.num_classes}, but {config.data.name} has {len(train_source.class_names)} classes'
+      f'model.num_classes is {model.num_classes}, but {train_source.description} has '
+      f'{len(train_source.class_names)} classes'
     )
   order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
   learning_rate = optimizer.learning_rate_schedule(
@@ -143,6 +159,27 @@ def build_run(config: Any) -> Run:
     ),
     eval_step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=replicated),
   )
+
+
+def open_sources(data: Any) -> tuple[Source, Source]:
+  """The training and the evaluation split of `config.data`.
+
+  Raises:
+    UserError: the source is unknown, or its data missing.
+  """
+  if data.source == 'tfds':
+    if data.path is not None:
+      raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
+    return (
+      open_tfds(data.name, data.train_split, data.data_dir),
+      open_tfds(data.name, data.eval_split, data.data_dir),
+    )
+  if data.source == 'folder':
+    if data.path is None:
+      raise UserError("data.source 'folder' needs --config.data.path")
+    train = open_folder(data.path, data.train_split)
+    return train, open_folder(data.path, data.eval_split, train.class_names)
+  raise UserError(f"data.source must be 'tfds' or 'folder', not {data.source!r}")
 
 
 # What a number means for these fields; others are checked where they are used.
@@ -186,6 +223,7 @@ SHARES = (
   'augment.randaugment_probability',
   'augment.random_erasing_probability',
   'data.crop_fraction',
+  'data.max_bad_fraction',
   'ema.decay',
   'model.attention_dropout_rate',
   'model.dropout_rate',

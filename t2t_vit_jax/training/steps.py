@@ -58,11 +58,16 @@ def make_train_step(
 def make_eval_step(
   model: T2TViT, *, normalization: Normalization
 ) -> Callable[[dict[str, Tree], Batch], dict[str, Array]]:
-  """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count."""
+  """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count.
+
+  A negative label stands for an image that could not be read: no guess is right, and it has the loss of an even guess.
+  """
 
   def eval_step(variables: dict[str, Tree], batch: Batch) -> dict[str, Array]:
     logits: Any = model.apply(variables, normalization(batch['image']))
+    unreadable = batch['label'] < 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    losses = jnp.where(unreadable, jnp.log(model.num_classes), losses)
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
     hits = best == batch['label'][:, None]  # (B, 5), best guess first
     mask = batch['mask']
@@ -71,6 +76,7 @@ def make_eval_step(
       'top1': jnp.sum(mask * hits[:, 0]),
       'top5': jnp.sum(mask * hits.any(axis=1)),
       'count': jnp.sum(mask),
+      'unreadable': jnp.sum(mask * unreadable),
     }
 
   return eval_step

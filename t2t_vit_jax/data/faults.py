@@ -1,0 +1,81 @@
+"""What is done about data that cannot be used: named, counted, and not for too long."""
+
+from collections.abc import Callable, Generator, Iterable
+
+import numpy as np
+
+from t2t_vit_jax.data.loader import UNREADABLE, Batch
+from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.data.transforms import BadImage, decode
+from t2t_vit_jax.errors import DataError
+
+MAX_NAMED = 20  # images; after that they are only counted
+
+
+class Faults:
+  """Checks batches before they go to the devices.
+
+  Args:
+    source: where the batches come from.
+    warn: shows a line to the user.
+    consequence: what becomes of an image that cannot be read, for that line.
+    max_bad_fraction: how many of the source's images may be unreadable, as a share.
+  """
+
+  def __init__(self, source: Source, warn: Callable[[str], None], consequence: str, max_bad_fraction: float = 1.0):
+    self._source = source
+    self._warn = warn
+    self._consequence = consequence
+    self._max_bad_fraction = max_bad_fraction
+    self._bad: set[int] = set()
+
+  @property
+  def num_bad(self) -> int:
+    """Unreadable images met so far, each counted once."""
+    return len(self._bad)
+
+  def check(self, batches: Iterable[Batch]) -> Generator[Batch]:
+    """Passes on what the devices need of each batch: image, label and mask.
+
+    Raises:
+      DataError: a label is none of the classes', or too many images cannot be read.
+    """
+    for batch in batches:
+      index, bad = batch.pop('index'), batch.pop('bad')
+      self._check_labels(batch['label'], index)
+      for each in index[bad].tolist():
+        self._note(each)
+      yield batch
+
+  def _check_labels(self, labels: np.ndarray, index: np.ndarray) -> None:
+    wrong = (labels >= len(self._source.class_names)) | ((labels < 0) & (labels != UNREADABLE))
+    if wrong.any():
+      label, example = labels[wrong][0], self._source[int(index[wrong][0])].id
+      raise DataError(
+        f'{example} has label {label}, but {self._source.description} has {len(self._source.class_names)} classes, '
+        'numbered from 0: prepare the dataset anew'
+      )
+
+  def _note(self, index: int) -> None:
+    if index in self._bad:
+      return
+    self._bad.add(index)
+    name, reason = self._reason(index)
+    if self.num_bad <= MAX_NAMED:
+      self._warn(f'image {name} cannot be read ({reason}); {self._consequence}')
+    if self.num_bad > self._max_bad_fraction * len(self._source):
+      raise DataError(
+        f'{self.num_bad} of the {len(self._source):,} images of {self._source.description} cannot be read, '
+        f'more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; the last is {name} ({reason})'
+      )
+
+  def _reason(self, index: int) -> tuple[str, str]:
+    """The image's id, and what reading it again runs into: workers don't send that along."""
+    name = f'{index} of {self._source.description}'
+    try:
+      record = self._source[index]
+      name = record.id
+      decode(record.image)
+    except BadImage as error:
+      return name, str(error)
+    return name, 'at a second try it could be'

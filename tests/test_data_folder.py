@@ -1,0 +1,95 @@
+"""Image folders: classes, labels, ids, and what is said about folders that are none."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.data.sources import open_folder
+from tests.image_folder import write_image_folder
+
+CLASSES = ('n02', 'n10', 'n1')  # sorted as text: n02, n1, n10
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return write_image_folder(tmp_path / 'data', CLASSES, train=3, val=2)
+
+
+def test_labels_number_the_folders_in_the_order_of_their_names(folder):
+  source = open_folder(folder, 'train')
+  assert source.class_names == ('n02', 'n1', 'n10')
+  records = [source[i] for i in range(len(source))]
+  assert [record.label for record in records] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+  for record in records:
+    assert record.id.split('/')[0] == source.class_names[record.label]
+    assert record.image == (folder / 'train' / record.id).read_bytes()
+
+
+def test_imagenets_synsets_have_the_labels_of_tfds():
+  """There the synsets are numbered in the order of this list: it is the order of their names."""
+  synsets = tfds.core.tfds_path('datasets/imagenet2012/labels.txt').read_text().split()
+  assert len(synsets) == 1000
+  assert synsets == sorted(synsets)
+
+
+def test_the_validation_folder_goes_by_several_names(folder):
+  assert len(open_folder(folder, 'validation')) == 6
+  (folder / 'val').rename(folder / 'valid')
+  assert len(open_folder(folder, 'validation')) == 6
+
+
+def test_another_split_has_the_labels_of_the_training_split(folder):
+  for path in (folder / 'val' / 'n02').iterdir():
+    path.unlink()
+  (folder / 'val' / 'n02').rmdir()
+  train = open_folder(folder, 'train')
+  validation = open_folder(folder, 'val', train.class_names)
+  assert validation.class_names == train.class_names
+  assert [validation[i].label for i in range(4)] == [1, 1, 2, 2]
+
+
+def test_only_images_count_and_nested_and_linked_folders_do(folder):
+  first = folder / 'train' / 'n02'
+  (first / 'notes.txt').write_text('no image')
+  (first / '._0.JPEG').write_text('a resource fork')
+  (folder / 'train' / '.cache').mkdir()
+  (first / 'deeper').mkdir()
+  (first / '0.JPEG').rename(first / 'deeper' / 'Ünï côde.PnG')
+  (first / 'linked').symlink_to(folder / 'val' / 'n1')
+  source = open_folder(folder, 'train')
+  assert source.class_names == ('n02', 'n1', 'n10')
+  assert sorted(source[i].id for i in range(len(source)) if source[i].label == 0) == sorted(
+    f'n02/{name}' for name in ('1.JPEG', '2.JPEG', 'deeper/Ünï côde.PnG', 'linked/0.JPEG', 'linked/1.JPEG')
+  )
+
+
+def test_the_order_does_not_depend_on_the_file_system(folder):
+  names = [open_folder(folder, 'train')[i].id for i in range(9)]
+  assert names == sorted(names)
+
+
+def test_folders_that_are_no_dataset_get_one_line(folder, tmp_path):
+  def message(path, split='train', **arguments):
+    with pytest.raises(UserError) as caught:
+      open_folder(path, split, **arguments)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+  assert f'{tmp_path}/nothing does not exist: images are expected as' in message(tmp_path / 'nothing')
+  assert f'{folder} has no folder test' in message(folder, 'test')
+  assert f'{tmp_path} has no folder validation or val or valid' in message(tmp_path, 'validation')
+  assert 'classes that the training split lacks: n02' in message(folder, 'val', class_names=('n1', 'n10'))
+  (folder / 'train' / 'empty').mkdir()
+  assert f'{folder}/train/empty has no images' in message(folder)
+  flat = tmp_path / 'flat'
+  (flat / 'val').mkdir(parents=True)
+  (flat / 'val' / 'ILSVRC2012_val_00000001.JPEG').write_bytes(b'')
+  assert f'{flat}/val/CLASS/IMAGE, one folder for each class' in message(flat, 'validation')
+
+
+def test_a_million_names_are_one_array(folder):
+  """Handed to every worker process: no Python object for each file."""
+  records = open_folder(folder, 'train').records
+  assert isinstance(records.names, np.ndarray)
+  assert records.names.dtype.kind == 'S'
