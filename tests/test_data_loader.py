@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import pickle
 
-from absl import flags
 import numpy as np
 import pytest
 
@@ -73,12 +72,16 @@ def test_starting_at_a_step_gives_the_batches_from_there(source):
 
 
 @pytest.mark.slow
-def test_worker_processes_change_nothing(source):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['pytest'])  # grain's workers read absl's flags
-  for batch, expected in zip(batches(source, workers=2), batches(source), strict=True):
+@pytest.mark.parametrize('workers', [1, 2, 4])
+@pytest.mark.parametrize('processes', [1, 2])
+def test_worker_processes_change_nothing(source, workers, processes):
+  """From the second epoch's middle, and with more workers than some processes have examples in flight."""
+  steps = {'first_step': 40, 'last_step': 43}
+  together = batches(source, **steps)
+  parts = [batches(source, processes=processes, process=i, workers=workers, **steps) for i in range(processes)]
+  for step, batch in enumerate(together):
     for name, array in batch.items():
-      np.testing.assert_array_equal(array, expected[name])
+      np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
 
 
 def test_batches_are_uint8_images_with_labels(source):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.image_folder import write_image_folder
 from tests.imagenet_tars import write_imagenet_tars
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,47 @@ def test_imagenet_from_the_official_tars(tmp_path):
   label, counts = output.splitlines()[-1].split(' % (')
   assert label.startswith('validation top-1 ')
   assert counts.endswith('/10)')
+
+
+@pytest.mark.slow
+def test_an_image_folder_with_unreadable_images(tmp_path):
+  folder = write_image_folder(tmp_path / 'data', ('cat', 'dog', 'emu'), train=16, val=7)
+  (folder / 'train' / 'cat' / '3.JPEG').write_bytes(b'')
+  (folder / 'val' / 'dog' / '0.JPEG').write_bytes(b'no image')
+  arguments = [
+    '--workdir=run',
+    *TINY,
+    '--config.data.source=folder',
+    f'--config.data.path={folder}',
+    '--config.data.eval_split=validation',
+    '--config.data.batch_size=16',
+    '--config.data.eval_batch_size=4',
+    '--config.data.num_workers=2',
+    '--config.data.max_bad_fraction=0.03',
+    '--config.schedule.max_steps=6',
+    '--config.checkpoint.every_epochs=1',
+    '--config.logging.every_steps=1',
+  ]
+  code, output, errors = run(tmp_path, *arguments)
+  assert code == 0, errors
+  assert errors.count('image cat/3.JPEG cannot be read (no image file); the next one takes its place') == 1
+  assert 'image dog/0.JPEG cannot be read (no image file); it counts as wrong' in errors
+  assert 'evaluation: ' in output
+  assert ' (21 images, 1 unreadable)' in output
+  assert output.splitlines()[-1].endswith('/21)')
+  rows = [json.loads(row) for row in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  trained = [row for row in rows if row['kind'] == 'train']
+  assert trained[-1]['bad_images'] == 1
+  assert all(0 <= row['data_wait'] <= 1 for row in trained if 'data_wait' in row)
+  assert {row['unreadable'] for row in rows if row['kind'] == 'validation'} == {1}
+
+  (folder / 'train' / 'dog' / '3.JPEG').write_bytes(b'')
+  code, output, errors = run(tmp_path, *arguments, '--config.schedule.max_steps=30')
+  assert code == 2
+  assert '2 of the 48 images of ' in errors.splitlines()[-1]
+  assert 'more than data.max_bad_fraction = 0.03 allows; the last is ' in errors.splitlines()[-1]
+  # What was done until then is saved: the second one turns up in the ninth batch.
+  assert {path.name for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*')} == {'6', '8'}
 
 
 @pytest.mark.slow

@@ -44,10 +44,11 @@ class Run:
   train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   eval_step: Callable[..., dict[str, jax.Array]]
 
-  @property
+  @functools.cached_property
   def rng(self) -> jax.Array:
     """The run's random key; steps derive theirs from it by number."""
-    return jax.device_put(jax.random.key(self.config.seed), sharding.replicated(self.mesh))
+    # Made on the devices: device_put does not reach those of other processes.
+    return jax.jit(lambda: jax.random.key(self.config.seed), out_shardings=sharding.replicated(self.mesh))()
 
   def fresh_state(self) -> TrainState:
     """The state before the first step: random, or with the weights of `config.init_from`.

@@ -1,0 +1,82 @@
+"""Evaluation counts each image once: the same sums for every batch size and number of processes."""
+
+import json
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+from t2t_vit_jax.training.run import build_run
+from tests.image_folder import write_image_folder
+
+ROOT = Path(__file__).parents[1]
+CLASSES = tuple('abcdefgh')
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
+
+
+def evaluate(overrides, processes):
+  """Batch size -> sums, as each of the processes prints them."""
+  port = free_port()
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, str(ROOT / 'tests' / 'evaluate.py'), json.dumps(overrides)]
+  running = [
+    subprocess.Popen([*command, *map(str, (i, processes, port))], env=environment, text=True, stdout=subprocess.PIPE)
+    for i in range(processes)
+  ]
+  outputs = [process.communicate(timeout=300)[0] for process in running]
+  assert [process.returncode for process in running] == [0] * processes
+  return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def sums_one_by_one(overrides, images):
+  """Top-1, top-5 and loss sums by a plain loop over image files, with the model alone."""
+  config = digits.get_config()
+  config.update_from_flattened_dict(overrides)
+  run = build_run(config)
+  variables = run.fresh_state().variables()
+  size, mean, std = config.data.image_size, np.array(config.data.mean), np.array(config.data.std)
+  top1 = top5 = loss = 0
+  for path, label in images:
+    image = Image.open(path)
+    scale = size / min(image.size)
+    image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    logits = np.asarray(run.model.apply(variables, ((pixels / 255 - mean) / std).astype(np.float32)[None])[0], float)
+    rank = int((logits > logits[label]).sum())
+    top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
+    loss += np.log(np.exp(logits - logits[label]).sum())
+  return top1, top5, loss
+
+
+@pytest.mark.slow
+def test_sums_do_not_depend_on_batches_and_processes(tmp_path):
+  folder = write_image_folder(tmp_path / 'data', CLASSES, train=1, val=3)
+  (folder / 'val' / 'c' / '1.JPEG').unlink()  # 23 images: no batch size divides them
+  overrides = {
+    'data.source': 'folder',
+    'data.path': str(folder),
+    'data.eval_split': 'validation',
+    'data.batch_size': 8,
+    'model.depth': 1,
+    'ema.decay': 0.0,
+  }
+  images = [(path, label) for label, name in enumerate(CLASSES) for path in sorted((folder / 'val' / name).iterdir())]
+  top1, top5, loss = sums_one_by_one(overrides, images)
+  assert 0 < top1 < top5 < 23  # neither is trivial
+  for processes in (1, 2, 4):
+    for results in evaluate(overrides, processes):
+      for sums in results.values():
+        assert (sums['count'], sums['correct'], sums['correct_top5'], sums['unreadable']) == (23, top1, top5, 0)
+        assert sums['loss_sum'] == pytest.approx(loss, rel=1e-6)
