@@ -11,7 +11,8 @@ import configs.default
 from t2t_vit_jax import list_models
 from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.training import optimizer
-from t2t_vit_jax.training.run import build_model, eval_transform, train_transform
+from t2t_vit_jax.training.inputs import eval_transform, train_transform
+from t2t_vit_jax.training.run import build_model
 
 NAMES = sorted(path.stem for path in Path(configs.default.__file__).parent.glob('*.py') if path.stem != '__init__')
 

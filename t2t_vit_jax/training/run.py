@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.faults import Faults
-from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, open_folder, open_tfds
+from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.training import optimizer, sharding, steps
+from t2t_vit_jax.training import inputs, optimizer, sharding, steps
 from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
 from t2t_vit_jax.training.state import TrainState, init_state
 
@@ -113,10 +113,10 @@ def build_run(config: Any) -> Run:
   Raises:
     UserError: a field is out of range, data is missing, or the parts don't fit together.
   """
-  _check_ranges(config)
+  check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
-  train_source, eval_source = open_sources(config.data)
+  train_source, eval_source = inputs.open_sources(config.data)
   model = build_model(config, num_classes=len(train_source.class_names))
   if model.num_classes != len(train_source.class_names):
     raise UserError(
@@ -141,8 +141,8 @@ def build_run(config: Any) -> Run:
     model=model,
     train_source=train_source,
     eval_source=eval_source,
-    train_transform=train_transform(config),
-    eval_transform=eval_transform(config),
+    train_transform=inputs.train_transform(config),
+    eval_transform=inputs.eval_transform(config),
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
     abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),
@@ -160,99 +160,6 @@ def build_run(config: Any) -> Run:
     ),
     eval_step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=replicated),
   )
-
-
-def open_sources(data: Any) -> tuple[Source, Source]:
-  """The training and the evaluation split of `config.data`.
-
-  Raises:
-    UserError: the source is unknown, or its data missing.
-  """
-  if data.source == 'tfds':
-    if data.path is not None:
-      raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
-    return (
-      open_tfds(data.name, data.train_split, data.data_dir),
-      open_tfds(data.name, data.eval_split, data.data_dir),
-    )
-  if data.source == 'folder':
-    if data.path is None:
-      raise UserError("data.source 'folder' needs --config.data.path")
-    train = open_folder(data.path, data.train_split)
-    return train, open_folder(data.path, data.eval_split, train.class_names)
-  raise UserError(f"data.source must be 'tfds' or 'folder', not {data.source!r}")
-
-
-# What a number means for these fields; others are checked where they are used.
-POSITIVE = (
-  'augment.mixing_group_size',
-  'checkpoint.every_epochs',
-  'checkpoint.keep_latest',
-  'data.batch_size',
-  'data.crop_fraction',
-  'data.eval_batch_size',
-  'data.image_size',
-  'logging.every_steps',
-  'model.depth',
-  'model.embed_dim',
-  'model.mlp_ratio',
-  'model.num_heads',
-  'model.token_dim',
-  'optimizer.epsilon',
-  'schedule.base_batch_size',
-  'schedule.base_learning_rate',
-  'schedule.epochs',
-)
-NOT_NEGATIVE = (
-  'augment.crop_padding',
-  'augment.cutmix_alpha',
-  'augment.mixup_alpha',
-  'augment.randaugment_operations',
-  'data.num_threads',
-  'data.num_workers',
-  'optimizer.weight_decay',
-  'schedule.cooldown_epochs',
-  'schedule.final_learning_rate',
-  'schedule.max_steps',
-  'schedule.warmup_epochs',
-  'schedule.warmup_learning_rate',
-)
-SHARES = (
-  'augment.cutmix_probability',
-  'augment.horizontal_flip_probability',
-  'augment.label_smoothing',
-  'augment.randaugment_probability',
-  'augment.random_erasing_probability',
-  'data.crop_fraction',
-  'data.max_bad_fraction',
-  'ema.decay',
-  'model.attention_dropout_rate',
-  'model.dropout_rate',
-  'model.performer_dropout_rate',
-  'model.stochastic_depth_rate',
-  'optimizer.beta1',
-  'optimizer.beta2',
-)
-
-
-def _check_ranges(config: Any) -> None:
-  for paths, fits, meaning in (
-    (POSITIVE, lambda value: value > 0, 'be positive'),
-    (NOT_NEGATIVE, lambda value: value >= 0, 'not be negative'),
-    (SHARES, lambda value: 0 <= value <= 1, 'lie between 0 and 1'),
-  ):
-    for path in paths:
-      value = _field(config, path)
-      if value is not None and not fits(value):  # a placeholder leaves the choice to the named model
-        raise UserError(f'{path} must {meaning}, not {value}')
-  if not 0 <= config.seed < 2**32:
-    raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
-  if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
-    raise UserError('data.mean and data.std must have three numbers each, those of std positive')
-
-
-def _field(config: Any, path: str) -> Any:
-  return functools.reduce(getattr, path.split('.'), config)
 
 
 def build_model(config: Any, num_classes: int) -> T2TViT:
@@ -307,29 +214,6 @@ def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
   return variables
 
 
-def train_transform(config: Any) -> transforms.TrainTransform:
-  """The host's part of `config.augment`.
-
-  Raises:
-    UserError: `config.augment.crop` or `config.data.interpolation` is unknown.
-  """
-  size, augment = config.data.image_size, config.augment
-  if augment.crop == 'resized':
-    crop: Any = transforms.RandomResizedCrop(size, tuple(augment.crop_scale), tuple(augment.crop_ratio))
-  elif augment.crop == 'padded':
-    crop = transforms.RandomPaddedCrop(size, augment.crop_padding, _interpolation(config))
-  else:
-    raise UserError(f"augment.crop must be 'resized' or 'padded', not {augment.crop!r}")
-  randaugment = RandAugment(
-    augment.randaugment_operations,
-    augment.randaugment_magnitude,
-    augment.randaugment_magnitude_std,
-    augment.randaugment_probability,
-    fill=tuple(round(255 * channel) for channel in config.data.mean),
-  )
-  return transforms.Chain((crop, transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
-
-
 def batch_augmentation(config: Any, num_classes: int, normalization: Normalization) -> BatchAugmentation:
   """The device's part of `config.augment`.
 
@@ -347,18 +231,6 @@ def batch_augmentation(config: Any, num_classes: int, normalization: Normalizati
     augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)
   )
   return BatchAugmentation(num_classes, augment.label_smoothing, mixing, normalization, erasing)
-
-
-def eval_transform(config: Any) -> transforms.EvalTransform:
-  """The evaluation transform of `config.data`."""
-  return transforms.ResizeCenterCrop(config.data.image_size, config.data.crop_fraction, _interpolation(config))
-
-
-def _interpolation(config: Any) -> str:
-  if config.data.interpolation not in transforms.INTERPOLATIONS:
-    known = ' or '.join(map(repr, transforms.INTERPOLATIONS))
-    raise UserError(f'data.interpolation must be {known}, not {config.data.interpolation!r}')
-  return config.data.interpolation
 
 
 def _share(batch_size: int) -> loader.Share:

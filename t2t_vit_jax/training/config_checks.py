@@ -1,0 +1,78 @@
+"""Numbers in a config that make no sense, refused before anything is built from them."""
+
+import functools
+from typing import Any
+
+from t2t_vit_jax.errors import UserError
+
+# What a number means for these fields; others are checked where they are used.
+POSITIVE = (
+  'augment.mixing_group_size',
+  'checkpoint.every_epochs',
+  'checkpoint.keep_latest',
+  'data.batch_size',
+  'data.crop_fraction',
+  'data.eval_batch_size',
+  'data.image_size',
+  'logging.every_steps',
+  'model.depth',
+  'model.embed_dim',
+  'model.mlp_ratio',
+  'model.num_heads',
+  'model.token_dim',
+  'optimizer.epsilon',
+  'schedule.base_batch_size',
+  'schedule.base_learning_rate',
+  'schedule.epochs',
+)
+NOT_NEGATIVE = (
+  'augment.crop_padding',
+  'augment.cutmix_alpha',
+  'augment.mixup_alpha',
+  'augment.randaugment_operations',
+  'data.num_threads',
+  'data.num_workers',
+  'optimizer.weight_decay',
+  'schedule.cooldown_epochs',
+  'schedule.final_learning_rate',
+  'schedule.max_steps',
+  'schedule.warmup_epochs',
+  'schedule.warmup_learning_rate',
+)
+SHARES = (
+  'augment.cutmix_probability',
+  'augment.horizontal_flip_probability',
+  'augment.label_smoothing',
+  'augment.randaugment_probability',
+  'augment.random_erasing_probability',
+  'data.crop_fraction',
+  'data.max_bad_fraction',
+  'ema.decay',
+  'model.attention_dropout_rate',
+  'model.dropout_rate',
+  'model.performer_dropout_rate',
+  'model.stochastic_depth_rate',
+  'optimizer.beta1',
+  'optimizer.beta2',
+)
+
+
+def check_ranges(config: Any) -> None:
+  """Raises UserError, which names the field and what it must be, for the first number out of its range."""
+  for paths, fits, meaning in (
+    (POSITIVE, lambda value: value > 0, 'be positive'),
+    (NOT_NEGATIVE, lambda value: value >= 0, 'not be negative'),
+    (SHARES, lambda value: 0 <= value <= 1, 'lie between 0 and 1'),
+  ):
+    for path in paths:
+      value = _field(config, path)
+      if value is not None and not fits(value):  # a placeholder leaves the choice to the named model
+        raise UserError(f'{path} must {meaning}, not {value}')
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
+  if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
+    raise UserError('data.mean and data.std must have three numbers each, those of std positive')
+
+
+def _field(config: Any, path: str) -> Any:
+  return functools.reduce(getattr, path.split('.'), config)
