@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1  # evaluate and save
+  config.checkpoint.every_steps = 1000  # save in between too; 0: not
   config.checkpoint.keep_latest = 2  # beside the one with the best top-1
 
   config.mesh = ConfigDict()

@@ -104,20 +104,6 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named(tmp_path, data_dir):
-  """In a process of its own, and among other lines: orbax's threads print what they meet."""
-  arguments = [*TINY, f'--config.data.data_dir={data_dir}', '--workdir=run']
-  assert run(tmp_path, *arguments, '--config.schedule.max_steps=2')[0] == 0
-  checkpoint = tmp_path / 'run' / 'checkpoints' / '2'
-  for name in ('state/manifest.ocdbt', 'state/_METADATA'):
-    damaged = checkpoint / name
-    damaged.write_bytes(damaged.read_bytes()[:10])
-    code, output, errors = run(tmp_path, *arguments, '--config.schedule.max_steps=4')
-    assert (code, output) == (2, '')
-    assert f'error: the checkpoint {checkpoint} cannot be read' in errors
-
-
-@pytest.mark.slow
 def test_imagenet_from_the_official_tars(tmp_path):
   pytest.importorskip('tensorflow', reason='the builder of imagenet2012 needs it')
   write_imagenet_tars(tmp_path / 'tars', images_per_class=4, num_validation=10)

@@ -68,21 +68,24 @@ def test_one_device_gives_the_same_as_two(data_dir, four_steps, tmp_path):
 
 
 def test_a_finished_run_says_so_and_repeats_its_result(data_dir, four_steps, capsys):
-  before = {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file()}
+  def files():
+    return {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
+
+  before = files()
   loop.train(small_config(data_dir, **{'schedule.max_steps': 4}), four_steps)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('This run is complete: 4 steps in ')
   row = json.loads((four_steps / 'metrics.jsonl').read_text().splitlines()[-1])
   assert lines[-1] == f'test top-1 {100 * row["correct"] / 360:.2f} % ({row["correct"]}/360)'
-  assert before == {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file()}
+  assert before == files()
 
 
 def test_another_models_workdir_is_refused_and_left_alone(data_dir, four_steps):
-  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
   config = small_config(data_dir, **{'schedule.max_steps': 8, 'model.embed_dim': 64})
   with pytest.raises(UserError, match=r'proj/bias is \(32,\) there, \(64,\) here.* another --workdir'):
     loop.train(config, four_steps)
-  assert before == {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  assert before == {path: path.read_bytes() for path in before}
 
 
 def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data_dir, tmp_path):
@@ -95,7 +98,7 @@ def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data
     for _ in range(3):  # while the save runs in the background
       state, _ = run.train_step(state, next(batches), run.rng)
   with Checkpoints(tmp_path) as checkpoints:
-    restored, changes = checkpoints.restore(run.abstract_state, run.description)
+    restored, changes = checkpoints.restore(run.abstract_state, run.description)[:2]
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
     assert changes == []
   batches.close()
@@ -115,10 +118,10 @@ def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
   [('model.num_heads', 8), ('seed', 7), ('data.batch_size', 32), ('data.train_split', 'train[:700]')],
 )
 def test_a_config_of_another_run_is_refused(data_dir, four_steps, field, value):
-  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
   with pytest.raises(UserError, match=rf'belongs to another run: {field} was \S+ and is {re.escape(str(value))}[.;]'):
     loop.train(small_config(data_dir, **{field: value}), four_steps)
-  assert before == {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file()}
+  assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, capsys):
@@ -231,4 +234,4 @@ def test_every_config_field_is_read_by_something(data_dir, tmp_path):
 
 
 def test_the_run_leaves_checkpoints_and_metrics(four_steps):
-  assert {path.name for path in Path(four_steps).iterdir()} == {'checkpoints', 'metrics.jsonl'}
+  assert {path.name for path in Path(four_steps).iterdir()} == {'checkpoints', 'lock', 'metrics.jsonl'}

@@ -1,18 +1,25 @@
-"""Checkpoints of a run: saved in the background, the latest and the best kept."""
+"""Checkpoints of a run: saved in the background, verified when read, the latest and the best kept."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import os
+import shutil
 from typing import Any, Self
 
 from flax import serialization, traverse_util
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.state import TrainState
 
 BEST_METRIC = 'top1'
+# What orbax and its storage say of trouble that leaves the checkpoint itself good.
+NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
 # Fields without which a continued run would be another one: what the model computes, and the order of its data.
 UNCHANGEABLE = (
   'model.',
@@ -49,8 +56,22 @@ class Checkpoints:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused: object) -> None:
-    self._checkpointer.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+    if kind is None:
+      with self._writing():
+        self._checkpointer.close()
+    else:
+      with contextlib.suppress(Exception):  # the error on its way says more
+        self._checkpointer.close()
+
+  def wait(self) -> None:
+    """Returns when the last save is done.
+
+    Raises:
+      UserError: it failed.
+    """
+    with self._writing():
+      self._checkpointer.wait()
 
   @property
   def latest_step(self) -> int | None:
@@ -65,51 +86,103 @@ class Checkpoints:
     return None if latest is None else latest.metrics
 
   def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
-    """Starts saving `state` under its step; `run` (JSON: model, config) travels with it."""
-    step = int(state.step)
-    if step != self.latest_step:
-      self._checkpointer.save_async(step, serialization.to_state_dict(state), metrics=metrics, custom_metadata=run)
-
-  def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str]]:
-    """Loads the newest checkpoint.
-
-    Args:
-      abstract_state: shapes, dtypes and shardings wanted.
-      run: what would be saved with a checkpoint now.
-
-    Returns:
-      The state, and in what the config differs from that of the checkpoint, a phrase for each field.
+    """Starts saving `state` under its step; `run` (JSON: model, config) travels with it.
 
     Raises:
-      UserError: the checkpoint is damaged, its parameters have other names or shapes, or its config is another in a
-        field that decides what the model computes or in which order the data comes.
+      UserError: there is no room for it, or the save before failed in the background.
     """
-    with self._reading():
-      stored = self._checkpointer.metadata()
-      wanted = serialization.to_state_dict(abstract_state)
-      self._check_shapes(stored, wanted, run['model'])
-      before = stored.custom_metadata or {}
-      changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
-      fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
-      if fatal:
-        raise UserError(
-          f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir'
-        )
-      restored = self._checkpointer.load(None, wanted)
-      return serialization.from_state_dict(abstract_state, restored), list(changes.values())
+    step = int(state.step)
+    if step == self.latest_step:
+      return
+    saved = serialization.to_state_dict(state)
+    with self._writing():
+      self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved)))
+      saved['fingerprint'] = fingerprint(saved)
+      self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run)
 
   @contextlib.contextmanager
-  def _reading(self) -> Iterator[None]:
-    """Makes one line of what a damaged checkpoint sets off in orbax."""
+  def _writing(self) -> Iterator[None]:
+    """Makes one line of a failure to write, now or in the background since the last call."""
     try:
       yield
     except UserError:
       raise
     except Exception as error:
       raise UserError(
-        f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({type(error).__name__}); '
-        'move this folder away to continue from the one before'
+        f'a checkpoint could not be written to {self.folder} ({_first_line(error)}); those written before are intact'
       ) from error
+
+  def _check_room(self, needed: int) -> None:
+    if not os.path.isdir(self.folder):  # made with the first checkpoint, or not on this machine
+      return
+    free = shutil.disk_usage(self.folder).free
+    if free < needed:
+      raise UserError(
+        f'the disk of {self.folder} is full: a checkpoint needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; '
+        'the checkpoints there are intact'
+      )
+
+  def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str], list[str]]:
+    """Loads the newest checkpoint that is whole; damaged ones are moved to the folder `damaged` beside this one.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings wanted.
+      run: what would be saved with a checkpoint now.
+
+    Returns:
+      The state; in what the config differs from that of the checkpoint, a phrase for each field; and a line for each
+      checkpoint that was set aside.
+
+    Raises:
+      UserError: none is whole, its parameters have other names or shapes, or its config is another in a field that
+        decides what the model computes or in which order the data comes.
+    """
+    set_aside: list[str] = []
+    while self.latest_step is not None:
+      failure = None
+      try:
+        state, changes = self._load_newest(abstract_state, run)
+      except UserError:
+        raise
+      except Exception as error:
+        if any(text in str(error) for text in NOT_DAMAGE):
+          raise UserError(f'cannot read {self.folder}: {_first_line(error)}') from error
+        failure = _first_line(error)
+      if multihost_utils.process_allgather(np.array(failure is None)).all():
+        return state, changes, set_aside
+      set_aside.append(self._set_aside(failure or 'another process could not read it'))
+    raise UserError(f'no checkpoint can be read. {" ".join(set_aside)} The same command starts anew')
+
+  def _load_newest(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str]]:
+    stored = self._checkpointer.metadata()
+    wanted = serialization.to_state_dict(abstract_state)
+    wanted['fingerprint'] = _abstract_fingerprint(wanted)
+    self._check_shapes(stored, wanted, run['model'])
+    before = stored.custom_metadata or {}
+    changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
+    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
+    if fatal:
+      raise UserError(
+        f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir'
+      )
+    restored = self._checkpointer.load(None, wanted)
+    if (restored.pop('fingerprint') != fingerprint(restored)).any():
+      raise ValueError('its numbers are not those that were saved')
+    return serialization.from_state_dict(abstract_state, restored), list(changes.values())
+
+  def _set_aside(self, failure: str) -> str:
+    """Moves the newest checkpoint out of the way and returns a line that says so."""
+    damaged = os.path.join(self.folder, str(self.latest_step))
+    shelf = os.path.join(os.path.dirname(self.folder), 'damaged')
+    target = os.path.join(shelf, f'{self.latest_step}')
+    if jax.process_index() == 0:
+      os.makedirs(shelf, exist_ok=True)
+      while os.path.exists(target):
+        target += '+'
+      os.rename(damaged, target)
+    multihost_utils.sync_global_devices('set aside')
+    self._checkpointer.reload()
+    return f'The checkpoint {damaged} is damaged ({failure}) and was moved to {target}.'
 
   def _check_shapes(self, stored: Any, wanted: dict[str, Any], model_name: str) -> None:
     # The optimizer's state repeats the parameters' names: it speaks only where they are the same.
@@ -123,6 +196,33 @@ class Checkpoints:
         f'{self.folder} has a checkpoint of {stored_name}, which does not fit the {model_name} of this config: '
         f'{shown}. Nothing was changed; choose another --workdir'
       )
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+  """A checksum for each array of `tree`, (number of arrays,) uint32: reading alone does not notice flipped bits.
+
+  The sum of the array's bits as 32-bit numbers times odd weights, modulo 2**32, which no order of summation
+  changes: it is the same however the array is divided among devices.
+  """
+  return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  position = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _abstract_fingerprint(tree: Any) -> jax.ShapeDtypeStruct:
+  leaves = jax.tree.leaves(tree)
+  return jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=leaves[0].sharding)
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

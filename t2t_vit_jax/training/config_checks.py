@@ -30,6 +30,7 @@ NOT_NEGATIVE = (
   'augment.cutmix_alpha',
   'augment.mixup_alpha',
   'augment.randaugment_operations',
+  'checkpoint.every_steps',
   'data.num_threads',
   'data.num_workers',
   'optimizer.weight_decay',

@@ -1,25 +1,23 @@
 """A run from start to end: train, evaluate, save, report; stop and carry on."""
 
 import collections
-from collections.abc import Iterator
 import contextlib
 import math
 import os
 from pathlib import Path
-import signal
-import sys
-import threading
 from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import DataError, UserError
+from t2t_vit_jax.errors import DataError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.reporting import Reporter
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.state import TrainState
+from t2t_vit_jax.training.stopping import StopRequest, stop_request
+from t2t_vit_jax.training.workdir import open_workdir
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
 MAX_STEPS_IN_FLIGHT = 2
@@ -46,39 +44,36 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     Accuracy on the evaluation split: of the moving average of the weights if the run keeps one, else of the weights.
 
   Raises:
-    UserError: config, data, devices and workdir don't fit together; nothing was changed.
+    UserError: config, data, devices and workdir don't fit together and nothing was changed; or something failed on the
+      way that the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
   run = build_run(config)
-  workdir = Path(workdir)
-  try:
-    (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
-    (workdir / 'metrics.jsonl').open('a').close()
-  except OSError as error:
-    raise UserError(f'cannot write to workdir {workdir}: {error.strerror}') from error
-
-  with Checkpoints(workdir / 'checkpoints', config.checkpoint.keep_latest) as checkpoints:
-    finished = checkpoints.latest_step is not None and checkpoints.latest_step >= run.total_steps
-    state, changes = _initial_state(run, checkpoints)
-    if finished and checkpoints.latest_metrics:
+  with (
+    open_workdir(workdir) as folder,
+    Checkpoints(folder / 'checkpoints', config.checkpoint.keep_latest) as checkpoints,
+  ):
+    state, notes = _initial_state(run, checkpoints)
+    if int(state.step) >= run.total_steps and checkpoints.latest_metrics:
       accuracy = Accuracy.from_dict(checkpoints.latest_metrics)
       split = checkpoints.latest_metrics['split']
-      print(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
+      print(f'This run is complete: {int(state.step)} steps in {folder}. To train again choose another --workdir.')
     else:
       split = config.data.eval_split
-      with _reporter(run, workdir, first_step=int(state.step)) as reporter:
-        if changes:
-          reporter.say(f'changed since the checkpoint: {"; ".join(changes)}')
+      with _reporter(run, folder, first_step=int(state.step)) as reporter:
+        for note in notes:
+          reporter.say(note)
         accuracy = _train(run, state, checkpoints, reporter)
   print(f'{split} top-1 {100 * accuracy.top1:.2f} % ({accuracy.correct}/{accuracy.count})', flush=True)
   return accuracy
 
 
 def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
-  """The state to start from, and in what the config differs from the checkpoint's."""
+  """The state to start from, and what the user should know about it."""
   if checkpoints.latest_step is None:
     return run.fresh_state(), []
-  return checkpoints.restore(run.abstract_state, run.description)
+  state, changes, set_aside = checkpoints.restore(run.abstract_state, run.description)
+  return state, set_aside + ([f'changed since the checkpoint: {"; ".join(changes)}'] if changes else [])
 
 
 def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
@@ -106,11 +101,12 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
   """The steps from `state` to the end of the run, and the accuracy there."""
   config = run.config
   evaluate_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
+  save_every = config.checkpoint.every_steps or run.total_steps
   rng, first_step = run.rng, int(state.step)
   in_flight: collections.deque[jax.Array] = collections.deque()
   faults = run.train_faults(reporter.warn)
 
-  with contextlib.closing(run.train_batches(first_step)) as batches, _signals() as received:
+  with contextlib.closing(run.train_batches(first_step)) as batches, stop_request() as stop:
     try:
       for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
         state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
@@ -122,65 +118,44 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
           in_flight.popleft().block_until_ready()
 
         evaluate = step == run.total_steps or step % evaluate_every == 0
-        if evaluate or received or step % config.logging.every_steps == 0:
+        save = stop.reached(step) or evaluate or step % save_every == 0
+        if save or step % config.logging.every_steps == 0:
           reporter.report(step, faults.num_bad)
-        if evaluate and not received:
-          accuracy = _evaluate(run, state, reporter, received)
+        if stop:
+          break
+        if evaluate:
+          accuracy = _evaluate(run, state, reporter, stop)
           found = {**accuracy.as_dict(), 'split': config.data.eval_split}
           checkpoints.save(state, metrics=found, run=run.description)
           reporter.start_clock()
           if step == run.total_steps:
             return accuracy
-        if received:
-          break
+        elif save:
+          checkpoints.save(state, metrics=None, run=run.description)
     except Exception as error:
       # Workers may get the same signal and die of it: what is done is still to be saved.
-      if not received:
+      if not stop:
         if isinstance(error, DataError) and int(state.step) > first_step:
           checkpoints.save(state, metrics=None, run=run.description)
         raise
-    if received:
+    if stop.signal:
       checkpoints.save(state, metrics=None, run=run.description)
-      raise Stopped(int(state.step), received[0])
-    return _evaluate(run, state, reporter, received)  # an earlier run was stopped before its last evaluation
+      checkpoints.wait()  # before it is said that all is saved
+      raise Stopped(int(state.step), stop.signal)
+    return _evaluate(run, state, reporter, stop)  # an earlier run was stopped before its last evaluation
 
 
-def _evaluate(run: Run, state: TrainState, reporter: Reporter, received: list[int]) -> Accuracy:
+def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest) -> Accuracy:
   """Evaluates, reports, and returns the accuracy that counts: the moving average's if the run keeps one.
 
   Raises:
-    InterruptedError: a signal was `received` meanwhile.
+    InterruptedError: the run is to `stop`.
   """
-  accuracies = run.evaluate(state, reporter.warn, stop=received)
-  if received:
+  accuracies = run.evaluate(state, reporter.warn, stop)
+  if stop:
     raise InterruptedError
   reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)
   start = run.config.ema.decay ** int(state.step)
   if 'ema' in accuracies and start > 0.01:
     reporter.say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
   return accuracies.get('ema', accuracies['raw'])
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM, so that a step is finished first; a second signal acts at once."""
-  received: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield received  # Python delivers signals to the main thread only
-    return
-  previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-  def note(number: int, frame: Any) -> None:
-    del frame
-    received.append(number)
-    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
-    for each, handler in previous.items():
-      signal.signal(each, handler)
-
-  for number in previous:
-    signal.signal(number, note)
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

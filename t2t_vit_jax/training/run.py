@@ -1,6 +1,6 @@
 """What a config describes, built and checked before anything is written or computed."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +24,7 @@ from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalizatio
 from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
 from t2t_vit_jax.training.state import TrainState, init_state
+from t2t_vit_jax.training.stopping import StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Run:
     }
 
   def evaluate(
-    self, state: TrainState, warn: Callable[[str], None] = print, stop: Sequence[Any] = ()
+    self, state: TrainState, warn: Callable[[str], None] = print, stop: StopRequest | None = None
   ) -> dict[str, Accuracy]:
     """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one.
 
-    Ends early, with the images so far, as soon as `stop` is not empty. Images that cannot be read are named to `warn`.
+    Ends early, with the images so far, as soon as `stop` says so. Images that cannot be read are named to `warn`.
 
     Raises:
       DataError: a label is none of the classes', or a worker died.

@@ -1,0 +1,59 @@
+"""Requests to stop early: Ctrl-C, a scheduler's SIGTERM, the notice before a machine is taken away."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+  """Whether the run is to stop, and by which signal."""
+
+  def __init__(self) -> None:
+    self.signal: int | None = None
+
+  def __bool__(self) -> bool:
+    return self.signal is not None
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop after `step`: of several processes, all stop after the same one. Call it once for each step."""
+    # With several processes, JAX catches the SIGTERM of any of them and agrees on a step that all have yet to reach.
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.signal = signal.SIGTERM
+    return bool(self)
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+  """Notes SIGINT and SIGTERM instead of dying of them, so that a step is finished first; a second one acts at once."""
+  request = StopRequest()
+  if threading.current_thread() is not threading.main_thread():
+    yield request  # Python delivers signals to the main thread only
+    return
+  # SIGTERM is JAX's own where it has to tell other processes.
+  numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+  previous = {number: signal.getsignal(number) for number in numbers}
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
+    for each, handler in previous.items():
+      signal.signal(each, handler)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      request.signal = number
+
+  for number in numbers:
+    signal.signal(number, note)
+  try:
+    yield request
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,197 @@
+"""Checkpoints that are damaged, disks that are full, runs that meet in one folder, and kills at any moment."""
+
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.training.checkpoint import Checkpoints, fingerprint
+from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.training.workdir import open_workdir
+from tests.kill_runs import kill_and_compare
+from tests.test_training_loop import small_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def run(data_dir):
+  return build_run(small_config(data_dir))
+
+
+@pytest.fixture
+def two_checkpoints(run, tmp_path):
+  """Steps 3 and 7 of one state."""
+  state = run.make_state(run.rng)
+  with Checkpoints(tmp_path / 'checkpoints', keep_latest=2) as checkpoints:
+    for step in (3, 7):
+      checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=run.description)
+  return tmp_path / 'checkpoints'
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_taken(run, two_checkpoints):
+  numbers = largest_file(two_checkpoints / '7')
+  content = bytearray(numbers.read_bytes())
+  content[len(content) // 2] ^= 1
+  numbers.write_bytes(content)
+  with Checkpoints(two_checkpoints) as checkpoints:
+    state, changes, (line,) = checkpoints.restore(run.abstract_state, run.description)
+    assert checkpoints.latest_step == 3
+  assert int(state.step) == 3
+  assert changes == []
+  jax.tree.map(np.testing.assert_array_equal, state.params, run.make_state(run.rng).params)
+  shelf = two_checkpoints.parent / 'damaged' / '7'
+  assert f'{two_checkpoints}/7 is damaged' in line
+  assert str(shelf) in line
+  assert (shelf / numbers.relative_to(two_checkpoints / '7')).read_bytes() == content
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_fingerprints_see_every_bit_and_the_order(data):
+  shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+  rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+  x = np.asarray(rng.standard_normal(shape), np.float32)
+  bits = x.copy().reshape(-1).view(np.uint32)
+  bits[data.draw(st.integers(0, bits.size - 1))] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
+  flipped = bits.view(np.float32).reshape(shape)
+  assert fingerprint([x]) != fingerprint([flipped])
+  if shape and shape[-1] > 1:
+    assert fingerprint([x]) != fingerprint([np.roll(x, 1, axis=-1)])
+
+
+def test_fingerprints_do_not_depend_on_the_sharding(run):
+  x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+  sharding = jax.sharding.NamedSharding(run.mesh, PartitionSpec('data'))
+  assert len(sharding.device_set) == 2
+  assert fingerprint([x]) == fingerprint([jax.device_put(x, sharding)])
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
+  if (
+    os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', tmp_path], check=False).returncode
+  ):
+    pytest.skip('needs the right to mount a small disk')
+  try:
+    state = run.make_state(run.rng)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    checkpoints.save(state, metrics=None, run=run.description)
+    checkpoints.wait()
+    (tmp_path / 'filler').write_bytes(bytes(shutil.disk_usage(tmp_path).free - size // 2))
+    with pytest.raises(UserError, match=rf'is full: a checkpoint needs {size / 1e9:.3f} GB, 0\.\d+ GB are free'):
+      checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=run.description)
+    restored, _, set_aside = checkpoints.restore(run.abstract_state, run.description)
+    checkpoints._checkpointer.close()
+    assert (int(restored.step), set_aside) == (0, [])
+  finally:
+    subprocess.run(['umount', '-l', tmp_path], check=True)
+
+
+def train(*arguments):
+  return subprocess.Popen(
+    [
+      sys.executable,
+      ROOT / 'train.py',
+      '--config.model.depth=1',
+      '--config.model.embed_dim=32',
+      '--config.model.token_dim=16',
+      *map(str, arguments),
+    ],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+
+
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_read_are_skipped_and_then_the_run_refuses(tmp_path, data_dir):
+  """In processes of their own, and among other lines: orbax's threads print what they meet."""
+  arguments = [
+    f'--workdir={tmp_path}/run',
+    f'--config.data.data_dir={data_dir}',
+    '--config.checkpoint.every_steps=1',
+    '--config.checkpoint.keep_latest=2',
+  ]
+  process = train(*arguments, '--config.schedule.max_steps=3')
+  process.communicate()
+  assert process.returncode == 0
+  checkpoints = tmp_path / 'run' / 'checkpoints'
+  assert {path.name for path in checkpoints.iterdir()} == {'2', '3'}
+  manifest = checkpoints / '3' / 'state' / 'manifest.ocdbt'
+  manifest.write_bytes(manifest.read_bytes()[:10])
+  process = train(*arguments, '--config.schedule.max_steps=4')
+  output, errors = process.communicate()
+  assert process.returncode == 0, errors
+  assert f'The checkpoint {checkpoints}/3 is damaged' in output
+  assert f'moved to {tmp_path}/run/damaged/3' in output
+  assert 'continuing from the checkpoint of step 2;' in output
+  assert output.splitlines()[-1].startswith('test top-1 ')
+
+  for path in checkpoints.glob('[0-9]*/state/manifest.ocdbt'):
+    path.write_bytes(b'')
+  process = train(*arguments, '--config.schedule.max_steps=5')
+  output, errors = process.communicate()
+  assert (process.returncode, output) == (2, '')
+  assert 'error: no checkpoint can be read.' in errors
+  assert len(list((tmp_path / 'run' / 'damaged').iterdir())) == 3
+  assert list(checkpoints.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_the_background_ends_the_run(tmp_path, data_dir):
+  process = train(
+    f'--workdir={tmp_path}/run',
+    f'--config.data.data_dir={data_dir}',
+    '--config.checkpoint.every_steps=5',
+    '--config.logging.every_steps=1',
+  )
+  for line in process.stdout:
+    if line.startswith('step 7/'):
+      break
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  (tmp_path / 'run' / 'checkpoints').write_text('no folder')
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 2
+  assert f'error: a checkpoint could not be written to {tmp_path}/run/checkpoints (' in errors
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data_dir):
+  arguments = [f'--workdir={tmp_path}/run', f'--config.data.data_dir={data_dir}', '--config.logging.every_steps=1']
+  first = train(*arguments)
+  for line in first.stdout:
+    if line.startswith('step 1/'):
+      break
+  second = train(*arguments)
+  output, errors = second.communicate(timeout=120)
+  first.kill()
+  first.communicate()
+  assert (second.returncode, output) == (2, '')
+  assert errors == (
+    f'error: {tmp_path}/run is used by another run (process {first.pid} on {os.uname().nodename}): '
+    'choose another --workdir\n'
+  )
+  with open_workdir(tmp_path / 'run'):
+    pass  # the lock went with the process
+
+
+@pytest.mark.slow
+def test_killed_runs_end_like_undisturbed_ones(tmp_path):
+  moments = kill_and_compare(tmp_path, kills=3, seed=0, **{'schedule.epochs': 6})
+  assert sum('while saving' in moment for moment in moments) >= 1
