@@ -1,9 +1,10 @@
 """Trains a T2T-ViT: python train.py --config=configs/t2t_vit_14.py --workdir=runs/t2t_vit_14."""
 
+import json
 from pathlib import Path
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,6 +19,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     # ml_collections reads the overrides of the default config as soon as the flag is defined.
     config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
+    flags.DEFINE_string(
+      'evaluate', None, 'Evaluate a weight file or the newest checkpoint of a workdir; train nothing.'
+    )
+    flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
     arguments = flags.FLAGS(argv)
   except (AttributeError, KeyError):
@@ -45,6 +50,7 @@ def refuse_unknown_field(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
   # Imported late: this takes seconds, and wrong flags should be refused at once.
+  from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
 
   if len(argv) > 1:
@@ -53,7 +59,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    train(flags.FLAGS.config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
+    if flags.FLAGS.evaluate is not None:
+      show(evaluate_only(flags.FLAGS.config, flags.FLAGS.evaluate))
+    else:
+      train(flags.FLAGS.config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
     _fail(str(error))
   except Stopped as stopped:
@@ -62,6 +71,16 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
     sys.exit(130)
+
+
+def show(accuracies: dict[str, Any]) -> None:
+  """Prints the result of an evaluation; the last line is about the weights that count most."""
+  if flags.FLAGS.json:
+    print(json.dumps({weights: accuracy.as_dict() for weights, accuracy in accuracies.items()}))
+    return
+  for weights, accuracy in accuracies.items():
+    print(f'{weights}: {accuracy}')
+  print(accuracies.get('ema', accuracy).last_line(flags.FLAGS.config.data.eval_split))
 
 
 def _fail(message: str) -> NoReturn:

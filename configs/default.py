@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
 
   config.model = ConfigDict()
   config.model.name = 't2t_vit_14'
-  config.model.dtype = 'bfloat16'  # of computation: 'float32' or 'bfloat16'; parameters are float32
+  config.model.dtype = 'bfloat16'  # of computation: 'float32', 'bfloat16' or 'float16'; parameters are float32
   config.model.num_classes = placeholder(int)  # None: as many as the data has
   config.model.tokens_type = placeholder(str)  # 'performer', 'transformer' or 'convolution'
   config.model.embed_dim = placeholder(int)

@@ -164,7 +164,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps
   [
     ('model.name', 't2t_vit_41', "unknown model 't2t_vit_41': did you mean .*'t2t_vit_14'"),
     ('model.dtype', 'float99', r'model\.dtype must be'),
-    ('model.num_classes', 7, r'model.num_classes is 7, but digits train .* has 10 classes'),
+    ('model.num_classes', 7, r'the model has 7 classes, but digits test .* has 10'),
     ('data.image_size', 2, '2 x 2 px is too small'),
     ('data.batch_size', 63, '63 images cannot be divided among 2 devices: set data.batch_size to 62 or 64'),
     ('data.batch_size', 2000, 'more than the 1437 training images'),

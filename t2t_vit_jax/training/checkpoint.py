@@ -39,9 +39,10 @@ class Checkpoints:
   Args:
     folder: made with its first checkpoint if it does not exist.
     keep_latest: how many of the newest to keep, beside the one with the best top-1 accuracy.
+    read_only: leaves alone what another run may be writing at the moment.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep_latest: int = 1):
+  def __init__(self, folder: str | os.PathLike[str], keep_latest: int = 1, *, read_only: bool = False):
     self.folder = os.path.abspath(folder)
     best = policies.BestN(
       get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
@@ -50,7 +51,7 @@ class Checkpoints:
       self.folder,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
       preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best]),
-      cleanup_tmp_directories=True,  # what a killed process left half-written
+      cleanup_tmp_directories=not read_only,  # what a killed process left half-written
     )
 
   def __enter__(self) -> Self:
@@ -97,7 +98,7 @@ class Checkpoints:
     saved = serialization.to_state_dict(state)
     with self._writing():
       self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved)))
-      saved['fingerprint'] = fingerprint(saved)
+      saved['fingerprint'] = fingerprints(saved)
       self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run)
 
   @contextlib.contextmanager
@@ -156,7 +157,7 @@ class Checkpoints:
   def _load_newest(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str]]:
     stored = self._checkpointer.metadata()
     wanted = serialization.to_state_dict(abstract_state)
-    wanted['fingerprint'] = _abstract_fingerprint(wanted)
+    wanted['fingerprint'] = _abstract_fingerprints(wanted)
     self._check_shapes(stored, wanted, run['model'])
     before = stored.custom_metadata or {}
     changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
@@ -165,10 +166,32 @@ class Checkpoints:
       raise UserError(
         f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir'
       )
-    restored = self._checkpointer.load(None, wanted)
-    if (restored.pop('fingerprint') != fingerprint(restored)).any():
-      raise ValueError('its numbers are not those that were saved')
+    restored = _verified(self._checkpointer.load(None, wanted))
     return serialization.from_state_dict(abstract_state, restored), list(changes.values())
+
+  def load_weights(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest checkpoint's description, and its variables by the name of the weights: 'raw' and perhaps 'ema'.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if self.latest_step is None:
+      raise UserError(f'there is no checkpoint in {self.folder}')
+    try:
+      stored = self._checkpointer.metadata()
+      wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in stored.metadata}
+      wanted['fingerprint'] = {name: stored.metadata['fingerprint'][name] for name in wanted}
+      wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+      with ocp.Context() as context:
+        context.pytree.loading.partial_load = True
+        restored = _verified(self._checkpointer.load(None, wanted))
+    except Exception as error:
+      raise UserError(
+        f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({_first_line(error)})'
+      ) from error
+    frozen = restored.pop('frozen')
+    names = {'params': 'raw', 'ema': 'ema'}
+    return stored.custom_metadata, {names[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
 
   def _set_aside(self, failure: str) -> str:
     """Moves the newest checkpoint out of the way and returns a line that says so."""
@@ -202,6 +225,30 @@ def _first_line(error: Exception) -> str:
   return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
 
 
+def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
+  """The checksums of each part of a state that has any arrays."""
+  return {name: fingerprint(part) for name, part in state.items() if jax.tree.leaves(part)}
+
+
+def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+  (sharding, *_) = (leaf.sharding for leaf in jax.tree.leaves(state))
+  shapes = jax.eval_shape(fingerprints, state)
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
+
+
+def _verified(restored: dict[str, Any]) -> dict[str, Any]:
+  """What was read, without its checksums.
+
+  Raises:
+    ValueError: they are not those of the arrays.
+  """
+  saved = restored.pop('fingerprint')
+  found = fingerprints(restored)
+  if any((saved[name] != found[name]).any() for name in found):
+    raise ValueError('its numbers are not those that were saved')
+  return restored
+
+
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
   """A checksum for each array of `tree`, (number of arrays,) uint32: reading alone does not notice flipped bits.
@@ -218,11 +265,6 @@ def _checksum(x: jax.Array) -> jax.Array:
   for axis, size in enumerate(x.shape):
     position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
   return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
-
-
-def _abstract_fingerprint(tree: Any) -> jax.ShapeDtypeStruct:
-  leaves = jax.tree.leaves(tree)
-  return jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=leaves[0].sharding)
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -1,13 +1,19 @@
 """Exact evaluation: every image of a split counted once, whatever the batch and the number of devices."""
 
 from collections.abc import Callable, Iterable
+import contextlib
 import dataclasses
+import itertools
 from typing import Any, Self
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from t2t_vit_jax.data.faults import Faults
+from t2t_vit_jax.data.loader import Share, Workers, eval_batches
+from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.data.transforms import EvalTransform
 from t2t_vit_jax.training.sharding import to_devices
 
 # Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
@@ -36,6 +42,14 @@ class Accuracy:
   def loss(self) -> float:
     return self.loss_sum / self.count
 
+  def __str__(self) -> str:
+    unreadable = f', {self.unreadable} unreadable' if self.unreadable else ''
+    return f'top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} ({self.count} images{unreadable})'
+
+  def last_line(self, split: str) -> str:
+    """What a program that ends with this result prints last."""
+    return f'{split} top-1 {100 * self.top1:.2f} % ({self.correct}/{self.count})'
+
   def as_dict(self) -> dict[str, Any]:
     """The sums and the figures that follow from them, for JSON."""
     return {**dataclasses.asdict(self), 'top1': self.top1, 'top5': self.top5, 'loss': self.loss}
@@ -44,6 +58,42 @@ class Accuracy:
   def from_dict(cls, values: dict[str, Any]) -> Self:
     """The inverse of `as_dict`."""
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Evaluates weights of a model on a split.
+
+  Attributes:
+    step: see `steps.make_eval_step`.
+    source: the split.
+    transform: from an image to the model's input.
+    share: this process's part of each batch.
+    workers: how this process prepares its images.
+    mesh: the devices.
+  """
+
+  step: Callable[[Any, Any], dict[str, jax.Array]]
+  source: Source
+  transform: EvalTransform
+  share: Share
+  workers: Workers
+  mesh: Mesh
+
+  def __call__(
+    self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+  ) -> dict[str, Accuracy]:
+    """Accuracy of each set of weights: variables by name, such as 'raw' and 'ema'.
+
+    Ends early, with the images so far, as soon as `stop` says so. Images that cannot be read are named to `warn`.
+
+    Raises:
+      DataError: a label is none of the classes', or a worker died.
+    """
+    faults = Faults(self.source, warn, 'it counts as wrong')
+    with contextlib.closing(eval_batches(self.source, self.transform, self.share, self.workers)) as batches:
+      until_stop = itertools.takewhile(lambda _: not stop(), faults.check(batches))
+      return evaluate(self.step, weights, until_stop, self.mesh)
 
 
 def evaluate(

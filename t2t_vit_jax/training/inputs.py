@@ -1,5 +1,6 @@
 """The input pipeline that `config.data` and `config.augment` describe."""
 
+from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.data import transforms
@@ -14,18 +15,30 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
+  train = _open_split(data, data.train_split)
+  return train, _open_split(data, data.eval_split, train.class_names)
+
+
+def open_eval_source(data: Any) -> Source:
+  """The evaluation split of `config.data` alone: the training split may be missing.
+
+  Raises:
+    UserError: the source is unknown, or its data missing.
+  """
+  if data.source == 'folder' and data.path is not None and (Path(data.path).expanduser() / data.train_split).is_dir():
+    return open_sources(data)[1]  # the training split decides which label a folder has
+  return _open_split(data, data.eval_split)
+
+
+def _open_split(data: Any, split: str, class_names: tuple[str, ...] | None = None) -> Source:
   if data.source == 'tfds':
     if data.path is not None:
       raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
-    return (
-      open_tfds(data.name, data.train_split, data.data_dir),
-      open_tfds(data.name, data.eval_split, data.data_dir),
-    )
+    return open_tfds(data.name, split, data.data_dir)
   if data.source == 'folder':
     if data.path is None:
       raise UserError("data.source 'folder' needs --config.data.path")
-    train = open_folder(data.path, data.train_split)
-    return train, open_folder(data.path, data.eval_split, train.class_names)
+    return open_folder(data.path, split, class_names)
   raise UserError(f"data.source must be 'tfds' or 'folder', not {data.source!r}")
 
 

@@ -13,7 +13,7 @@ from t2t_vit_jax.errors import DataError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.reporting import Reporter
+from t2t_vit_jax.training.reporting import Reporter, warn
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
@@ -64,7 +64,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
         for note in notes:
           reporter.say(note)
         accuracy = _train(run, state, checkpoints, reporter)
-  print(f'{split} top-1 {100 * accuracy.top1:.2f} % ({accuracy.correct}/{accuracy.count})', flush=True)
+  print(accuracy.last_line(split), flush=True)
   return accuracy
 
 
@@ -87,7 +87,7 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
   num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(run.abstract_state.params))
   reporter.say(f'model: {run.config.model.name}, {num_parameters:,} trained parameters, {run.config.model.dtype}')
   reporter.say(f'train: {run.train_source.description}, {len(run.train_source):,} images')
-  reporter.say(f'evaluation: {run.eval_source.description}, {len(run.eval_source):,} images')
+  reporter.say(f'evaluation: {run.evaluator.source.description}, {len(run.evaluator.source):,} images')
   reporter.say(
     f'steps: {run.total_steps:,} of {run.order.batch_size} images, {run.order.steps_per_epoch:,} an epoch, '
     f'on {run.mesh.size} {jax.default_backend()} device(s); workdir {workdir}'
@@ -104,7 +104,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
   save_every = config.checkpoint.every_steps or run.total_steps
   rng, first_step = run.rng, int(state.step)
   in_flight: collections.deque[jax.Array] = collections.deque()
-  faults = run.train_faults(reporter.warn)
+  faults = run.train_faults(warn)
 
   with contextlib.closing(run.train_batches(first_step)) as batches, stop_request() as stop:
     try:
@@ -151,7 +151,7 @@ def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest
   Raises:
     InterruptedError: the run is to `stop`.
   """
-  accuracies = run.evaluate(state, reporter.warn, stop)
+  accuracies = run.evaluate(state, warn, stop.__bool__)
   if stop:
     raise InterruptedError
   reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)

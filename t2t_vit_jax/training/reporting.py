@@ -62,10 +62,6 @@ class Reporter:
       tqdm.write(text)
       sys.stdout.flush()  # a log file should show it now
 
-  def warn(self, text: str) -> None:
-    """Prints a line to standard error, in every process."""
-    tqdm.write(f'warning: {text}', file=sys.stderr)
-
   def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Passes `batches` on and takes the time that they keep the caller waiting."""
     iterator = iter(batches)
@@ -133,11 +129,7 @@ class Reporter:
   def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
     """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""
     for weights, accuracy in accuracies.items():
-      self.say(
-        f'step {step} {split} {weights}: top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%}, '
-        f'loss {accuracy.loss:.4f} ({accuracy.count} images'
-        + (f', {accuracy.unreadable} unreadable)' if accuracy.unreadable else ')')
-      )
+      self.say(f'step {step} {split} {weights}: {accuracy}')
       self._write(step, split, weights=weights, **accuracy.as_dict())
 
   def start_clock(self) -> None:
@@ -150,6 +142,11 @@ class Reporter:
     if not self._silent:
       with self._file.open('a') as file:
         file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+
+
+def warn(text: str) -> None:
+  """Prints a line to standard error, in every process, without disturbing a progress line."""
+  tqdm.write(f'warning: {text}', file=sys.stderr)
 
 
 def _drop_rows_after(file: Path, step: int) -> None:

@@ -1,10 +1,8 @@
 """What a config describes, built and checked before anything is written or computed."""
 
 from collections.abc import Callable, Generator
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -22,9 +20,10 @@ from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.training import inputs, optimizer, sharding, steps
 from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
 from t2t_vit_jax.training.config_checks import check_ranges
-from t2t_vit_jax.training.evaluation import Accuracy, evaluate
+from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.training.state import TrainState, init_state
-from t2t_vit_jax.training.stopping import StopRequest
+
+DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +34,13 @@ class Run:
   mesh: Mesh
   model: T2TViT
   train_source: Source
-  eval_source: Source
   train_transform: transforms.TrainTransform
-  eval_transform: transforms.EvalTransform
   order: loader.TrainOrder
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
   make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
   train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-  eval_step: Callable[..., dict[str, jax.Array]]
+  evaluator: Evaluator
 
   @functools.cached_property
   def rng(self) -> jax.Array:
@@ -87,25 +84,13 @@ class Run:
     }
 
   def evaluate(
-    self, state: TrainState, warn: Callable[[str], None] = print, stop: StopRequest | None = None
+    self, state: TrainState, warn: Callable[[str], None] = print, stop: Callable[[], bool] = lambda: False
   ) -> dict[str, Accuracy]:
-    """Accuracy on the evaluation split of the weights ('raw') and their moving average ('ema'), where there is one.
-
-    Ends early, with the images so far, as soon as `stop` says so. Images that cannot be read are named to `warn`.
-
-    Raises:
-      DataError: a label is none of the classes', or a worker died.
-    """
+    """Accuracy of the weights ('raw') and of their moving average ('ema'), where there is one; see `Evaluator`."""
     weights = {'raw': state.variables()}
     if self.config.ema.decay:
       weights['ema'] = state.variables(state.ema)
-    # Rounded up to what the devices divide: padding is masked out.
-    batch_size = math.ceil(self.config.data.eval_batch_size / self.mesh.size) * self.mesh.size
-    batches = loader.eval_batches(self.eval_source, self.eval_transform, _share(batch_size), _workers(self.config))
-    faults = Faults(self.eval_source, warn, 'it counts as wrong')
-    with contextlib.closing(batches):
-      until_stop = itertools.takewhile(lambda _: not stop, faults.check(batches))
-      return evaluate(self.eval_step, weights, until_stop, self.mesh)
+    return self.evaluator(weights, warn, stop)
 
 
 def build_run(config: Any) -> Run:
@@ -119,11 +104,6 @@ def build_run(config: Any) -> Run:
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
   model = build_model(config, num_classes=len(train_source.class_names))
-  if model.num_classes != len(train_source.class_names):
-    raise UserError(
-      f'model.num_classes is {model.num_classes}, but {train_source.description} has '
-      f'{len(train_source.class_names)} classes'
-    )
   order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
   learning_rate = optimizer.learning_rate_schedule(
     config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size
@@ -141,9 +121,7 @@ def build_run(config: Any) -> Run:
     mesh=mesh,
     model=model,
     train_source=train_source,
-    eval_source=eval_source,
     train_transform=inputs.train_transform(config),
-    eval_transform=inputs.eval_transform(config),
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
     abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),
@@ -159,7 +137,30 @@ def build_run(config: Any) -> Run:
       donate_argnums=0,
       out_shardings=replicated,
     ),
-    eval_step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=replicated),
+    evaluator=make_evaluator(config, mesh, model, eval_source),
+  )
+
+
+def make_evaluator(config: Any, mesh: Mesh, model: T2TViT, source: Source) -> Evaluator:
+  """Evaluates weights of `model` on `source`, with images and batches as `config.data` has them.
+
+  Raises:
+    UserError: model and source have different numbers of classes, or a transform's field is wrong.
+  """
+  if model.num_classes != len(source.class_names):
+    raise UserError(
+      f'the model has {model.num_classes} classes, but {source.description} has {len(source.class_names)}'
+    )
+  # Rounded up to what the devices divide: padding is masked out.
+  batch_size = math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
+  normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
+  return Evaluator(
+    step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=sharding.replicated(mesh)),
+    source=source,
+    transform=inputs.eval_transform(config),
+    share=_share(batch_size),
+    workers=_workers(config),
+    mesh=mesh,
   )
 
 
@@ -172,11 +173,19 @@ def build_model(config: Any, num_classes: int) -> T2TViT:
   arguments = {field: value for field, value in config.model.items() if value is not None}
   name = arguments.pop('name')
   arguments.setdefault('num_classes', num_classes)
-  try:
-    arguments['dtype'] = jnp.dtype(arguments['dtype'])
-  except TypeError as error:
-    raise UserError(f"model.dtype must be 'float32' or 'bfloat16', not {arguments['dtype']!r}") from error
+  arguments['dtype'] = compute_dtype(config)
   return create_model(name, image_size=config.data.image_size, **arguments)
+
+
+def compute_dtype(config: Any) -> Any:
+  """The dtype that `config.model.dtype` names.
+
+  Raises:
+    UserError: it names none that the models compute in.
+  """
+  if config.model.dtype not in DTYPES:
+    raise UserError(f'model.dtype must be {" or ".join(map(repr, DTYPES))}, not {config.model.dtype!r}')
+  return jnp.dtype(config.model.dtype)
 
 
 # What two models must share for the weights of one to mean the same in the other.

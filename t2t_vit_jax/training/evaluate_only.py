@@ -1,0 +1,48 @@
+"""Evaluation of weights that exist: a weight file's, or those of a run's newest checkpoint."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from t2t_vit_jax.conversion import load_pretrained
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training import inputs, sharding
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.config_checks import check_ranges
+from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.reporting import warn
+from t2t_vit_jax.training.run import build_model, compute_dtype, make_evaluator
+
+
+def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
+  """Evaluates the weights in `path` on the evaluation split of `config.data`, at its image size.
+
+  Architecture and number of classes are those of the weights; of `config.model` only `dtype` is used.
+
+  Args:
+    config: a `ConfigDict`; `configs/default.py` explains every field.
+    path: a weight file that `load_pretrained` reads, or the workdir of a run.
+
+  Returns:
+    By the name of the weights: 'weights' for a file; 'raw' and, if the run keeps it, 'ema' for a workdir.
+
+  Raises:
+    UserError: weights, config and data don't fit together, or one of them can't be read.
+  """
+  check_ranges(config)
+  mesh = sharding.make_mesh(config.mesh)
+  path = Path(path)
+  if path.is_dir():
+    with Checkpoints(path / 'checkpoints', read_only=True) as checkpoints:
+      description, weights = checkpoints.load_weights(sharding.replicated(mesh))
+    num_classes = weights['raw']['params']['head']['bias'].size
+    model = build_model(ConfigDict(description['config']), num_classes)
+  elif path.exists():
+    model, variables = load_pretrained(path)
+    weights = {'weights': variables}
+  else:
+    raise UserError(f'there is no weight file and no workdir {path}')
+  model = model.clone(dtype=compute_dtype(config))
+  return make_evaluator(config, mesh, model, inputs.open_eval_source(config.data))(weights, warn)
