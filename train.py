@@ -19,9 +19,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     # ml_collections reads the overrides of the default config as soon as the flag is defined.
     config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
-    flags.DEFINE_string(
-      'evaluate', None, 'Evaluate a weight file or the newest checkpoint of a workdir; train nothing.'
-    )
+    flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
     arguments = flags.FLAGS(argv)

@@ -58,7 +58,10 @@ class Source:
 
     Raises:
       BadImage: its file, or its part of the array_record file, cannot be read.
+      IndexError: there is none of that number.
     """
+    if not 0 <= index < len(self):
+      raise IndexError(index)
     try:
       return self.records[index]
     except (OSError, RuntimeError) as error:  # array_record's for a checksum that does not match

@@ -40,10 +40,15 @@ class Checkpoints:
     folder: made with its first checkpoint if it does not exist.
     keep_latest: how many of the newest to keep, beside the one with the best top-1 accuracy.
     read_only: leaves alone what another run may be writing at the moment.
+
+  Raises:
+    UserError: `read_only`, but there is no such folder.
   """
 
   def __init__(self, folder: str | os.PathLike[str], keep_latest: int = 1, *, read_only: bool = False):
     self.folder = os.path.abspath(folder)
+    if read_only and not os.path.isdir(self.folder):
+      raise UserError(f'there is no checkpoint in {self.folder}')
     best = policies.BestN(
       get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
     )
@@ -182,8 +187,9 @@ class Checkpoints:
       wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in stored.metadata}
       wanted['fingerprint'] = {name: stored.metadata['fingerprint'][name] for name in wanted}
       wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-      with ocp.Context() as context:
-        context.pytree.loading.partial_load = True
+      context = ocp.Context()
+      context.pytree.loading.partial_load = True
+      with context:
         restored = _verified(self._checkpointer.load(None, wanted))
     except Exception as error:
       raise UserError(
