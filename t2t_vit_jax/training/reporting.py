@@ -1,4 +1,4 @@
-"""What a run tells its user: a live progress line, plain lines, and `metrics.jsonl`."""
+"""What a run tells its user: a live progress line, plain lines, `metrics.jsonl` and TensorBoard's event files."""
 
 from collections.abc import Iterable, Iterator
 import json
@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from t2t_vit_jax.data.loader import Batch
@@ -39,6 +40,8 @@ class Reporter:
     self._batch_size = batch_size
     if not self._silent:
       _drop_rows_after(self._file, first_step)
+      # TensorBoard leaves out what an earlier, interrupted run wrote from that step on.
+      self._events = SummaryWriter(os.fspath(Path(workdir) / 'tensorboard'), purge_step=first_step + 1)
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -55,6 +58,8 @@ class Reporter:
 
   def __exit__(self, *unused: object) -> None:
     self._bar.close()
+    if not self._silent:
+      self._events.close()
 
   def say(self, text: str) -> None:
     """Prints a line to standard output without disturbing the progress line."""
@@ -109,12 +114,16 @@ class Reporter:
       row['images_per_second'] = round(images_per_second, 2)
       row['data_wait'] = round(data_wait, 4)
     row['bad_images'] = num_bad
+    if memory := jax.local_devices()[0].memory_stats():  # a CPU has none
+      row['device_memory_gb'] = round(memory['peak_bytes_in_use'] / 1e9, 3)
     epoch = step / self._steps_per_epoch
     self._write(step, 'train', epoch=round(epoch, 4), **row)
 
     summary = f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e}'
     if self._steps_timed:
       summary += f' {images_per_second:,.0f} images/s data wait {data_wait:.0%}'
+    if 'device_memory_gb' in row:
+      summary += f' {row["device_memory_gb"]:.1f} GB'
     if self._bar.disable:
       if self._steps_timed:
         left = (self._total_steps - step) * self._batch_size / images_per_second
@@ -139,9 +148,14 @@ class Reporter:
     self._clock_started = time.perf_counter()
 
   def _write(self, step: int, kind: str, **values: Any) -> None:
-    if not self._silent:
-      with self._file.open('a') as file:
-        file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+    if self._silent:
+      return
+    with self._file.open('a') as file:
+      file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+    group = '/'.join(filter(None, (kind, values.get('weights'))))
+    for name, value in values.items():
+      if isinstance(value, int | float):
+        self._events.add_scalar(f'{group}/{name}', value, step)
 
 
 def warn(text: str) -> None:
