@@ -1,0 +1,125 @@
+"""What to tell the user about steps whose loss or gradients are not finite, and about memory that did not suffice."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2t_vit_jax.data import loader
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.training.run import Run
+from t2t_vit_jax.training.state import TrainState
+
+MAX_NAMED = 3  # images of a batch, and batches of a run
+
+
+@dataclasses.dataclass
+class NonFiniteSteps:
+  """Steps that were not applied, since their loss or a gradient was not finite: explained, and not tolerated for long.
+
+  Args:
+    run: the run.
+    warn: shows a line to the user.
+  """
+
+  run: Run
+  warn: Callable[[str], None]
+  _in_a_row: int = 0
+  _last: int = -1
+  _explained: int = 0
+
+  def note(self, steps: list[int], state: TrainState) -> None:
+    """Takes the numbers of steps that were not applied since the last call.
+
+    Raises:
+      UserError: too many came in a row.
+    """
+    if not steps:
+      return
+    explanation = ''
+    if self._explained < MAX_NAMED:
+      self._explained += 1
+      explanation = explain(self.run, state, steps[0])
+      self.warn(f'{len(steps)} step(s) were not applied, the first is {steps[0]}: {explanation}')
+    for step in steps:
+      self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
+      self._last = step
+      if self._in_a_row >= self.run.config.optimizer.nan_tolerance:
+        raise UserError(
+          f'{self._in_a_row} steps in a row up to {step} had a loss or gradients that are not finite ({explanation}). '
+          'None of them was applied and the checkpoints are good. Continue with a lower '
+          f'--config.schedule.base_learning_rate{_advice(self.run.config)}'
+        )
+
+
+def _advice(config: Any) -> str:
+  if config.model.dtype != 'float16':
+    return ''
+  return ", or with --config.model.dtype=bfloat16: float16 overflows, in the performer's exponentials first"
+
+
+def explain(run: Run, state: TrainState, step: int) -> str:
+  """Rebuilds the batch of a step and says which layer's output is not finite first, and for which images.
+
+  The weights are those of `state`, which may be some steps older or younger.
+  """
+  batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
+  batch = next(batches)
+  batches.close()
+  variables = jax.device_get(state.variables())
+  images, rngs = run.augmented(batch, step)
+  found = first_nonfinite_layer(run.model, variables, images, rngs)
+  if found is None:
+    return 'its forward pass is finite now, so it was the weights of that moment, or a gradient'
+  layer, guilty = found
+  names = [run.train_source[int(index)].id for index in batch['index'][guilty][:MAX_NAMED]]
+  more = f' and {guilty.sum() - MAX_NAMED} more' if guilty.sum() > MAX_NAMED else ''
+  return f'the output of {layer} is not finite for {", ".join(names)}{more}'
+
+
+def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs: Any) -> tuple[str, np.ndarray] | None:
+  """The first layer in order of computation with an output that is not finite; None if there is none.
+
+  Returns:
+    Its path, or 'the augmented image', and for which images that is so, (B,) bool.
+  """
+  names: list[str] = []
+
+  @jax.jit
+  def finite() -> jax.Array:
+    _, captured = model.apply(
+      variables, images, train=True, rngs=rngs, capture_intermediates=True, mutable=['intermediates']
+    )
+    layers = [('the augmented image', images), *_outputs(captured['intermediates'])]
+    names[:] = [name for name, _ in layers]
+    return jnp.stack([jnp.isfinite(x).all(axis=range(1, x.ndim)) for _, x in layers])
+
+  everywhere = np.asarray(finite())  # (layers, B)
+  for name, row in zip(names, everywhere, strict=True):
+    if not row.all():
+      return name, ~row
+  return None
+
+
+def _outputs(tree: dict[str, Any], path: str = '') -> Iterator[tuple[str, jax.Array]]:
+  """Outputs that begin with the batch axis, a module's after those of the modules inside it."""
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _outputs(value, f'{path}/{name}' if path else name)
+    else:
+      yield from ((path or 'the logits', x) for x in jax.tree.leaves(value))
+
+
+def out_of_memory(error: Exception, config: Any) -> UserError | None:
+  """The error to raise in place of a device's that has too little memory; None if `error` is another."""
+  if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
+    return None
+  return UserError(
+    f'out of memory with a batch of {config.data.batch_size} images of {config.data.image_size} px '
+    f'({str(error).splitlines()[0][:120]}): raise --config.optimizer.accumulate_steps, which computes the same batch in '
+    'parts, or lower --config.data.batch_size'
+  )

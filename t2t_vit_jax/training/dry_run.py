@@ -1,0 +1,61 @@
+"""What a run would be: everything built and checked, nothing trained or written."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2t_vit_jax.training.run import Run, build_run
+
+
+def dry_run(config: Any) -> None:
+  """Builds model, optimizer and data of a run, traces a step, and prints what it would do and need.
+
+  Raises:
+    UserError: as a run would.
+  """
+  run = build_run(config)
+  run.fresh_state_shapes()
+  batch = abstract_batch(config)
+  _, metrics = jax.eval_shape(run.train_step, run.abstract_state, batch, jax.random.key(0))
+  assert metrics['loss'].shape == ()
+  for line in run.summary():
+    print(line)
+  state = _gigabytes(run.abstract_state)
+  images = config.data.batch_size // (run.mesh.size * config.optimizer.accumulate_steps)
+  print(
+    f'memory of each device, estimated: {state:.2f} GB state, {_gigabytes(run.abstract_state.params):.2f} GB gradients, '
+    f'{_activations(run, images):.2f} GB for the backward pass of {images} images (an upper bound: '
+    'the compiler keeps less)'
+  )
+  print('dry run: nothing was trained, nothing written')
+
+
+def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a training batch."""
+  count, size = config.data.batch_size, config.data.image_size
+  return {
+    'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((count,), jnp.int32),
+    'mask': jax.ShapeDtypeStruct((count,), jnp.float32),
+  }
+
+
+def _activations(run: Run, images: int) -> float:
+  """GB of all values that the backward pass of a batch reads."""
+  model, size = run.model, run.config.data.image_size
+
+  def residuals(variables: Any, batch: jax.Array, rng: jax.Array) -> Any:
+    def loss_of(params: Any) -> jax.Array:
+      logits: Any = model.apply(variables | {'params': params}, batch, train=True, rngs={'dropout': rng})
+      return logits.sum()
+
+    return jax.vjp(loss_of, variables['params'])[1]  # a tree that holds them
+
+  batch = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
+  return _gigabytes(jax.eval_shape(residuals, run.abstract_state.variables(), batch, jax.random.key(0)))
+
+
+def _gigabytes(tree: Any) -> float:
+  return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) / 1e9
