@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
   config.data.train_split = 'train'
   config.data.eval_split = 'validation'
   config.data.image_size = 224  # px, height and width
-  config.data.batch_size = 512  # images a step, of all devices
+  config.data.batch_size = 512  # images an optimizer step, of all devices
   config.data.eval_batch_size = 512  # any number: padding is masked out
   config.data.crop_fraction = 0.9  # evaluation: share of the resized short side kept by the centre crop
   config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops
@@ -64,15 +64,20 @@ def get_config() -> ConfigDict:
   config.augment.random_erasing_aspect_ratio = (0.3, 1 / 0.3)
   config.augment.label_smoothing = 0.1
 
-  config.optimizer = ConfigDict()  # AdamW
-  config.optimizer.beta1 = 0.9
-  config.optimizer.beta2 = 0.999
-  config.optimizer.epsilon = 1e-8
-  config.optimizer.weight_decay = 0.05  # times the learning rate; not on biases, LayerNorm and cls token
+  config.optimizer = ConfigDict()
+  config.optimizer.name = 'adamw'  # or 'sgd'
+  config.optimizer.beta1 = 0.9  # of adamw
+  config.optimizer.beta2 = 0.999  # of adamw
+  config.optimizer.epsilon = 1e-8  # of adamw
+  config.optimizer.momentum = 0.9  # of sgd
+  config.optimizer.weight_decay = 0.05  # times the learning rate; adamw spares biases, LayerNorm and cls token
+  config.optimizer.gradient_clip_norm = 0.0  # longest gradient of a step, all parameters as one vector; 0: any
+  config.optimizer.accumulate_steps = 1  # parts of a batch that go through the model one by one, to need less memory
 
   config.schedule = ConfigDict()
   config.schedule.base_learning_rate = 5e-4  # peak for a batch of base_batch_size, linear in data.batch_size
   config.schedule.base_batch_size = 512
+  config.schedule.backbone_factor = 1.0  # of the peak, for all parameters but the head's; 0: the head alone is trained
   config.schedule.epochs = 300  # of the cosine, warmup included
   config.schedule.cooldown_epochs = 10  # at the final learning rate
   config.schedule.warmup_epochs = 10

@@ -43,9 +43,9 @@ def test_images_and_targets_are_mixed_with_their_mirror_in_the_group(kind):
   )
   images, targets = random_batch(8)
   rng = jax.random.key(3)
-  mixed, mixed_targets = jax.device_get(jax.jit(mixing)(rng, images, targets))
+  mixed, mixed_targets = jax.device_get(jax.jit(mixing)(rng, images, targets, np.arange(8)))
   for group in range(2):
-    weight = np.asarray(mixing.draw_weights(jax.random.split(rng, 2)[group], 16, 16))[..., None]
+    weight = np.asarray(mixing.draw_weights(jax.random.fold_in(rng, 4 * group), 16, 16))[..., None]
     assert 0 < weight.mean() < 1
     if kind == 'cutmix':
       assert set(np.unique(weight)) == {0, 1}
@@ -91,7 +91,7 @@ def test_cutmix_and_mixup_alternate_with_their_probability():
 
 def test_without_alphas_nothing_is_mixed():
   images, targets = random_batch(4)
-  mixed = augment.Mixing(0.0, 0.0, 0.5, 4)(jax.random.key(0), images, targets)
+  mixed = augment.Mixing(0.0, 0.0, 0.5, 4)(jax.random.key(0), images, targets, np.arange(4))
   assert mixed[0] is images
   assert mixed[1] is targets
 
@@ -119,7 +119,7 @@ def test_erasing_has_the_published_frequency_area_and_aspect_ratio():
 
 def test_erased_pixels_are_noise_and_the_others_are_untouched():
   images = np.full((400, 32, 32, 3), 7.0, np.float32)
-  erased = np.asarray(jax.jit(ERASING)(jax.random.key(1), images))
+  erased = np.asarray(jax.jit(ERASING)(jax.random.key(1), images, np.arange(400)))
   changed = erased != 7
   per_image = changed.any(axis=(1, 2, 3))
   assert 0.17 < per_image.mean() < 0.33
@@ -141,7 +141,18 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
     )
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
     sharded = (jax.device_put(jnp.asarray(x), sharding) for x in (images, labels))
-    results.append(jax.device_get(jax.jit(pipeline)(jax.random.key(5), *sharded)))
+    results.append(jax.device_get(jax.jit(pipeline)(jax.random.key(5), *sharded, np.arange(16))))
   for one, two in zip(*results, strict=True):
     np.testing.assert_allclose(one, two, atol=1e-6)
   np.testing.assert_allclose(results[0][1].sum(axis=1), 1, atol=1e-5)
+
+
+def test_what_an_image_gets_follows_from_its_position_and_group():
+  pipeline = jax.jit(augment.BatchAugmentation(10, 0.1, MIXING, augment.Normalization((0.5,) * 3, (0.2,) * 3), ERASING))
+  images, _ = random_batch(16)
+  labels, positions = np.arange(16, dtype=np.int32) % 10, np.arange(16)
+  whole = jax.device_get(pipeline(jax.random.key(5), images, labels, positions))
+  part = np.r_[12:16, 4:8]
+  found = jax.device_get(pipeline(jax.random.key(5), images[part], labels[part], positions[part]))
+  for everything, some in zip(whole, found, strict=True):
+    np.testing.assert_allclose(everything[part], some, atol=1e-6)

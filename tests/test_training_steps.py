@@ -1,5 +1,8 @@
 """The training and evaluation steps as pure functions."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -7,15 +10,20 @@ import numpy as np
 import optax
 import pytest
 
+import configs.default
 import t2t_vit_jax
 from t2t_vit_jax.training import optimizer, steps
 from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
 from t2t_vit_jax.training.evaluation import Accuracy, evaluate
-from t2t_vit_jax.training.sharding import make_mesh
+from t2t_vit_jax.training.sharding import make_mesh, replicated, to_devices
 from t2t_vit_jax.training.state import init_state
 
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 PLAIN = BatchAugmentation(10, 0.1, Mixing(0.0, 0.0, 0.0, 1), IDENTITY, RandomErasing(0.0, (0.0, 0.0), (1.0, 1.0)))
+
+MIXED = BatchAugmentation(
+  10, 0.1, Mixing(0.8, 1.0, 0.5, 4), Normalization((0.5,) * 3, (0.2,) * 3), RandomErasing(0.5, (0.02, 0.3), (0.3, 3.0))
+)
 
 
 @pytest.fixture(scope='module')
@@ -74,14 +82,101 @@ def test_steps_draw_other_dropout_masks():
 
 
 def test_frozen_variables_are_not_in_the_optimizer(model):
-  adamw = optimizer.make_optimizer(
-    ConfigDict(dict(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1)),
-    lambda _: 1e-3,
-  )
+  adamw = optimizer.make_optimizer(configs.default.get_config().optimizer, lambda _: 1e-3, lambda _: 1e-3)
   state = fresh_state(model, adamw, with_ema=False)
   names = {str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
   assert not any('pos_embed' in name or 'random_projection' in name for name in names)
   assert state.ema == {}
+
+
+def compile_step(num_devices, **arguments):
+  """A step with all of the augmentation, compiled as in a run, and what it takes: a state, a batch and a key."""
+  model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, tokens_type='convolution')
+  mesh = make_mesh(ConfigDict(dict(data=num_devices)))
+  sgd = optax.sgd(0.1, momentum=0.9)
+  step = steps.make_train_step(model, sgd, lambda _: 0.1, augmentation=MIXED, ema_decay=0.9, **arguments)
+  batch = random_batch(32)
+  inputs = (
+    jax.device_put(fresh_state(model, sgd, with_ema=True), replicated(mesh)),
+    to_devices({name: batch[name] for name in ('image', 'label')}, mesh),
+    jax.device_put(jax.random.key(1), replicated(mesh)),
+  )
+  return jax.jit(step, out_shardings=replicated(mesh)).lower(*inputs).compile(), inputs
+
+
+@pytest.fixture(name='four_parts', scope='module')
+def fixture_four_parts():
+  """The step on two devices, in four micro-batches."""
+  return compile_step(2, accumulate_steps=4)
+
+
+@pytest.mark.slow
+def test_accumulating_equals_the_large_batch(four_parts):
+  whole, inputs = compile_step(1)
+  expected, expected_metrics = jax.device_get(whole(*inputs))
+  moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), expected.params, jax.device_get(inputs[0].params))
+  assert max(jax.tree.leaves(moved)) > 1e-3
+  for parts, inputs in (four_parts, compile_step(1, accumulate_steps=8)):
+    found, metrics = jax.device_get(parts(*inputs))
+    assert int(found.step) == int(expected.step) == 1
+    for name in metrics:
+      assert float(metrics[name]) == pytest.approx(float(expected_metrics[name]), rel=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+@pytest.mark.slow
+def test_accumulating_needs_less_memory_and_moves_no_image_between_devices(four_parts):
+  compiled = compile_step(2)[0], four_parts[0]
+  kinds = [
+    collections.Counter(re.findall(r' (all-reduce|all-gather|all-to-all|collective-permute)', program.as_text()))
+    for program in compiled
+  ]
+  assert kinds[0]['all-reduce'] > 0
+  assert kinds[0] == kinds[1]
+  memory = [program.memory_analysis().temp_size_in_bytes for program in compiled]
+  assert memory[1] < 0.5 * memory[0]
+
+
+def test_micro_batches_have_whole_groups_of_every_devices_images():
+  dealt = steps.micro_batches({'position': jnp.arange(16)}, 2, 4)['position']
+  np.testing.assert_array_equal(dealt, [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]])
+  dealt = steps.micro_batches({'position': jnp.arange(6)}, 3, 1)['position']
+  np.testing.assert_array_equal(dealt, [[0, 3], [1, 4], [2, 5]])
+
+
+def test_micro_batches_have_other_dropout_masks():
+  model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
+  still = optax.set_to_zero()
+  state = fresh_state(model, still, with_ema=False)
+  batch = random_batch(2)
+  pairs = {name: np.repeat(array, 2, axis=0) for name, array in batch.items()}  # either half is `batch`
+  losses = []
+  for images, count in ((batch, 1), (pairs, 2)):
+    step = steps.make_train_step(model, still, lambda _: 0.0, augmentation=PLAIN, ema_decay=0.0, accumulate_steps=count)
+    losses.append(float(jax.jit(step)(state, images, jax.random.key(1))[1]['loss']))
+  assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_linear_probe_trains_the_head_alone(model):
+  config = configs.default.get_config()
+  schedules = [
+    optimizer.learning_rate_schedule(config.schedule, steps_per_epoch=1, batch_size=512, peak_factor=factor)
+    for factor in (1.0, 0.0)
+  ]
+  adamw = optimizer.make_optimizer(config.optimizer, *schedules)
+  state = fresh_state(model, adamw, with_ema=False)
+  for head_only in (False, True):
+    step = jax.jit(
+      steps.make_train_step(model, adamw, schedules[0], augmentation=PLAIN, ema_decay=0.0, head_only=head_only)
+    )
+    after, metrics = step(state, random_batch(4), jax.random.key(1))
+    for name, params in after.params.items():
+      for old, new in zip(jax.tree.leaves(state.params[name]), jax.tree.leaves(params), strict=True):
+        assert np.array_equal(old, new) == (name != 'head')
+    gradients = jax.tree.map(lambda first_moment: first_moment / 0.1, after.opt_state[1][0].mu)  # beta1 is 0.9
+    assert float(metrics['gradient_norm']) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
+    del gradients['head']
+    assert (float(optax.tree.norm(gradients)) == 0) == head_only
 
 
 def test_evaluation_sums_ignore_padding_and_batch_size(model):

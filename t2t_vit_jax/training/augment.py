@@ -1,7 +1,8 @@
 """What happens to a batch on the device: mixing, normalisation and random erasing, in the published order.
 
 The reference mixes the uint8 crops and rounds the result to uint8 again, then normalises, then erases.
-All randomness follows from the key that is passed in, and not from how the batch is spread over devices.
+All randomness follows from the key that is passed in and an image's position in the step's batch, and not from how
+that batch is spread over devices or divided into micro-batches.
 """
 
 import dataclasses
@@ -32,6 +33,10 @@ def soft_targets(labels: Array, num_classes: int, label_smoothing: float) -> Arr
   return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
 
 
+def _keys_at(rng: Array, positions: Array) -> Array:
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixing:
   """Mixup or cutmix within groups of consecutive images; every image's partner is its mirror in the group.
@@ -46,13 +51,13 @@ class Mixing:
   cutmix_probability: float
   group_size: int
 
-  def __call__(self, rng: Array, images: Array, targets: Array) -> tuple[Array, Array]:
+  def __call__(self, rng: Array, images: Array, targets: Array, positions: Array) -> tuple[Array, Array]:
     """Mixes uint8 images (B, H, W, 3), which become float32 whole numbers, and their targets (B, K)."""
     if not (self.mixup_alpha or self.cutmix_alpha):
       return images, targets
     batch, height, width, channels = images.shape
     num_groups = batch // self.group_size
-    keys = jax.random.split(rng, num_groups)
+    keys = _keys_at(rng, positions[:: self.group_size])
     weights = jax.vmap(lambda key: self.draw_weights(key, height, width))(keys)  # (groups, H, W)
 
     x = images.reshape(num_groups, self.group_size, height, width, channels).astype(jnp.float32)
@@ -97,14 +102,17 @@ class RandomErasing:
   area: tuple[float, float]  # share of the image, drawn uniformly
   aspect_ratio: tuple[float, float]  # height / width, drawn log-uniformly
 
-  def __call__(self, rng: Array, images: Array) -> Array:
+  def __call__(self, rng: Array, images: Array, positions: Array) -> Array:
     """Normalised images (B, H, W, 3)."""
     if not self.probability:
       return images
+    return jax.vmap(self.erase)(_keys_at(rng, positions), images)
+
+  def erase(self, rng: Array, image: Array) -> Array:
+    """One image, (H, W, 3)."""
     box_rng, noise_rng = jax.random.split(rng)
-    keys = jax.random.split(box_rng, images.shape[0])
-    erased = jax.vmap(lambda key: self.draw_mask(key, images.shape[1], images.shape[2]))(keys)  # (B, H, W)
-    return jnp.where(erased[..., None], jax.random.normal(noise_rng, images.shape, images.dtype), images)
+    erased = self.draw_mask(box_rng, image.shape[0], image.shape[1])
+    return jnp.where(erased[..., None], jax.random.normal(noise_rng, image.shape, image.dtype), image)
 
   def draw_mask(self, rng: Array, height: int, width: int) -> Array:
     """(H, W): True inside the first of ten boxes that is smaller than the image; all False if none is."""
@@ -136,9 +144,12 @@ class BatchAugmentation:
   normalization: Normalization
   erasing: RandomErasing
 
-  def __call__(self, rng: Array, images: Array, labels: Array) -> tuple[Array, Array]:
-    """(B, H, W, 3) uint8 and (B,) -> (B, H, W, 3) float32 and (B, K)."""
+  def __call__(self, rng: Array, images: Array, labels: Array, positions: Array) -> tuple[Array, Array]:
+    """(B, H, W, 3) uint8, (B,) and (B,) -> (B, H, W, 3) float32 and (B, K).
+
+    `positions` are the images' in the batch of the whole step; mixing groups are to be given as a whole.
+    """
     mixing_rng, erasing_rng = jax.random.split(rng)
     targets = soft_targets(labels, self.num_classes, self.label_smoothing)
-    images, targets = self.mixing(mixing_rng, images, targets)
-    return self.erasing(erasing_rng, self.normalization(images)), targets
+    images, targets = self.mixing(mixing_rng, images, targets, positions)
+    return self.erasing(erasing_rng, self.normalization(images), positions), targets

@@ -20,6 +20,7 @@ POSITIVE = (
   'model.mlp_ratio',
   'model.num_heads',
   'model.token_dim',
+  'optimizer.accumulate_steps',
   'optimizer.epsilon',
   'schedule.base_batch_size',
   'schedule.base_learning_rate',
@@ -33,7 +34,9 @@ NOT_NEGATIVE = (
   'checkpoint.every_steps',
   'data.num_threads',
   'data.num_workers',
+  'optimizer.gradient_clip_norm',
   'optimizer.weight_decay',
+  'schedule.backbone_factor',
   'schedule.cooldown_epochs',
   'schedule.final_learning_rate',
   'schedule.max_steps',
@@ -55,6 +58,7 @@ SHARES = (
   'model.stochastic_depth_rate',
   'optimizer.beta1',
   'optimizer.beta2',
+  'optimizer.momentum',
 )
 
 
@@ -73,6 +77,24 @@ def check_ranges(config: Any) -> None:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
   if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
     raise UserError('data.mean and data.std must have three numbers each, those of std positive')
+
+
+def check_accumulation(config: Any, num_devices: int, group_size: int) -> None:
+  """Raises UserError unless every micro-batch takes the same number of whole groups of images from each device.
+
+  Args:
+    config: of a run.
+    num_devices: which divide `config.data.batch_size`.
+    group_size: images that are mixed with each other; 1 where none are.
+  """
+  count, share = config.optimizer.accumulate_steps, config.data.batch_size // num_devices
+  fitting = [n for n in range(1, share + 1) if n == 1 or share % (n * group_size) == 0]
+  if count not in fitting:
+    groups = f' into whole groups of augment.mixing_group_size {group_size}' if group_size > 1 else ''
+    raise UserError(
+      f'optimizer.accumulate_steps {count} does not divide the {share} images of each of {num_devices} device(s)'
+      f'{groups}: set it to {" or ".join(map(str, fitting))}'
+    )
 
 
 def _field(config: Any, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""The published schedule and AdamW with the reference's weight-decay mask."""
+"""The published schedule, and AdamW and SGD as torch computes them."""
 
 from typing import Any
 
@@ -12,7 +12,9 @@ Array = jax.Array
 UNDECAYED = ('cls_token',)
 
 
-def learning_rate_schedule(config: Any, *, steps_per_epoch: int, batch_size: int) -> optax.Schedule:
+def learning_rate_schedule(
+  config: Any, *, steps_per_epoch: int, batch_size: int, peak_factor: float = 1.0
+) -> optax.Schedule:
   """Learning rate as a function of the step, in the published form.
 
   A linear warmup, then a cosine that is *not* shifted by the warmup (it starts at epoch 0, so the
@@ -22,13 +24,17 @@ def learning_rate_schedule(config: Any, *, steps_per_epoch: int, batch_size: int
     config: `config.schedule` of a run.
     steps_per_epoch: optimizer steps in one epoch.
     batch_size: images in one step, of all devices.
+    peak_factor: of the peak alone; the warmup's start and the final rate are common to all parameters, as in the
+      reference's transfer to CIFAR. 0 for parameters that are not trained: 0 always.
 
   Raises:
     UserError: `config.granularity` is neither 'epoch' nor 'step'.
   """
   if config.granularity not in ('epoch', 'step'):
     raise UserError(f"schedule.granularity must be 'epoch' or 'step', not {config.granularity!r}")
-  peak = config.base_learning_rate * batch_size / config.base_batch_size
+  if not peak_factor:
+    return optax.constant_schedule(0.0)
+  peak = peak_factor * config.base_learning_rate * batch_size / config.base_batch_size
   start, final = config.warmup_learning_rate, config.final_learning_rate
   warmup_epochs, cosine_epochs = config.warmup_epochs, config.epochs
 
@@ -56,13 +62,39 @@ def weight_decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-  """AdamW from `config.optimizer`: torch's update, weight decay multiplied by the learning rate."""
-  return optax.adamw(
-    learning_rate,
-    b1=config.beta1,
-    b2=config.beta2,
-    eps=config.epsilon,
-    weight_decay=config.weight_decay,
-    mask=weight_decay_mask,
-  )
+def make_optimizer(
+  config: Any, learning_rate: optax.Schedule, backbone_learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+  """The optimizer of `config.optimizer`, with torch's updates.
+
+  AdamW multiplies weight decay by the learning rate and spares what `weight_decay_mask` says; SGD adds it to the
+  gradient, before momentum, for every parameter. Gradients are clipped first.
+
+  Args:
+    config: `config.optimizer` of a run.
+    learning_rate: of the head.
+    backbone_learning_rate: of everything else. The reference's transfer to CIFAR leaves the cls token and the last
+      LayerNorm out of its optimizer, apparently by oversight; here they belong to the backbone.
+
+  Raises:
+    UserError: unknown `config.name`.
+  """
+  if config.name == 'adamw':
+    direction = optax.chain(
+      optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+      optax.add_decayed_weights(config.weight_decay, weight_decay_mask),
+    )
+  elif config.name == 'sgd':
+    direction = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.trace(config.momentum))
+  else:
+    raise UserError(f"optimizer.name must be 'adamw' or 'sgd', not {config.name!r}")
+  rates = {
+    'head': optax.scale_by_learning_rate(learning_rate),
+    'backbone': optax.scale_by_learning_rate(backbone_learning_rate),
+  }
+  clip = optax.clip_by_global_norm(config.gradient_clip_norm) if config.gradient_clip_norm else optax.identity()
+  return optax.chain(clip, direction, optax.partition(rates, _groups))
+
+
+def _groups(params: Any) -> dict[str, str]:
+  return {name: 'head' if name == 'head' else 'backbone' for name in params}

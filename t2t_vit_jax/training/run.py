@@ -19,7 +19,7 @@ from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.training import inputs, optimizer, sharding, steps
 from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
-from t2t_vit_jax.training.config_checks import check_ranges
+from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.training.state import TrainState, init_state
 
@@ -105,15 +105,21 @@ def build_run(config: Any) -> Run:
   train_source, eval_source = inputs.open_sources(config.data)
   model = build_model(config, num_classes=len(train_source.class_names))
   order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
-  learning_rate = optimizer.learning_rate_schedule(
-    config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size
+  backbone_factor = config.schedule.backbone_factor
+  learning_rate, backbone_learning_rate = (
+    optimizer.learning_rate_schedule(
+      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
+    )
+    for factor in (1.0, backbone_factor)
   )
-  adamw = optimizer.make_optimizer(config.optimizer, learning_rate)
+  tx = optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate)
   normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
+  augmentation = batch_augmentation(config, model.num_classes, normalization)
+  check_accumulation(config, mesh.size, augmentation.mixing.group_size)
   replicated = sharding.replicated(mesh)
 
   def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
-    return init_state(model, adamw, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
+    return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
 
   shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
   return Run(
@@ -129,10 +135,12 @@ def build_run(config: Any) -> Run:
     train_step=jax.jit(
       steps.make_train_step(
         model,
-        adamw,
+        tx,
         learning_rate,
-        augmentation=batch_augmentation(config, model.num_classes, normalization),
+        augmentation=augmentation,
         ema_decay=config.ema.decay,
+        accumulate_steps=config.optimizer.accumulate_steps,
+        head_only=not backbone_factor,
       ),
       donate_argnums=0,
       out_shardings=replicated,
@@ -231,12 +239,12 @@ def batch_augmentation(config: Any, num_classes: int, normalization: Normalizati
     UserError: the mixing groups don't divide the batch.
   """
   augment = config.augment
-  group_size = min(augment.mixing_group_size, config.data.batch_size)  # a smaller batch is one group
+  batch_size = config.data.batch_size
+  mixed = augment.mixup_alpha or augment.cutmix_alpha
+  group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
+  if batch_size % group_size:
+    raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
   mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
-  if (mixing.mixup_alpha or mixing.cutmix_alpha) and config.data.batch_size % mixing.group_size:
-    raise UserError(
-      f'augment.mixing_group_size {mixing.group_size} does not divide the batch of {config.data.batch_size} images'
-    )
   erasing = RandomErasing(
     augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)
   )

@@ -22,21 +22,36 @@ def make_train_step(
   *,
   augmentation: BatchAugmentation,
   ema_decay: float,
+  accumulate_steps: int = 1,
+  head_only: bool = False,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
-  """Returns `step(state, batch, rng) -> (state, metrics)`: one update by AdamW and the moving average.
+  """Returns `step(state, batch, rng) -> (state, metrics)`: one update by the optimizer and the moving average.
 
-  `rng` is the run's: each step derives its own from its number, so a resumed run draws the same.
+  `rng` is the run's: each step derives its own from its number, so a resumed run draws the same. The batch goes through
+  the model in `accumulate_steps` parts, one after the other; with `head_only` nothing else gets a gradient.
   """
 
   def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
     augmentation_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-    images, targets = augmentation(augmentation_rng, batch['image'], batch['label'])
 
-    def loss_of(params: Tree) -> Array:
+    def loss_of(params: Tree, images: Array, targets: Array, dropout_rng: Array) -> Array:
+      if head_only:
+        params = {**jax.lax.stop_gradient(params), 'head': params['head']}
       logits: Any = model.apply(state.variables(params), images, train=True, rngs={'dropout': dropout_rng})
       return optax.softmax_cross_entropy(logits, targets).mean()
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    def add_micro_batch(sums: Tree, numbered: tuple[Array, Batch]) -> tuple[Tree, None]:
+      number, part = numbered
+      images, targets = augmentation(augmentation_rng, part['image'], part['label'], part['position'])
+      found = jax.value_and_grad(loss_of)(state.params, images, targets, jax.random.fold_in(dropout_rng, number))
+      return jax.tree.map(jnp.add, sums, found), None
+
+    batch = {'image': batch['image'], 'label': batch['label'], 'position': jnp.arange(len(batch['label']))}
+    parts = micro_batches(batch, accumulate_steps, augmentation.mixing.group_size)
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(accumulate_steps), parts))
+    loss, gradients = jax.tree.map(lambda x: x / accumulate_steps, sums)
+
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -53,6 +68,19 @@ def make_train_step(
     return state, metrics
 
   return train_step
+
+
+def micro_batches(batch: Batch, count: int, group_size: int) -> Batch:
+  """(B, ...) -> (count, B / count, ...): groups of neighbours, dealt in turn like cards.
+
+  A device holds neighbouring images, so each part has an equal share of every device's, and none has to move.
+  """
+
+  def deal(x: Array) -> Array:
+    x = x.reshape(-1, count, group_size, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:])
+
+  return jax.tree.map(deal, batch)
 
 
 def make_eval_step(
