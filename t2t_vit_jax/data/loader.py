@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import BadImage, EvalTransform, TrainTransform, decode
+from t2t_vit_jax.data.transforms import BadImage, EncodedImage, EvalTransform, TrainTransform, decode
 from t2t_vit_jax.errors import DataError, UserError
 
 # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, of the record;
@@ -101,7 +101,7 @@ class _TrainExample(grain.transforms.Map):
       rng = np.random.default_rng((self.order.seed, epoch, index))
       try:
         record = self.source[(index + tries) % len(self.source)]
-        image = self.transform(decode(record.image), rng)
+        image = self.transform(EncodedImage(record.image), rng)
       except BadImage:
         continue
       return _example(image, record.label, index, bad=tries > 0)
