@@ -2,7 +2,11 @@
 
 import collections
 import dataclasses
+import os
+from pathlib import Path
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +86,30 @@ def test_worker_processes_change_nothing(source, workers, processes):
   for step, batch in enumerate(together):
     for name, array in batch.items():
       np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
+
+
+@pytest.mark.slow
+def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_path, data_dir):
+  program = tmp_path / 'program.py'
+  program.write_text(
+    f"""
+import resource
+from t2t_vit_jax.data import loader, sources, transforms
+
+if __name__ == '__main__':
+  resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+  source = sources.open_tfds('digits', 'train', {data_dir!r})
+  order, transform = loader.TrainOrder(len(source), 1024, seed=0), transforms.RandomPaddedCrop(64, padding=2)
+  batches = loader.train_batches(
+    source, transform, order, loader.Share(1024), loader.Workers(2), first_step=0, last_step=3
+  )
+  print([len(batch['label']) for batch in batches])
+"""
+  )
+  environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
+  done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+  # At exit, Python would name shared memory that is left.
+  assert (done.returncode, done.stdout, done.stderr) == (0, '[1024, 1024, 1024]\n', '')
 
 
 def test_batches_are_uint8_images_with_labels(source):

@@ -1,13 +1,17 @@
-"""Host transforms against timm's pixels and the published distributions."""
+"""Host transforms against timm's pixels, Pillow's, and the published distributions."""
 
+import io
 import math
+import sys
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from t2t_vit_jax import UserError
 from t2t_vit_jax.data import transforms
 from tests.golden import DATA
+from tests.image_folder import encoded
 
 
 @pytest.mark.parametrize('name', ['wide', 'tall', 'square'])
@@ -64,7 +68,81 @@ def test_flip_has_its_probability_and_mirrors():
 
 def test_the_same_generator_gives_the_same_image():
   image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-  chain = transforms.Chain((transforms.RandomResizedCrop(24), transforms.RandomHorizontalFlip(0.5)))
+  chain = transforms.Chain(transforms.RandomResizedCrop(24), (transforms.RandomHorizontalFlip(0.5),))
   first, second, other = (np.asarray(chain(image, np.random.default_rng(seed))) for seed in (7, 7, 8))
   np.testing.assert_array_equal(first, second)
   assert (first != other).any()
+
+
+def textured(mode='RGB', width=150, height=133):
+  """Waves, finer from left to right, with noise: every stripe and every colour channel differs from the next."""
+  y, x = np.mgrid[:height, :width]
+  waves = np.sin(x * (x / 900 + 0.05) + y * np.array([0.11, 0.23, 0.37])[:, None, None]).transpose(1, 2, 0)
+  noise = np.random.default_rng(0).normal(size=(height, width, 3))
+  return Image.fromarray(np.clip(128 + 80 * waves + 12 * noise, 0, 255).astype(np.uint8)).convert(mode)
+
+
+FILES = {
+  **{f'jpeg-{s}': encoded(textured(), 'JPEG', quality=90, subsampling=s) for s in ('4:4:4', '4:2:2', '4:2:0')},
+  'jpeg-restarts': encoded(textured(), 'JPEG', quality=90, restart_marker_rows=1),
+  'jpeg-progressive': encoded(textured(), 'JPEG', quality=90, progressive=True),
+  'jpeg-thumbnail': encoded(textured(), 'JPEG', quality=90, comment=encoded(textured(), 'JPEG')),
+  'jpeg-grey': encoded(textured('L'), 'JPEG'),
+  'jpeg-cmyk': encoded(textured('CMYK'), 'JPEG'),
+  'jpeg-tiny': encoded(textured(width=3, height=2), 'JPEG'),
+  'png': encoded(textured(), 'PNG'),
+  'gif': encoded(textured('P'), 'GIF'),
+}
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_crops_of_encoded_images_are_those_of_the_decoded_image(name):
+  whole = Image.open(io.BytesIO(FILES[name])).convert('RGB')
+  assert transforms.EncodedImage(FILES[name]).width == whole.width
+  rng = np.random.default_rng(0)
+  for bottom in range(1, whole.height + 1):
+    left, top = int(rng.integers(whole.width)), int(rng.integers(bottom))
+    box = left, top, int(rng.integers(left, whole.width)) + 1, bottom
+    crop = transforms.EncodedImage(FILES[name]).crop(box)
+    assert crop.mode == 'RGB'
+    np.testing.assert_array_equal(np.asarray(crop), np.asarray(whole.crop(box)), err_msg=str(box))
+
+
+def test_rows_below_a_crop_are_not_decoded():
+  rows = transforms._without_rows_below(40, FILES['jpeg-4:2:0'], 150, 133)
+  assert Image.open(io.BytesIO(rows)).size == (150, 64)
+
+
+@pytest.mark.parametrize('share', [0.6, 0.9, 0.999])
+def test_a_file_that_is_cut_off_is_bad_whatever_the_crop(share):
+  file = FILES['jpeg-4:2:0'][: int(share * len(FILES['jpeg-4:2:0']))]
+  with pytest.raises(transforms.BadImage, match='truncated'):
+    transforms.EncodedImage(file).crop((0, 0, 16, 16))
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('box', [(0, 0, 150, 133), (9, 20, 140, 100), (70, 50, 90, 75)], ids=['all', 'part', 'small'])
+def test_fast_resize_rounds_otherwise_than_pillow_and_nothing_else(interpolation, box):
+  crop = textured().crop(box)
+  expected = crop.resize((64, 64), transforms.INTERPOLATIONS[interpolation])
+  difference = np.abs(
+    np.asarray(transforms.fast_resize(crop, 64, interpolation), int) - np.asarray(expected, int)
+  )  # of 255
+  assert difference.mean() < 0.4
+  assert difference.max() <= 2
+
+
+def test_fast_crops_draw_the_same_boxes():
+  image = textured()
+  for seed in range(20):
+    rng, fast_rng = np.random.default_rng(seed), np.random.default_rng(seed)
+    exact = transforms.RandomResizedCrop(32)(image, rng)
+    fast = transforms.RandomResizedCrop(32, fast=True)(image, fast_rng)
+    assert np.abs(np.asarray(fast, int) - np.asarray(exact, int)).mean() < 1
+    assert fast_rng.bit_generator.state == rng.bit_generator.state
+
+
+def test_fast_crops_say_which_package_they_need(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'cykooz_resizer', None)  # as if it weren't installed
+  with pytest.raises(UserError, match='pip install'):
+    transforms.RandomResizedCrop(32, fast=True)

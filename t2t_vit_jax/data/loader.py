@@ -5,9 +5,10 @@ augmentation draws, follows from the seed and the step number alone. A run that 
 s therefore reads nothing of what came before.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 import dataclasses
 import functools
+import gc
 import math
 import signal
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import BadImage, EvalTransform, TrainTransform, decode
+from t2t_vit_jax.data.transforms import BadImage, EncodedImage, EvalTransform, TrainTransform, decode
 from t2t_vit_jax.errors import DataError, UserError
 
 # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, of the record;
@@ -27,6 +28,9 @@ Example = dict[str, Any]
 Batch = dict[str, np.ndarray]  # the same with a leading axis
 UNREADABLE = -1  # the label of an evaluated image that cannot be read: no guess is right
 MAX_BAD_IN_A_ROW = 100
+# Images that a worker hands over at a time. One by one, each would cost the receiving process half a millisecond, and
+# two open files until its batch is complete; whole batches would take much memory in each worker.
+GROUP_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class _TrainExample(grain.transforms.Map):
       rng = np.random.default_rng((self.order.seed, epoch, index))
       try:
         record = self.source[(index + tries) % len(self.source)]
-        image = self.transform(decode(record.image), rng)
+        image = self.transform(EncodedImage(record.image), rng)
       except BadImage:
         continue
       return _example(image, record.label, index, bad=tries > 0)
@@ -146,16 +150,23 @@ class Workers:
 
   def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
-    buffer = max(4 * batch_size // max(self.num_workers, 1), self.num_threads)  # images; about four batches in all
+    group_size = math.gcd(batch_size, GROUP_SIZE)
+    # In groups; about four batches in all.
+    buffer = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
     read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
-    dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(example).to_iter_dataset(read)
+    # Groups are made of numbers, before workers share them out: they don't depend on how many workers there are.
+    groups = grain.MapDataset.range(numbers.start, numbers.stop).map(example).batch(group_size)
+    dataset = groups.to_iter_dataset(read)
     if self.num_workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without any has not parsed
+      # Shared memory for the images, but not for labels and the like: each array there is two open files.
+      dataset = grain.experimental.WithOptionsIterDataset(
+        dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
+      )
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
       dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
-    # After the prefetch: workers that batched would make the batches depend on their number.
-    batches = iter(dataset.batch(batch_size))
+    batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
       yield from batches
     except RuntimeError as error:
@@ -167,6 +178,11 @@ class Workers:
       ) from error
     finally:
       batches.close()
+      gc.collect()  # grain leaves the last groups in a reference cycle: at exit they would be reported as leaked memory
+
+
+def _concatenate(groups: Sequence[Batch]) -> Batch:
+  return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
 
 
 def _ignore_interrupts(worker_index: int, worker_count: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAX_MAGNITUDE = 10
+SIGNS = (-1, 1)
 RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
@@ -137,10 +138,10 @@ class RandAugment:
 
   def draw(self, rng: np.random.Generator) -> Draw:
     """The random part of one application."""
-    magnitude = np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, MAX_MAGNITUDE)
+    magnitude = min(max(rng.normal(self.magnitude, self.magnitude_std), 0.0), MAX_MAGNITUDE)
     return Draw(
-      level=float(magnitude) / MAX_MAGNITUDE,
-      sign=int(rng.choice((-1, 1))),
+      level=magnitude / MAX_MAGNITUDE,
+      sign=SIGNS[rng.integers(len(SIGNS))],
       resampling=RESAMPLINGS[rng.integers(len(RESAMPLINGS))],
       fill=self.fill,
     )

@@ -1,21 +1,42 @@
 """Image transforms on the host: pure functions of an RGB image and, where random, a generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import functools
+import importlib.util
 import io
 import math
+import struct
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+from t2t_vit_jax.errors import UserError
 
-TrainTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
+INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+JPEG_END = b'\xff\xd9'
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in px
 EvalTransform = Callable[[Image.Image], Image.Image]
 
 
 class BadImage(ValueError):  # noqa: N818 (a condition of the data that is dealt with)
   """An image file that cannot be decoded."""
+
+
+@contextlib.contextmanager
+def _pillow_errors() -> Iterator[None]:
+  """Turns whatever a damaged file makes Pillow's readers stumble over into `BadImage`."""
+  try:
+    yield
+  except MemoryError:
+    raise
+  except UnidentifiedImageError as error:
+    raise BadImage('no image file') from error
+  except Exception as error:
+    raise BadImage(f'{type(error).__name__}: {error}') from error
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -26,14 +47,59 @@ def decode(encoded: bytes) -> Image.Image:
   Raises:
     BadImage: the file is empty, damaged, cut off, or no image.
   """
-  try:
-    return Image.open(io.BytesIO(encoded)).convert('RGB')
-  except MemoryError:
-    raise
-  except UnidentifiedImageError as error:
-    raise BadImage('no image file') from error
-  except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
-    raise BadImage(f'{type(error).__name__}: {error}') from error
+  with _pillow_errors():
+    return _to_rgb(Image.open(io.BytesIO(encoded)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  image.load()
+  return image if image.mode == 'RGB' else image.convert('RGB')  # `convert` would copy an RGB image
+
+
+class EncodedImage:
+  """An image file of which a crop decodes what it needs; takes the place of an `Image.Image` that is to be cropped.
+
+  Raises:
+    BadImage: the file is empty or no image; damage further in shows when it is decoded.
+  """
+
+  def __init__(self, encoded: bytes):
+    with _pillow_errors():
+      self._image = Image.open(io.BytesIO(encoded))  # reads the header only
+    self._encoded = encoded
+    self.width, self.height = self._image.size
+
+  def crop(self, box: Box) -> Image.Image:
+    """The same pixels as `decode(encoded).crop(box)`. What lies below the box is not decoded if the file allows it.
+
+    Raises:
+      BadImage: the file is damaged or cut off.
+    """
+    with _pillow_errors():
+      encoded = _without_rows_below(box[3], self._encoded, self.width, self.height)
+      image = self._image if encoded is self._encoded else Image.open(io.BytesIO(encoded))
+      return _to_rgb(image.crop(box))
+
+
+def _without_rows_below(bottom: int, encoded: bytes, width: int, height: int) -> bytes:
+  """A JPEG file whose header ends the image early, so that the decoder does; `encoded` itself if it is of another kind.
+
+  Rows are stored from top to bottom in stripes of up to 16. One stripe more than needed is left, since the decoder
+  interpolates colour between rows: so the pixels above `bottom` stay what they are.
+  """
+  rows = 16 * math.ceil(bottom / 16) + 16
+  if rows >= height or not encoded.endswith(JPEG_END):  # if the end is missing, decoding everything will find that out
+    return encoded
+  return encoded.replace(_jpeg_frame(width, height), _jpeg_frame(width, rows), 1)
+
+
+def _jpeg_frame(width: int, height: int) -> bytes:
+  """How the frame header of a baseline JPEG file with three components begins."""
+  return struct.pack('>HHBHHB', 0xFFC0, 17, 8, height, width, 3)
+
+
+TrainTransform = Callable[[Image.Image | EncodedImage, np.random.Generator], Image.Image]  # begins with a crop
+Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
@@ -75,14 +141,22 @@ class RandomResizedCrop:
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   interpolations: tuple[str, ...] = ('bilinear', 'bicubic')
+  fast: bool = False  # resize with `fast_resize`
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def __post_init__(self) -> None:
+    if self.fast and not importlib.util.find_spec('cykooz_resizer'):
+      raise UserError("data.fast_decode needs another package: pip install 't2t-vit-jax[fast]'")
+
+  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
     box = self.draw_box(image.width, image.height, rng)
     interpolation = self.interpolations[rng.integers(len(self.interpolations))]
-    return image.crop(box).resize((self.size, self.size), INTERPOLATIONS[interpolation])
+    crop = image.crop(box)
+    if self.fast:
+      return fast_resize(crop, self.size, interpolation)
+    return crop.resize((self.size, self.size), INTERPOLATIONS[interpolation])
 
-  def draw_box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the crop in px."""
+  def draw_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
+    """Where to crop."""
     log_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
     for _ in range(10):
       area = width * height * rng.uniform(*self.scale)
@@ -97,6 +171,22 @@ class RandomResizedCrop:
     return left, top, left + box_width, top + box_height
 
 
+def fast_resize(image: Image.Image, size: int, interpolation: str) -> Image.Image:
+  """Resizes an RGB image to `size` x `size` px with vector instructions: Pillow's filters, rounded differently."""
+  resized = Image.new('RGB', (size, size))
+  resizer, options = _fast_resizer(interpolation)
+  resizer.resize_pil(image, resized, options)
+  return resized
+
+
+@functools.cache
+def _fast_resizer(interpolation: str) -> tuple[Any, Any]:
+  from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+
+  filters = {'bilinear': FilterType.bilinear, 'bicubic': FilterType.catmull_rom}  # Pillow's bicubic is Catmull-Rom's
+  return Resizer(), ResizeOptions(resize_alg=ResizeAlg.convolution(filters[interpolation]))
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomPaddedCrop:
   """Resizes to `size` x `size` px, pads with black and cuts `size` x `size` px anywhere: a random shift."""
@@ -105,8 +195,9 @@ class RandomPaddedCrop:
   padding: int  # px on each side
   interpolation: str = 'bilinear'
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    resized = image.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
+  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
+    whole = image.crop((0, 0, image.width, image.height))
+    resized = whole.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
     left, top = (int(offset) for offset in rng.integers(-self.padding, self.padding + 1, size=2))
     # PIL fills with black what a box takes from outside the image.
     return resized.crop((left, top, left + self.size, top + self.size))
@@ -126,11 +217,13 @@ class RandomHorizontalFlip:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """Random transforms one after the other, drawing from one generator."""
+  """A crop and then augmentations, drawing from one generator."""
 
-  transforms: tuple[TrainTransform, ...]
+  crop: TrainTransform
+  augmentations: tuple[Augmentation, ...] = ()
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    for transform in self.transforms:
-      image = transform(image, rng)
-    return image
+  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
+    augmented = self.crop(image, rng)
+    for augmentation in self.augmentations:
+      augmented = augmentation(augmented, rng)
+    return augmented

@@ -46,12 +46,15 @@ def train_transform(config: Any) -> transforms.TrainTransform:
   """The host's part of `config.augment`.
 
   Raises:
-    UserError: `config.augment.crop` or `config.data.interpolation` is unknown.
+    UserError: `config.augment.crop` or `config.data.interpolation` is unknown, or `config.data.fast_decode` needs
+      another crop or another package.
   """
-  size, augment = config.data.image_size, config.augment
+  size, augment, fast = config.data.image_size, config.augment, config.data.fast_decode
   if augment.crop == 'resized':
-    crop: Any = transforms.RandomResizedCrop(size, tuple(augment.crop_scale), tuple(augment.crop_ratio))
+    crop: Any = transforms.RandomResizedCrop(size, tuple(augment.crop_scale), tuple(augment.crop_ratio), fast=fast)
   elif augment.crop == 'padded':
+    if fast:
+      raise UserError("data.fast_decode is for augment.crop='resized' only")
     crop = transforms.RandomPaddedCrop(size, augment.crop_padding, _interpolation(config))
   else:
     raise UserError(f"augment.crop must be 'resized' or 'padded', not {augment.crop!r}")
@@ -62,7 +65,7 @@ def train_transform(config: Any) -> transforms.TrainTransform:
     augment.randaugment_probability,
     fill=tuple(round(255 * channel) for channel in config.data.mean),
   )
-  return transforms.Chain((crop, transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
+  return transforms.Chain(crop, (transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
 
 
 def eval_transform(config: Any) -> transforms.EvalTransform:
