@@ -19,6 +19,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     # ml_collections reads the overrides of the default config as soon as the flag is defined.
     config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
+    flags.DEFINE_bool('dry_run', False, 'Build and check everything, say what the run would be, and train nothing.')
     flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
@@ -48,6 +49,7 @@ def refuse_unknown_field(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
   # Imported late: this takes seconds, and wrong flags should be refused at once.
+  from t2t_vit_jax.training.dry_run import dry_run
   from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
 
@@ -59,6 +61,8 @@ def main(argv: list[str]) -> None:
   try:
     if flags.FLAGS.evaluate is not None:
       show(evaluate_only(flags.FLAGS.config, flags.FLAGS.evaluate))
+    elif flags.FLAGS.dry_run:
+      dry_run(flags.FLAGS.config)
     else:
       train(flags.FLAGS.config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:

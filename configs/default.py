@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
   """Returns the default config; a placeholder (None) stands for "as the named model has it"."""
   config = ConfigDict()
   config.seed = 0  # of parameters, order of the data, augmentation and dropout
+  config.log_images = False  # before the first step write a picture of images as the network will see them
   config.init_from = placeholder(str)  # weight file to start from; None: random parameters
 
   config.model = ConfigDict()
@@ -73,6 +74,7 @@ def get_config() -> ConfigDict:
   config.optimizer.momentum = 0.9  # of sgd
   config.optimizer.weight_decay = 0.05  # times the learning rate; adamw spares biases, LayerNorm and cls token
   config.optimizer.gradient_clip_norm = 0.0  # longest gradient of a step, all parameters as one vector; 0: any
+  config.optimizer.nan_tolerance = 20  # steps in a row with a loss or gradient that is not finite, before the run stops
   config.optimizer.accumulate_steps = 1  # parts of a batch that go through the model one by one, to need less memory
 
   config.schedule = ConfigDict()

@@ -22,6 +22,7 @@ POSITIVE = (
   'model.token_dim',
   'optimizer.accumulate_steps',
   'optimizer.epsilon',
+  'optimizer.nan_tolerance',
   'schedule.base_batch_size',
   'schedule.base_learning_rate',
   'schedule.epochs',

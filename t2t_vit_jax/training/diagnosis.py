@@ -120,6 +120,6 @@ def out_of_memory(error: Exception, config: Any) -> UserError | None:
     return None
   return UserError(
     f'out of memory with a batch of {config.data.batch_size} images of {config.data.image_size} px '
-    f'({str(error).splitlines()[0][:120]}): raise --config.optimizer.accumulate_steps, which computes the same batch in '
-    'parts, or lower --config.data.batch_size'
+    f'({str(error).splitlines()[0][:120]}): raise --config.optimizer.accumulate_steps, which computes the same batch '
+    'in parts, or lower --config.data.batch_size'
   )

@@ -16,18 +16,17 @@ def dry_run(config: Any) -> None:
     UserError: as a run would.
   """
   run = build_run(config)
-  run.fresh_state_shapes()
-  batch = abstract_batch(config)
-  _, metrics = jax.eval_shape(run.train_step, run.abstract_state, batch, jax.random.key(0))
-  assert metrics['loss'].shape == ()
+  if config.init_from is not None:
+    run.fresh_state()  # reads the file
+  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config), jax.random.key(0))
   for line in run.summary():
     print(line)
   state = _gigabytes(run.abstract_state)
   images = config.data.batch_size // (run.mesh.size * config.optimizer.accumulate_steps)
   print(
-    f'memory of each device, estimated: {state:.2f} GB state, {_gigabytes(run.abstract_state.params):.2f} GB gradients, '
-    f'{_activations(run, images):.2f} GB for the backward pass of {images} images (an upper bound: '
-    'the compiler keeps less)'
+    f'memory of each device, estimated: {state:.2f} GB state, {_gigabytes(run.abstract_state.params):.2f} GB '
+    f'gradients, {_activations(run, images):.2f} GB for the backward pass of {images} images '
+    '(all that it could read; the compiler keeps less)'
   )
   print('dry run: nothing was trained, nothing written')
 

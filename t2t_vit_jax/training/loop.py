@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 from t2t_vit_jax.errors import DataError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.reporting import Reporter, warn
 from t2t_vit_jax.training.run import Run, build_run
@@ -84,14 +84,9 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
     steps_per_epoch=run.order.steps_per_epoch,
     batch_size=run.order.batch_size,
   )
-  num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(run.abstract_state.params))
-  reporter.say(f'model: {run.config.model.name}, {num_parameters:,} trained parameters, {run.config.model.dtype}')
-  reporter.say(f'train: {run.train_source.description}, {len(run.train_source):,} images')
-  reporter.say(f'evaluation: {run.evaluator.source.description}, {len(run.evaluator.source):,} images')
-  reporter.say(
-    f'steps: {run.total_steps:,} of {run.order.batch_size} images, {run.order.steps_per_epoch:,} an epoch, '
-    f'on {run.mesh.size} {jax.default_backend()} device(s); workdir {workdir}'
-  )
+  for line in run.summary():
+    reporter.say(line)
+  reporter.say(f'workdir: {workdir}')
   start = f'continuing from the checkpoint of step {first_step}' if first_step else 'starting'
   reporter.say(f'{start}; the first step takes longer, it is compiled')
   return reporter
@@ -105,10 +100,15 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
   rng, first_step = run.rng, int(state.step)
   in_flight: collections.deque[jax.Array] = collections.deque()
   faults = run.train_faults(warn)
+  nonfinite = NonFiniteSteps(run, warn)
 
   with contextlib.closing(run.train_batches(first_step)) as batches, stop_request() as stop:
     try:
       for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
+        if step == first_step + 1:
+          sample = run.sample(batch)
+          if config.log_images:
+            reporter.images(run.pictures(sample, step))
         state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
         reporter.collect(metrics)
         if step == first_step + 1:
@@ -120,7 +120,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
         evaluate = step == run.total_steps or step % evaluate_every == 0
         save = stop.reached(step) or evaluate or step % save_every == 0
         if save or step % config.logging.every_steps == 0:
-          reporter.report(step, faults.num_bad)
+          nonfinite.note(reporter.report(step, faults.num_bad), state)
         if stop:
           break
         if evaluate:
@@ -129,6 +129,9 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
           checkpoints.save(state, metrics=found, run=run.description)
           reporter.start_clock()
           if step == run.total_steps:
+            reporter.page(
+              run.pictures(sample, first_step + 1), f'{config.model.name}, {config.data.eval_split} {accuracy}'
+            )
             return accuracy
         elif save:
           checkpoints.save(state, metrics=None, run=run.description)
@@ -137,7 +140,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
       if not stop:
         if isinstance(error, DataError) and int(state.step) > first_step:
           checkpoints.save(state, metrics=None, run=run.description)
-        raise
+        raise (out_of_memory(error, config) or error) from error
     if stop.signal:
       checkpoints.save(state, metrics=None, run=run.description)
       checkpoints.wait()  # before it is said that all is saved

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 import json
-import math
 import os
 from pathlib import Path
 import sys
@@ -11,12 +10,13 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.report import image_grid, write_report
 
 
 class Reporter:
@@ -34,14 +34,15 @@ class Reporter:
     self, workdir: str | os.PathLike[str], *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int
   ):
     self._silent = jax.process_index() != 0
-    self._file = Path(workdir) / 'metrics.jsonl'
+    self._workdir = Path(workdir)
+    self._file = self._workdir / 'metrics.jsonl'
     self._total_steps = total_steps
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
     if not self._silent:
       _drop_rows_after(self._file, first_step)
       # TensorBoard leaves out what an earlier, interrupted run wrote from that step on.
-      self._events = SummaryWriter(os.fspath(Path(workdir) / 'tensorboard'), purge_step=first_step + 1)
+      self._events = SummaryWriter(os.fspath(self._workdir / 'tensorboard'), purge_step=first_step + 1)
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -84,7 +85,23 @@ class Reporter:
     self._pending.append(metrics)
     self._steps_timed += 1
 
-  def report(self, step: int, num_bad: int = 0) -> None:
+  def images(self, images: np.ndarray) -> None:
+    """Writes images, (N, H, W, 3) uint8, as one picture, and says where."""
+    if not self._silent:
+      file = self._workdir / 'augmented_images.png'
+      Image.fromarray(image_grid(images)).save(file)
+      self.say(f'{file} shows {len(images)} training images as the network sees them')
+
+  def page(self, images: np.ndarray, title: str) -> None:
+    """Writes `report.png`; what stands in its way is said, but the run itself is done."""
+    if self._silent:
+      return
+    try:
+      self.say(f'curves and sample images: {write_report(self._workdir, images, title)}')
+    except OSError as error:
+      warn(f'report.png could not be written: {error.strerror}')
+
+  def report(self, step: int, num_bad: int = 0) -> list[int]:
     """Fetches what was collected since the last call, averages it, and shows and writes it.
 
     `data_wait`, the share of the time that the run waited for images, and images per second are left out where
@@ -94,22 +111,22 @@ class Reporter:
       step: the number of steps done.
       num_bad: unreadable images so far.
 
-    Raises:
-      UserError: the loss is not finite.
+    Returns:
+      The numbers of the steps that were not applied.
     """
     if not self._pending:
-      return
+      return []
     collected = jax.device_get(self._pending)
     seconds = time.perf_counter() - self._clock_started
     images_per_second = self._steps_timed * self._batch_size / seconds
     data_wait = self._seconds_waited / seconds
-    row: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
+    applied = [metrics for metrics in collected if metrics['applied']]
+    row: dict[str, Any] = {
+      name: float(np.mean([metrics[name] for metrics in applied])) if applied else None
+      for name in ('loss', 'gradient_norm')
+    }
     row['learning_rate'] = float(collected[-1]['learning_rate'])
-    if not math.isfinite(row['loss']):
-      raise UserError(
-        f'the loss is {row["loss"]} by step {step}; checkpoints up to the last evaluation are intact. Continue with a '
-        'lower --config.schedule.base_learning_rate, or look for broken images'
-      )
+    row['skipped_steps'] = len(collected) - len(applied)
     if self._steps_timed:
       row['images_per_second'] = round(images_per_second, 2)
       row['data_wait'] = round(data_wait, 4)
@@ -119,7 +136,8 @@ class Reporter:
     epoch = step / self._steps_per_epoch
     self._write(step, 'train', epoch=round(epoch, 4), **row)
 
-    summary = f'epoch {epoch:.1f} loss {row["loss"]:.4f} lr {row["learning_rate"]:.2e}'
+    loss = f'{row["loss"]:.4f}' if applied else 'not finite'
+    summary = f'epoch {epoch:.1f} loss {loss} lr {row["learning_rate"]:.2e}'
     if self._steps_timed:
       summary += f' {images_per_second:,.0f} images/s data wait {data_wait:.0%}'
     if 'device_memory_gb' in row:
@@ -134,6 +152,7 @@ class Reporter:
       self._bar.update(step - self._bar.n)
     self._pending.clear()
     self.start_clock()
+    return [step - len(collected) + 1 + i for i, metrics in enumerate(collected) if not metrics['applied']]
 
   def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
     """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
@@ -23,6 +24,7 @@ from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.training.state import TrainState, init_state
 
+SAMPLE_IMAGES = 32
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -35,6 +37,7 @@ class Run:
   model: T2TViT
   train_source: Source
   train_transform: transforms.TrainTransform
+  augmentation: BatchAugmentation
   order: loader.TrainOrder
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
@@ -62,17 +65,51 @@ class Run:
     """Checks training batches; see `train_batches`."""
     return Faults(self.train_source, warn, 'the next one takes its place', self.config.data.max_bad_fraction)
 
-  def train_batches(self, first_step: int) -> Generator[loader.Batch]:
+  def train_batches(self, first_step: int, workers: loader.Workers | None = None) -> Generator[loader.Batch]:
     """This process's part of the batches from `first_step` to the end of the run, unchecked."""
     return loader.train_batches(
       self.train_source,
       self.train_transform,
       self.order,
       _share(self.order.batch_size),
-      _workers(self.config),
+      workers or _workers(self.config),
       first_step=first_step,
       last_step=self.total_steps,
     )
+
+  def augmented(self, batch: loader.Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the model got in step number `step` for images of this process's part of its batch, from the first on.
+
+    Returns:
+      Normalised images (B, H, W, 3), and the keys of its random layers (of the first micro-batch).
+    """
+    augmentation_rng, dropout_rng = steps.step_keys(jax.random.key(self.config.seed), step - 1)
+    share = _share(self.order.batch_size)
+    positions = share.process_index * share.local_batch_size + jnp.arange(len(batch['label']))
+    images, _ = jax.jit(self.augmentation)(augmentation_rng, batch['image'], batch['label'], positions)
+    return images, {'dropout': jax.random.fold_in(dropout_rng, 0)}
+
+  def sample(self, batch: loader.Batch) -> loader.Batch:
+    """The first images of a batch: whole mixing groups, so that every image has its partner."""
+    group_size = self.augmentation.mixing.group_size
+    return {name: array[: group_size * math.ceil(SAMPLE_IMAGES / group_size)].copy() for name, array in batch.items()}
+
+  def pictures(self, batch: loader.Batch, step: int) -> np.ndarray:
+    """Some images of `augmented` for people, (N, H, W, 3) uint8."""
+    images, data = self.augmented(batch, step)[0][:SAMPLE_IMAGES], self.config.data
+    return np.asarray(jnp.clip(255 * (images * jnp.array(data.std) + jnp.array(data.mean)), 0, 255)).astype(np.uint8)
+
+  def summary(self) -> list[str]:
+    """What the run is, a line for each part."""
+    num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
+    evaluated = self.evaluator.source
+    return [
+      f'model: {self.config.model.name}, {num_parameters:,} trained parameters, {self.config.model.dtype}',
+      f'train: {self.train_source.description}, {len(self.train_source):,} images',
+      f'evaluation: {evaluated.description}, {len(evaluated):,} images',
+      f'steps: {self.total_steps:,} of {self.order.batch_size} images, {self.order.steps_per_epoch:,} an epoch, '
+      f'on {self.mesh.size} {jax.default_backend()} device(s)',
+    ]
 
   @property
   def description(self) -> dict[str, Any]:
@@ -128,6 +165,7 @@ def build_run(config: Any) -> Run:
     model=model,
     train_source=train_source,
     train_transform=inputs.train_transform(config),
+    augmentation=augmentation,
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
     abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),

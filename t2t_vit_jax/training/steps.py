@@ -27,12 +27,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
   """Returns `step(state, batch, rng) -> (state, metrics)`: one update by the optimizer and the moving average.
 
+  Where the loss or a gradient is not finite, `applied` is False in the metrics and only the step's number changes.
   `rng` is the run's: each step derives its own from its number, so a resumed run draws the same. The batch goes through
   the model in `accumulate_steps` parts, one after the other; with `head_only` nothing else gets a gradient.
   """
 
   def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
-    augmentation_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+    augmentation_rng, dropout_rng = step_keys(rng, state.step)
 
     def loss_of(params: Tree, images: Array, targets: Array, dropout_rng: Array) -> Array:
       if head_only:
@@ -54,20 +55,25 @@ def make_train_step(
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-      'loss': loss,
-      'learning_rate': learning_rate(state.step),
-      'gradient_norm': optax.tree.norm(gradients),
-    }
-    state = state.replace(
-      step=state.step + 1,
+    updated = state.replace(
       params=params,
       ema=optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else state.ema,
       opt_state=opt_state,
     )
+    gradient_norm = optax.tree.norm(gradients)
+    applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state).replace(step=state.step + 1)
+    learning_rate_now = learning_rate(state.step - 1)
+    metrics = {'loss': loss, 'learning_rate': learning_rate_now, 'gradient_norm': gradient_norm, 'applied': applied}
     return state, metrics
 
   return train_step
+
+
+def step_keys(rng: Array, step: Array | int) -> tuple[Array, Array]:
+  """The keys of augmentation and dropout when `step` steps are done; `rng` is the run's."""
+  augmentation_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, step))
+  return augmentation_rng, dropout_rng
 
 
 def micro_batches(batch: Batch, count: int, group_size: int) -> Batch:
