@@ -1,9 +1,10 @@
 """What to tell the user about steps whose loss or gradients are not finite, and about memory that did not suffice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,10 +92,16 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
 
   @jax.jit
   def finite() -> jax.Array:
-    _, captured = model.apply(
-      variables, images, train=True, rngs=rngs, capture_intermediates=True, mutable=['intermediates']
-    )
-    layers = [('the augmented image', images), *_outputs(captured['intermediates'])]
+    layers = [('the augmented image', images)]
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+      outputs = call(*args, **kwargs)
+      if context.method_name == '__call__':
+        layers.extend(('/'.join(context.module.path) or 'the model', x) for x in jax.tree.leaves(outputs))
+      return outputs
+
+    with nn.intercept_methods(note):
+      model.apply(variables, images, train=True, rngs=rngs)
     names[:] = [name for name, _ in layers]
     return jnp.stack([jnp.isfinite(x).all(axis=range(1, x.ndim)) for _, x in layers])
 
@@ -103,15 +110,6 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
     if not row.all():
       return name, ~row
   return None
-
-
-def _outputs(tree: dict[str, Any], path: str = '') -> Iterator[tuple[str, jax.Array]]:
-  """Outputs that begin with the batch axis, a module's after those of the modules inside it."""
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _outputs(value, f'{path}/{name}' if path else name)
-    else:
-      yield from ((path or 'the logits', x) for x in jax.tree.leaves(value))
 
 
 def out_of_memory(error: Exception, config: Any) -> UserError | None:

@@ -97,7 +97,8 @@ class Run:
   def pictures(self, batch: loader.Batch, step: int) -> np.ndarray:
     """Some images of `augmented` for people, (N, H, W, 3) uint8."""
     images, data = self.augmented(batch, step)[0][:SAMPLE_IMAGES], self.config.data
-    return np.asarray(jnp.clip(255 * (images * jnp.array(data.std) + jnp.array(data.mean)), 0, 255)).astype(np.uint8)
+    pixels = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
   def summary(self) -> list[str]:
     """What the run is, a line for each part."""

@@ -1,0 +1,149 @@
+"""Steps that are not finite: left out, explained, and not tolerated for long; devices without enough memory."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.training import loop
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.diagnosis import first_nonfinite_layer
+from t2t_vit_jax.training.run import build_run
+from tests.image_folder import encoded, write_image_folder
+from tests.test_training_loop import small_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Black images, and a white one among them."""
+  path = write_image_folder(tmp_path / 'data', ('a', 'b'), train=16, val=2)
+  for file in path.rglob('*.JPEG'):
+    file.write_bytes(encoded(Image.new('RGB', (16, 16)), 'PNG'))
+  (path / 'train' / 'b' / '5.JPEG').write_bytes(encoded(Image.new('RGB', (16, 16), 'white'), 'PNG'))
+  return path
+
+
+def config_of(folder, **changes):
+  """Divides by so small a deviation that white overflows float32, while black stays 0."""
+  config = small_config(None, **{
+    'data.source': 'folder',
+    'data.path': str(folder),
+    'data.eval_split': 'val',
+    'data.batch_size': 8,
+    'data.mean': (0.0, 0.0, 0.0),
+    'data.std': (2e-38, 2e-38, 2e-38),
+    'augment.crop_padding': 0,
+    'schedule.max_steps': 8,
+    'logging.every_steps': 1,
+    'checkpoint.every_epochs': 1,
+    **changes,
+  })  # fmt: skip
+  return config
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(folder):
+  run = build_run(config_of(folder))
+  state = run.make_state(run.rng)
+  batch = {'image': np.zeros((8, 16, 16, 3), np.uint8), 'label': np.zeros(8, np.int32), 'mask': np.ones(8, np.float32)}
+  before = jax.device_get(state)
+  batch['image'][3] = 255
+  state, metrics = run.train_step(state, batch, run.rng)
+  assert not metrics['applied']
+  assert int(state.step) == 1
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state).replace(step=before.step), before)
+  batch['image'][3] = 0
+  state, metrics = run.train_step(state, batch, run.rng)
+  assert metrics['applied']
+  assert any((x != y).any() for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True))
+
+
+def test_the_image_and_the_layer_are_named(folder, tmp_path, capsys):
+  loop.train(config_of(folder), tmp_path / 'run')
+  rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  skipped = [row['step'] for row in rows if row.get('skipped_steps')]
+  assert len(skipped) == 2  # once in each of two epochs of four steps
+  assert all(row['loss'] is None for row in rows if row.get('skipped_steps'))
+  assert all(np.isfinite(row['loss']) for row in rows if row.get('skipped_steps') == 0)
+  warnings = capsys.readouterr().err.splitlines()
+  assert warnings == [
+    f'warning: 1 step(s) were not applied, the first is {step}: '
+    'the output of tokens_to_token/attention1/norm1 is not finite for b/5.JPEG'
+    for step in skipped
+  ]
+
+
+def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_path):
+  config = config_of(folder, **{'schedule.max_steps': 4, 'data.std': (1.0, 1.0, 1.0)})
+  loop.train(config, tmp_path / 'run')
+  config = config_of(folder, **{
+    'data.mean': (0.5, 0.5, 0.5), 'optimizer.nan_tolerance': 3, 'schedule.max_steps': 12
+  })  # fmt: skip
+  with pytest.raises(UserError, match=r'3 steps in a row up to 7 had a loss .* lower --config\.schedule\.base_learn'):
+    loop.train(config, tmp_path / 'run')
+  run = build_run(config)
+  with Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True) as checkpoints:
+    assert checkpoints.latest_step == 4
+    state = checkpoints.restore(run.abstract_state, run.description)[0]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_the_first_layer_in_order_of_computation_is_found(data_dir):
+  run = build_run(small_config(data_dir, **{'model.depth': 2}))
+  variables = jax.device_get(run.make_state(run.rng).variables())
+  images = jnp.zeros((3, 16, 16, 3)).at[1].set(0.5)
+  rngs = {'dropout': jax.random.key(0)}
+  assert first_nonfinite_layer(run.model, variables, images, rngs) is None
+  for path in (
+    ('tokens_to_token', 'attention2', 'kqv'),
+    ('blocks_0', 'attn', 'qkv'),
+    ('blocks_1', 'mlp', 'fc2'),
+    ('norm',),
+    ('head',),
+  ):
+    poisoned = jax.tree.map(np.array, variables)
+    layer = poisoned['params']
+    for name in path:
+      layer = layer[name]
+    next(iter(layer.values()))[...] = np.nan
+    name, guilty = first_nonfinite_layer(run.model, poisoned, images, rngs)
+    assert name == '/'.join(path)
+    assert guilty.all()
+  # Only the second image overflows in the first convolution-like layer.
+  name, guilty = first_nonfinite_layer(run.model, variables, images.at[1].set(jnp.inf), rngs)
+  assert (name, guilty.tolist()) == ('the augmented image', [False, True, False])
+
+
+@pytest.mark.slow
+def test_too_little_memory_gets_one_line(tmp_path, data_dir):
+  """The whole process may have 12 GB of addresses; the step wants far more."""
+  process = subprocess.run(
+    [
+      'prlimit',
+      f'--as={12 << 30}',
+      sys.executable,
+      ROOT / 'train.py',
+      f'--workdir={tmp_path}/run',
+      f'--config.data.data_dir={data_dir}',
+      '--config.model.tokens_type=transformer',
+      '--config.data.image_size=512',
+      '--config.data.batch_size=16',
+    ],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 2, process.stderr
+  last = process.stderr.splitlines()[-1]
+  assert last.startswith('error: out of memory with a batch of 16 images of 512 px (')
+  assert 'accumulate_steps' in last
