@@ -76,7 +76,7 @@ def test_the_right_tars_are_named(tmp_path):
   message = one_line(caught)
   assert message.startswith(f'ILSVRC2012_img_train.tar not found in {tmp_path}, only ILSVRC2012_img_train_t3.tar')
   for manual_dir in (None, str(tmp_path / 'nowhere'), str(tmp_path / 'ILSVRC2012_img_val.tar')):
-    with pytest.raises(UserError, match=r'not the folder of ILSVRC2012_img_train\.tar and ILSVRC2012_img_val\.tar'):
+    with pytest.raises(UserError, match=r'the folder of ILSVRC2012_img_train\.tar and ILSVRC2012_img_val\.tar'):
       prepare('imagenet2012', str(tmp_path / 'data'), manual_dir)
 
 

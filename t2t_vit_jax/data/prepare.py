@@ -98,9 +98,10 @@ def convert(folder: str, data_dir: str) -> tfds.core.DatasetInfo:
     print(f'{target} is there already and is kept')
   else:
     _require_tensorflow()
-    with _writing(target), tfds.core.utils.incomplete_dir(target) as temporary:
+    with _writing(target):
       _require_space(target, [shard for split in source.info.splits.values() for shard in split.filepaths])
-      _write_array_record(source.info, Path(temporary))
+      with tfds.core.utils.incomplete_dir(target) as temporary:
+        _write_array_record(source.info, Path(temporary))
   info = _open_folder(str(target)).info
   _verify(info, counts)
   return info
@@ -137,7 +138,8 @@ def _open_folder(folder: str) -> tfds.core.DatasetBuilder:
 
 def _imagenet_tars(folder: Path | None, allow_partial: bool) -> list[Path]:
   if folder is None or not folder.is_dir():
-    raise UserError(f'{folder or "--manual-dir (not given)"} is not the folder of {" and ".join(IMAGENET_TARS)}')
+    given = f': {folder} is no folder' if folder else ''
+    raise UserError(f'give --manual-dir, the folder of {" and ".join(IMAGENET_TARS)}{given}')
   if missing := [name for name in IMAGENET_TARS if not (folder / name).is_file()]:
     others = sorted(path.name for path in folder.glob('*.tar*') if path.name not in IMAGENET_TARS)
     raise UserError(
