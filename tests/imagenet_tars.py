@@ -29,20 +29,31 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
   tar.addfile(entry, io.BytesIO(content))
 
 
-def write_imagenet_tars(folder: Path, images_per_class: int = 8, num_validation: int = 10, seed: int = 0) -> None:
-  """Writes `ILSVRC2012_img_train.tar` (a tar per class inside) and `ILSVRC2012_img_val.tar` into `folder`."""
+def write_imagenet_tars(
+  folder: Path, images_per_class: int = 8, num_validation: int = 10, seed: int = 0, first_validation: int = 1
+) -> dict[str, bytes]:
+  """Writes `ILSVRC2012_img_train.tar` (a tar per class inside) and `ILSVRC2012_img_val.tar` into `folder`.
+
+  Returns the JPEGs by name.
+  """
   rng = np.random.default_rng(seed)
+  images = {}
   folder.mkdir(parents=True, exist_ok=True)
   with tarfile.open(folder / 'ILSVRC2012_img_train.tar', 'w') as train:
     for synset in SYNSETS:
       buffer = io.BytesIO()
       with tarfile.open(fileobj=buffer, mode='w') as class_tar:
         for i in range(images_per_class):
-          _add(class_tar, f'{synset}_{i}.JPEG', jpeg_bytes(rng))
+          name = f'{synset}_{i}.JPEG'
+          images[name] = jpeg_bytes(rng)
+          _add(class_tar, name, images[name])
       _add(train, f'{synset}.tar', buffer.getvalue())
   with tarfile.open(folder / 'ILSVRC2012_img_val.tar', 'w') as validation:
-    for i in range(1, num_validation + 1):
-      _add(validation, f'ILSVRC2012_val_{i:08d}.JPEG', jpeg_bytes(rng))
+    for i in range(first_validation, first_validation + num_validation):
+      name = f'ILSVRC2012_val_{i:08d}.JPEG'
+      images[name] = jpeg_bytes(rng)
+      _add(validation, name, images[name])
+  return images
 
 
 if __name__ == '__main__':

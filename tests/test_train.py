@@ -109,7 +109,7 @@ def test_imagenet_from_the_official_tars(tmp_path):
   write_imagenet_tars(tmp_path / 'tars', images_per_class=4, num_validation=10)
   prepare = [sys.executable, '-m', 't2t_vit_jax.data.prepare', 'imagenet2012']
   prepared = subprocess.run(
-    [*prepare, '--manual-dir', tmp_path / 'tars', '--data-dir', tmp_path / 'data'],
+    [*prepare, '--allow-partial', '--manual-dir', tmp_path / 'tars', '--data-dir', tmp_path / 'data'],
     env=environment(),
     capture_output=True,
     text=True,

@@ -1,70 +1,298 @@
 """Prepares a tfds dataset as the array_record files that training reads.
 
 python -m t2t_vit_jax.data.prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
+python -m t2t_vit_jax.data.prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
 
-Most builders, imagenet2012's too, need TensorFlow for this: pip install 't2t-vit-jax[prepare]'.
+Needs TensorFlow, which training does not: pip install 't2t-vit-jax[prepare]'.
 """
 
 import argparse
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import gc
+import importlib.util
+import logging
 import os
 from pathlib import Path
+import shlex
+import shutil
 import sys
+import tarfile
+import threading
 
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 import tensorflow_datasets as tfds
+from tqdm import tqdm
 
-from t2t_vit_jax.data.sources import open_builder
+from t2t_vit_jax.data.digits import Digits
+from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
 from t2t_vit_jax.errors import UserError
 
-# What ImageNet's registration page offers for download; the test tar has no labels and is not needed.
-IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
+# The tars of ILSVRC2012 with their sizes in bytes, and the images in them. docs/data.md has the MD5 sums.
+IMAGENET_TARS = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}
+IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 
 
-def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = None) -> tfds.core.DatasetInfo:
-  """Runs the tfds builder of `name` and returns what it wrote; files that exist already are kept.
+def prepare(
+  name: str, data_dir: str | None = None, manual_dir: str | None = None, allow_partial: bool = False
+) -> tfds.core.DatasetInfo:
+  """Runs the tfds builder of `name`, unless the dataset is prepared already, and counts the images in the files.
 
   Args:
     name: tfds name, such as 'imagenet2012' or 'cifar10'.
     data_dir: folder to write to; None for tfds's default.
     manual_dir: folder of files that must be fetched by hand, such as ImageNet's tars.
+    allow_partial: take ImageNet tars that hold a part of the images.
 
   Raises:
-    UserError: unknown dataset, tars missing, or TensorFlow not installed.
+    UserError: unknown or unsuitable dataset; missing, truncated or damaged files; wrong counts; full disk; failed
+      download; TensorFlow not installed.
   """
-  builder = open_builder(name, data_dir, file_format='array_record')
-  if builder.name == 'imagenet2012':
-    folder = Path(manual_dir).expanduser() if manual_dir else None
-    missing = [tar for tar in IMAGENET_TARS if folder is None or not (folder / tar).is_file()]
-    if missing and not builder.info.splits:
-      raise UserError(
-        f'{" and ".join(missing)} not found in {folder or "--manual-dir (not given)"}: '
-        'register at https://image-net.org/download-images and put the tars there'
+  manual_path = Path(local_folder(manual_dir)) if manual_dir else None
+  builder = open_builder(name, data_dir)
+  image_and_label(builder)
+  target = Path(builder.data_dir)
+  counts: Mapping[str, int] = IMAGENET_COUNTS if builder.name == 'imagenet2012' and not allow_partial else {}
+  if builder.info.splits:
+    if ARRAY_RECORD not in builder.info.available_file_formats():
+      raise UserError(without_array_record(builder))
+    print(f'{target} is there already and is kept')
+  elif target.exists():
+    raise UserError(f'{target} has no dataset_info.json, as after an interrupted copy: delete it and start again')
+  else:
+    if builder.name == 'imagenet2012':
+      tars = _imagenet_tars(manual_path, allow_partial)
+      counts = _count_images(*tars) if allow_partial else IMAGENET_COUNTS
+      # The builder takes the unlabelled test images too where it finds them.
+      _require_space(target, [*tars, *tars[0].parent.glob('ILSVRC2012_img_test.tar')])
+    if not isinstance(builder, Digits):
+      _require_tensorflow()
+    with _writing(target):
+      builder.download_and_prepare(
+        file_format=ARRAY_RECORD, download_config=tfds.download.DownloadConfig(manual_dir=manual_path)
       )
-  manual_dir = os.path.expanduser(manual_dir) if manual_dir else None
-  try:
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
-  except OSError as error:
-    raise UserError(f'cannot prepare {name} in {builder.data_path}: {error.strerror or error}') from error
-  except ImportError as error:
-    raise UserError(f"preparing {name} needs TensorFlow: pip install 't2t-vit-jax[prepare]' ({error})") from error
+  _verify(builder.info, counts)
   return builder.info
+
+
+def convert(folder: str, data_dir: str) -> tfds.core.DatasetInfo:
+  """Copies a tfrecord folder of tfds to array_record files: the same records, bit for bit and in the same order.
+
+  Args:
+    folder: holds dataset_info.json and the shards; it is only read.
+    data_dir: the result goes to its subfolder name/[config/]version. What is there already is kept, and counted.
+
+  Raises:
+    UserError: no such folder, another format, damaged or missing shards, full disk, TensorFlow not installed.
+  """
+  source = _open_folder(local_folder(folder))
+  image_and_label(source)
+  if source.info.file_format != TFRECORD:
+    raise UserError(f'{folder} holds {source.info.file_format.value} files: only tfrecord can be converted')
+  counts = {name: split.num_examples for name, split in source.info.splits.items()}
+  target = Path(local_folder(data_dir)) / source.info.full_name
+  if target.exists():
+    if target.samefile(source.data_dir):
+      raise UserError(f'{folder} stays as it is: choose another --data-dir for the result')
+    print(f'{target} is there already and is kept')
+  else:
+    _require_tensorflow()
+    with _writing(target):
+      _require_space(target, [shard for split in source.info.splits.values() for shard in split.filepaths])
+      with tfds.core.utils.incomplete_dir(target) as temporary:
+        _write_array_record(source.info, Path(temporary))
+  info = _open_folder(str(target)).info
+  _verify(info, counts)
+  return info
+
+
+def _write_array_record(info: tfds.core.DatasetInfo, folder: Path) -> None:
+  """Done with public interfaces, because the converter of tfds needs apache-beam and checks no counts."""
+  import tensorflow as tf
+
+  writer = tfds.core.ExampleWriter(ARRAY_RECORD)
+  with tqdm(total=info.splits.total_num_examples, unit=' examples', disable=not sys.stderr.isatty()) as bar:
+
+    def read(path: os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+      try:
+        for key, record in enumerate(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()):
+          bar.update()
+          yield key, record
+      except tf.errors.OpError as error:  # tfrecord has check sums
+        raise UserError(f'{path} is damaged') from error
+
+    for split in info.splits.values():
+      for old, new, length in zip(split.filepaths, _array_record_files(split), split.shard_lengths, strict=True):
+        writer.write(folder / new.name, read(old))
+        if (found := len(ArrayRecordDataSource(folder / new.name))) != length:
+          raise UserError(f'{old} holds {found:,} images, dataset_info.json says {length:,}')
+  info.set_file_format(ARRAY_RECORD, override=True, override_if_initialized=True)
+  info.write_to_directory(folder)
+
+
+def _open_folder(folder: str) -> tfds.core.DatasetBuilder:
+  with _one_line(f'{folder} is no folder of a tfds dataset, such as DATA/imagenet2012/5.1.0'):
+    return tfds.builder_from_directory(folder)
+
+
+def _imagenet_tars(folder: Path | None, allow_partial: bool) -> list[Path]:
+  if folder is None or not folder.is_dir():
+    given = f': {folder} is no folder' if folder else ''
+    raise UserError(f'give --manual-dir, the folder of {" and ".join(IMAGENET_TARS)}{given}')
+  if missing := [name for name in IMAGENET_TARS if not (folder / name).is_file()]:
+    others = sorted(path.name for path in folder.glob('*.tar*') if path.name not in IMAGENET_TARS)
+    raise UserError(
+      f'{" and ".join(missing)} not found in {folder}{", only " + ", ".join(others) if others else ""}: '
+      'register at https://image-net.org/download-images and put the tars of ILSVRC2012 there'
+    )
+  for name, size in IMAGENET_TARS.items():
+    if (found := (folder / name).stat().st_size) != size and not allow_partial:
+      raise UserError(
+        f'{folder / name} has {found:,} bytes, the official one {size:,}: complete the download, '
+        'or add --allow-partial if it holds a part of ImageNet on purpose'
+      )
+  return [folder / name for name in IMAGENET_TARS]
+
+
+def _count_images(train: Path, validation: Path) -> Mapping[str, int]:
+  """Images per split, from the headers in the tars."""
+  num_train = 0
+  with _open_tar(train) as classes:
+    for entry in filter(tarfile.TarInfo.isfile, classes):
+      with tarfile.open(fileobj=classes.extractfile(entry), mode='r:') as images:
+        num_train += sum(image.isfile() for image in images)
+  with _open_tar(validation) as images:
+    names = sorted(images.getnames())
+  # The builder sorts the names that it finds, and the n-th gets the n-th label.
+  if names != [f'ILSVRC2012_val_{i:08d}.JPEG' for i in range(1, len(names) + 1)]:
+    raise UserError(
+      f'images in {validation} would get wrong labels: it must hold ILSVRC2012_val_00000001.JPEG and those that '
+      'follow, without a gap and without folders'
+    )
+  return {'train': num_train, 'validation': len(names)}
+
+
+@contextlib.contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+  with _one_line(f'{path} is truncated or damaged'), tarfile.open(path, 'r:') as tar:
+    yield tar
+    last = tar.getmembers()[-1]
+    if path.stat().st_size < last.offset_data + last.size + 1024:  # cut between two files, so no header shows it
+      raise UserError(f'{path} is truncated or damaged: it lacks the end of a tar')
+
+
+def _require_tensorflow() -> None:
+  if importlib.util.find_spec('tensorflow') is None:
+    raise UserError("this step needs TensorFlow: pip install 't2t-vit-jax[prepare]'")
+
+
+def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:
+  """array_record files take as much as the same images in tars or tfrecord; nothing is extracted beside them."""
+  needed = 1.01 * sum(os.stat(path).st_size for path in files)
+  free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.exists())).free
+  if free < needed:
+    raise UserError(f'{target} needs about {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free')
+
+
+def _array_record_files(split: tfds.core.SplitInfo) -> list[Path]:
+  template = split.filename_template.replace(filetype_suffix=ARRAY_RECORD.file_suffix)
+  return sorted(Path(path) for path in template.sharded_filepaths(split.num_shards))
+
+
+def _verify(info: tfds.core.DatasetInfo, counts: Mapping[str, int]) -> None:
+  """Compares the records in the files with dataset_info.json, and that with `counts`."""
+  remedy = f'delete {info.data_dir} and start again'
+  for name, split in info.splits.items():
+    with _one_line(f'{info.data_dir} is damaged, {remedy}'):
+      found = len(ArrayRecordDataSource(_array_record_files(split)))
+    if found != split.num_examples:
+      raise UserError(f'{info.data_dir} holds {found:,} of {split.num_examples:,} {name} images: {remedy}')
+  if counts is IMAGENET_COUNTS:
+    remedy += ', or add --allow-partial if a part of ImageNet is meant'
+  for name, expected in counts.items():
+    found = info.splits[name].num_examples if name in info.splits else 0
+    if found != expected:
+      raise UserError(f'{info.data_dir} holds {found:,} {name} images, not {expected:,}: {remedy}')
+
+
+@contextlib.contextmanager
+def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
+  """Shows progress while tfds fills a folder beside `target`: bars on a terminal, else a line from time to time."""
+
+  def incomplete() -> set[Path]:
+    return set(target.parent.glob(f'incomplete.*_{target.name}'))
+
+  def report() -> None:
+    while not done.wait(seconds):
+      with contextlib.suppress(FileNotFoundError):  # files come and go
+        sizes = {path.name: path.stat().st_size for folder in incomplete() - leftovers for path in folder.iterdir()}
+        shards = sum('-of-' in name for name in sizes)
+        print(f'{target}: {sum(sizes.values()) / 1e9:.2f} GB, {shards} shards', file=sys.stderr, flush=True)
+
+  leftovers, done, on_terminal = incomplete(), threading.Event(), sys.stderr.isatty()
+  for folder in sorted(leftovers):
+    print(
+      f'note: an interrupted run left {folder}; unless another one is running: rm -r {shlex.quote(str(folder))}',
+      file=sys.stderr,
+    )
+  tfds.display_progress_bar(on_terminal)
+  if not on_terminal:
+    threading.Thread(target=report, daemon=True).start()
+  try:
+    with _one_line(f'cannot write {target}'):
+      yield
+  finally:
+    done.set()
+    tfds.display_progress_bar(True)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+  """Turns whatever a dataset's code, a damaged file, a full disk or a lost connection raises into a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    if 'No space left on device' in reason:
+      reason = 'the disk is full'
+    raise UserError(f'{what}: {reason[:400]}') from error
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = argparse.ArgumentParser(prog='python -m t2t_vit_jax.data.prepare', description=__doc__.split('\n\n')[0])
-  parser.add_argument('dataset', help='tfds name, such as imagenet2012')
+  parser.add_argument('dataset', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
+  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
   parser.add_argument('--data-dir', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')
   parser.add_argument('--manual-dir', help='folder of files fetched by hand, such as the ImageNet tars')
+  parser.add_argument('--allow-partial', action='store_true', help='accept tars that hold a part of ImageNet')
   arguments = parser.parse_args(argv)
+  if (arguments.dataset is None) == (arguments.convert is None):
+    parser.error('give either a dataset or --convert FOLDER')
+  if arguments.convert and not arguments.data_dir:
+    parser.error('--convert needs --data-dir')
+  os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}  # no notes about TensorFlow's build
+  for logger in ('absl', 'urllib3'):  # tfds misses ImageNet's test images; downloads are tried ten times
+    logging.getLogger(logger).setLevel(logging.ERROR)
   try:
-    info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir)
+    if arguments.convert:
+      info = convert(arguments.convert, arguments.data_dir)
+    else:
+      info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.allow_partial)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print('interrupted: only downloads are kept; start again with the same command', file=sys.stderr)
+    return 130
   counts = ', '.join(f'{split} {details.num_examples:,}' for split, details in info.splits.items())
   print(f'{info.full_name} is ready in {info.data_dir}: {counts} images')
   return 0
 
 
 if __name__ == '__main__':
+  gc.callbacks.clear()  # jax's would swallow a Ctrl-C that arrives while it runs, and nothing here uses jax
   sys.exit(main())

@@ -172,18 +172,11 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   command = prepare_command(name, builder.data_dir_root)
   if not builder.info.splits:
     raise UserError(f'{name} is not prepared, {builder.data_path} has no data; prepare it with: {command}')
-  features = dict(builder.info.features)
-  if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(
-    features.get('label'), tfds.features.ClassLabel
-  ):
-    raise UserError(f'{name} is no image-classification dataset: it lacks the features image and label')
+  features = image_and_label(builder)
   try:
     records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
-    raise UserError(
-      f'{builder.data_path} holds no array_record files, which random access needs; '
-      f'prepare the dataset into another --data-dir with: {command}'
-    ) from error
+    raise UserError(without_array_record(builder)) from error
   except (ValueError, AssertionError) as error:
     splits = did_you_mean(split, builder.info.splits)
     raise UserError(f'{name} has no split {split!r}: {splits}') from error
@@ -194,31 +187,26 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   )
 
 
-def open_builder(
-  name: str, data_dir: str | os.PathLike[str] | None = None, file_format: str | None = None
-) -> tfds.core.DatasetBuilder:
-  """The tfds builder of `name`; `file_format` is what it will write, None for whatever is there.
+def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
+  """The tfds builder of `name`, prepared or not.
 
   Raises:
-    UserError: tfds has no such dataset (the message names the nearest), or the data is there in another format.
+    UserError: tfds has no such dataset (the message names the nearest), or `data_dir` cannot be read.
   """
-  data_dir = os.path.expanduser(data_dir) if data_dir else None
-  if name == Digits.name:
-    return Digits(data_dir=data_dir, file_format='array_record')
+  folder = data_dir or os.environ.get('TFDS_DATA_DIR')
+  data_dir = local_folder(folder) if folder else None
   try:
-    return tfds.builder(name, data_dir=data_dir, file_format=file_format)
+    if name == Digits.name:
+      return Digits(data_dir=data_dir, file_format='array_record')
+    return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     raise UserError(f'tfds has no dataset {name!r}: {did_you_mean(name, known)}') from error
   except ImportError as error:
     raise UserError(f"{name} needs TensorFlow: pip install 't2t-vit-jax[prepare]'") from error
   except OSError as error:
-    raise UserError(f'cannot read {data_dir}: {error.strerror}') from error
-  except (ValueError, AssertionError) as error:  # no such config or version, or files of another format
-    if 'file format is already set' in str(error).lower():
-      raise UserError(
-        f'{name} is in {data_dir or "the default data_dir"} in another file format: choose another --data-dir'
-      ) from error
+    raise UserError(f'cannot read {data_dir}: {error.strerror or str(error).splitlines()[0]}') from error
+  except Exception as error:  # no such config or version, damaged metadata: tfds raises what comes
     raise UserError(f'tfds cannot build {name!r}: {str(error).splitlines()[0]}') from error
 
 
@@ -236,3 +224,41 @@ def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
   """The shell command that prepares a dataset for training."""
   manual_dir = ' --manual-dir FOLDER_OF_THE_TARS' if name.startswith('imagenet2012') else ''
   return f'python -m t2t_vit_jax.data.prepare {name}{manual_dir} --data-dir {shlex.quote(os.fspath(data_dir))}'
+
+
+def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
+  """What to say about a dataset that is prepared in a format without random access, such as tfrecord."""
+  folder = shlex.quote(builder.data_dir.rstrip('/'))
+  return (
+    f'{builder.data_path} holds no array_record files, which random access needs; convert what is there with: '
+    f'python -m t2t_vit_jax.data.prepare --convert {folder} --data-dir NEW_FOLDER'
+  )
+
+
+def image_and_label(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+  """The features of a dataset that has an image and a class.
+
+  Raises:
+    UserError: the dataset has no such features.
+  """
+  features = dict(builder.info.features or {})
+  if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(
+    features.get('label'), tfds.features.ClassLabel
+  ):
+    raise UserError(f'{builder.name} is no image-classification dataset: it lacks the features image and label')
+  return features
+
+
+def local_folder(folder: str) -> str:
+  """`folder` with ~ expanded.
+
+  Raises:
+    UserError: a gs:// address, which random access cannot read; the message has the command that mounts it.
+  """
+  if not folder.startswith('gs://'):
+    return os.path.expanduser(folder)
+  bucket, _, path = folder.removeprefix('gs://').strip('/').partition('/')
+  raise UserError(
+    f'{folder} is no folder, and random access needs one: mount the bucket with '
+    f'`mkdir -p ~/{bucket} && gcsfuse --implicit-dirs {bucket} ~/{bucket}` and use ~/{bucket}{path and "/" + path}'
+  )
