@@ -74,13 +74,13 @@ class TrainOrder:
   def __call__(self, global_position: int) -> tuple[int, int]:
     """(epoch, record index) at a position in the sequence of all batches."""
     epoch, position = divmod(global_position, self.steps_per_epoch * self.batch_size)
-    return epoch, self._shuffled[epoch * self.num_records + position]
+    return epoch, int(_permutation(self.num_records, self.seed, epoch)[position])
 
-  @functools.cached_property
-  def _shuffled(self) -> grain.MapDataset:
-    # Grain permutes epoch e with seed + e; spread out, the seeds of two runs don't meet.
-    spread_seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-    return grain.MapDataset.range(self.num_records).shuffle(seed=spread_seed)
+
+@functools.lru_cache(maxsize=2)  # two epochs meet in a worker's buffer
+def _permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
+  # The third number keeps it apart from the generators of examples, which have a smaller one there.
+  return np.random.default_rng((seed, epoch, num_records)).permutation(num_records)
 
 
 @dataclasses.dataclass(frozen=True)
