@@ -1,0 +1,45 @@
+"""Fine-tuning of any converted weights on any dataset: an image folder, or a tfds name.
+
+python train.py --config=configs/finetune.py --config.init_from=weights.safetensors \
+  --config.data.source=folder --config.data.path=DIR
+
+DIR has train/CLASS/IMAGE and val/CLASS/IMAGE. For tfds: --config.data.name=NAME --config.data.eval_split=SPLIT in
+place of the last two. Weights of another model than t2t_vit_14 need --config.model.name=NAME. To train the head alone
+(a linear probe): --config.schedule.backbone_factor=0.
+
+Rates and optimizer are those of the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
+
+Hardware: any number of devices that divides 64.
+Published top-1: none. Measured here: nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+  """Returns the run's config."""
+  config = default.get_config()
+  config.init_from = 'weights.safetensors'
+  config.data.batch_size = 64
+  config.data.eval_batch_size = 64
+  config.augment.crop_scale = (0.25, 1.0)
+  config.augment.randaugment_operations = 0
+  config.augment.mixup_alpha = 0.0
+  config.augment.cutmix_alpha = 0.0
+  config.augment.random_erasing_probability = 0.0
+  config.optimizer.name = 'sgd'
+  config.optimizer.weight_decay = 5e-4
+  config.optimizer.gradient_clip_norm = 1.0  # a fresh head's first gradients are large
+  config.schedule.base_learning_rate = 0.05  # for a batch of base_batch_size, linear in data.batch_size
+  config.schedule.base_batch_size = 64
+  config.schedule.backbone_factor = 0.01
+  config.schedule.epochs = 30
+  config.schedule.warmup_epochs = 1
+  config.schedule.cooldown_epochs = 0
+  config.schedule.final_learning_rate = 0.0
+  config.schedule.granularity = 'step'
+  config.ema.decay = 0.0  # a short run is over before a slow average has moved
+  config.logging.every_steps = 10
+  return config

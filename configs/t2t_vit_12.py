@@ -1,0 +1,20 @@
+"""T2T-ViT-12, one of the lite models, on ImageNet-1k, from scratch.
+
+python train.py --config=configs/t2t_vit_12.py --config.data.data_dir=DATA
+
+Hardware: 8 devices with 64 images each, as published; on one add --config.optimizer.accumulate_steps=8.
+Published top-1: 76.5 % (reference, EMA weights). Measured here: nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+  """Returns the run's config."""
+  config = default.get_config()
+  config.model.name = 't2t_vit_12'
+  config.schedule.base_learning_rate = 1e-3  # for a batch of 512, linear in data.batch_size
+  config.optimizer.weight_decay = 0.03
+  return config

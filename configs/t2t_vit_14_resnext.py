@@ -1,0 +1,19 @@
+"""T2T-ViT-14 with 32 attention heads (the ablation after ResNeXt) on ImageNet-1k, from scratch.
+
+python train.py --config=configs/t2t_vit_14_resnext.py --config.data.data_dir=DATA
+
+Hardware: 8 devices with 64 images each; on one add --config.optimizer.accumulate_steps=8.
+Batch, learning rate and weight decay are assumed to be those of t2t_vit_14: none are published.
+Published top-1: 81.5 % (paper). Measured here: nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+  """Returns the run's config."""
+  config = default.get_config()
+  config.model.name = 't2t_vit_14_resnext'
+  return config

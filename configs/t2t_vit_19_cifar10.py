@@ -1,0 +1,24 @@
+"""T2T-ViT-19, trained on ImageNet, transferred to CIFAR-10.
+
+python train.py --config=configs/t2t_vit_19_cifar10.py --config.data.data_dir=DATA
+
+Starts from t2t_vit_19.safetensors, which comes of the published ImageNet weights in two commands:
+curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.9_T2T_ViT_19.pth.tar
+python convert_torch_weights.py 81.9_T2T_ViT_19.pth.tar --output=t2t_vit_19.safetensors --model=t2t_vit_19
+The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
+
+Hardware: 2 devices, as published, or any number that divides 64; see t2t_vit_14_cifar10 for what differs.
+Published top-1: 98.4 % (reference, the best of its epochs on the test images). Measured here: nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import t2t_vit_14_cifar10
+
+
+def get_config() -> ConfigDict:
+  """Returns the run's config."""
+  config = t2t_vit_14_cifar10.get_config()
+  config.init_from = 't2t_vit_19.safetensors'
+  config.model.name = 't2t_vit_19'
+  return config

@@ -1,0 +1,19 @@
+"""T2T-ViT_t-19, softmax attention in the tokens-to-token module, on ImageNet-1k, from scratch.
+
+python train.py --config=configs/t2t_vit_t_19.py --config.data.data_dir=DATA
+
+Hardware: 8 devices with 64 images each, as published; on one add --config.optimizer.accumulate_steps=8.
+Published top-1: 82.4 % (reference, EMA weights; 82.63 mmpretrain). Measured here: nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+  """Returns the run's config."""
+  config = default.get_config()
+  config.model.name = 't2t_vit_t_19'
+  config.optimizer.weight_decay = 0.065
+  return config
