@@ -1,0 +1,80 @@
+"""Every config as a dry run: everything is built and checked, nothing trained or written."""
+
+import importlib
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.conversion import Options, convert
+from t2t_vit_jax.training.dry_run import dry_run
+from tests import torch_reference
+from tests.image_folder import encoded, picture
+from tests.test_configs import NAMES
+
+ROOT = Path(__file__).parents[1]
+CLASSES = {'imagenet2012': 1000, 'cifar10': 10, 'cifar100': 100, 'digits': 10}
+
+
+@pytest.fixture(scope='module')
+def stand_ins(tmp_path_factory):
+  """For each dataset an image folder with as many classes, and at least 128 images."""
+  image = encoded(picture(np.random.default_rng(0)), 'JPEG')
+  folder = tmp_path_factory.mktemp('data')
+  for name, num_classes in CLASSES.items():
+    for split in ('train', 'val'):
+      for number in range(num_classes):
+        path = folder / name / split / f'n{number:04d}'
+        path.mkdir(parents=True)
+        for i in range(max(1, 130 // num_classes)):
+          (path / f'{i}.JPEG').write_bytes(image)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  """Weight files under the names that configs start from."""
+  folder = tmp_path_factory.mktemp('weights')
+  for name in ('t2t_vit_14', 't2t_vit_19'):
+    torch.save(torch_reference.T2TViT(**torch_reference.MODELS[name]).state_dict(), folder / f'{name}.pth')
+    convert(folder / f'{name}.pth', folder / f'{name}.safetensors', Options(model_name=name))
+  (folder / 'weights.safetensors').hardlink_to(folder / 't2t_vit_14.safetensors')
+  return folder
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_dry_run(name, stand_ins, weights, monkeypatch, capsys):
+  monkeypatch.chdir(weights)
+  before = sorted(weights.iterdir())
+  config = importlib.import_module(f'configs.{name}').get_config()
+  config.data.source = 'folder'
+  config.data.path = str(stand_ins / config.data.name)
+  config.data.eval_split = 'val'
+  dry_run(config)
+  output = capsys.readouterr().out
+  assert output.startswith(f'model: {config.model.name}, ')
+  assert f' of {config.data.batch_size} images' in output
+  assert output.endswith('dry run: nothing was trained, nothing written\n')
+  assert sorted(weights.iterdir()) == before
+
+
+def test_missing_data_is_said(tmp_path):
+  config = importlib.import_module('configs.t2t_vit_14').get_config()
+  config.data.data_dir = str(tmp_path)
+  with pytest.raises(UserError, match='imagenet2012 is not prepared'):
+    dry_run(config)
+
+
+@pytest.mark.slow
+def test_the_program_writes_nothing(tmp_path, data_dir):
+  command = [sys.executable, ROOT / 'train.py', '--dry_run', f'--config.data.data_dir={data_dir}']
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1] == 'dry run: nothing was trained, nothing written'
+  assert list(tmp_path.iterdir()) == []
