@@ -168,7 +168,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   builder = open_builder(name, data_dir)
   if isinstance(builder, Digits):
-    _prepare_digits(builder)
+    builder = _prepared(builder)
   command = prepare_command(name, builder.data_dir_root)
   if not builder.info.splits:
     raise UserError(f'{name} is not prepared, {builder.data_path} has no data; prepare it with: {command}')
@@ -210,10 +210,13 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
     raise UserError(f'tfds cannot build {name!r}: {str(error).splitlines()[0]}') from error
 
 
-def _prepare_digits(builder: Digits) -> None:
+def _prepared(builder: Digits) -> Digits:
   tfds.disable_progress_bar()  # four bars for half a second's work
   try:
     builder.download_and_prepare()  # returns at once where the files exist
+    return builder
+  except FileExistsError:  # another process was faster
+    return Digits(data_dir=builder.data_dir_root, file_format='array_record')
   except OSError as error:
     raise UserError(f'cannot write to {builder.data_path}: {error.strerror}') from error
   finally:
