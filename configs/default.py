@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
   config.checkpoint.every_epochs = 1  # evaluate and save
   config.checkpoint.every_steps = 1000  # save in between too; 0: not
   config.checkpoint.keep_latest = 2  # beside the one with the best top-1
+  config.checkpoint.allow_changes = False  # continue a run although its model or the order of its data has changed
 
   config.mesh = ConfigDict()
   config.mesh.data = -1  # devices that share a batch; -1: all

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 import re
+import shutil
+import struct
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
+from PIL import Image
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from configs import digits
 from t2t_vit_jax import UserError
@@ -141,8 +145,9 @@ def test_other_changes_are_said_and_evaluations_come_when_they_should(data_dir, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data_dir, tmp_path):
-  config = small_config(data_dir, **{'schedule.base_learning_rate': 1e9, 'schedule.warmup_learning_rate': 1e9})
-  with pytest.raises(UserError, match='the loss is nan by step 11; checkpoints up to the last evaluation are intact'):
+  rates = {'schedule.base_learning_rate': 1e30, 'schedule.warmup_learning_rate': 1e30}
+  config = small_config(data_dir, **rates, **{'optimizer.nan_tolerance': 4, 'logging.every_steps': 10})
+  with pytest.raises(UserError, match=r'4 steps in a row up to 5 had a loss or gradients that are not finite \('):
     loop.train(config, tmp_path)
   assert list((tmp_path / 'checkpoints').iterdir()) == []
 
@@ -234,4 +239,46 @@ def test_every_config_field_is_read_by_something(data_dir, tmp_path):
 
 
 def test_the_run_leaves_checkpoints_and_metrics(four_steps):
-  assert {path.name for path in Path(four_steps).iterdir()} == {'checkpoints', 'lock', 'metrics.jsonl'}
+  names = {path.name for path in Path(four_steps).iterdir()}
+  assert names == {'checkpoints', 'lock', 'metrics.jsonl', 'report.png', 'tensorboard'}
+  with Image.open(four_steps / 'report.png') as page:
+    assert page.width > 1000
+    assert len(np.unique(page.convert('L').resize((64, 64)))) > 20  # curves and images, no blank page
+
+
+def test_tensorboard_gets_what_metrics_jsonl_has(four_steps):
+  written = {}
+  for file in (four_steps / 'tensorboard').iterdir():
+    content = file.read_bytes()
+    while content:
+      (length,) = struct.unpack('<Q', content[:8])  # then a checksum of four bytes, the event, another checksum
+      event = Event.FromString(content[12 : 12 + length])
+      written |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+      content = content[16 + length :]
+  rows = [json.loads(line) for line in (four_steps / 'metrics.jsonl').read_text().splitlines()]
+  for row in rows:
+    name = 'train/loss' if row['kind'] == 'train' else f'test/{row["weights"]}/top1'
+    assert written[name, row['step']] == pytest.approx(row[name.split('/')[-1]], rel=1e-6)
+
+
+def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, capsys):
+  shutil.copytree(four_steps, tmp_path / 'run')
+  changes = {'seed': 7, 'schedule.max_steps': 5, 'checkpoint.allow_changes': True}
+  loop.train(small_config(data_dir, **changes), tmp_path / 'run')
+  output = capsys.readouterr().out
+  assert 'changed since the checkpoint: ' in output
+  assert 'seed was 0 and is 7' in output
+
+
+def test_a_picture_of_augmented_images_is_made_when_asked_for(data_dir, tmp_path, capsys):
+  config = small_config(data_dir, **{
+    'schedule.max_steps': 1, 'log_images': True, 'augment.horizontal_flip_probability': 0.0
+  })  # fmt: skip
+  loop.train(config, tmp_path)
+  assert 'augmented_images.png shows 32 training images' in capsys.readouterr().out
+  run = build_run(config)
+  batch = next(run.train_batches(0))
+  grid = np.asarray(Image.open(tmp_path / 'augmented_images.png'))
+  assert grid.shape == (4 * 18, 8 * 18, 3)
+  # Nothing but the crop is drawn here, so the picture shows the batch as it came from the host.
+  np.testing.assert_allclose(grid[1:17, 19:35], batch['image'][1], atol=1)

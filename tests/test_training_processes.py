@@ -34,6 +34,35 @@ def losses(workdir):
 
 
 @pytest.mark.slow
+def test_eight_devices_train_like_one(data_dir, tmp_path):
+  """Twenty steps in float32: the same images, and losses within 1e-5."""
+  for devices in (8, 1):
+    done = subprocess.run(
+      [
+        sys.executable,
+        str(ROOT / 'train.py'),
+        f'--workdir={tmp_path}/{devices}',
+        f'--config.data.data_dir={data_dir}',
+        '--config.schedule.max_steps=20',
+        '--config.logging.every_steps=1',
+        '--config.model.depth=1',
+        '--config.augment.mixup_alpha=0.8',  # groups of 16 images, one on each device
+        '--config.augment.mixing_group_size=16',
+        '--config.augment.random_erasing_probability=0.25',
+      ],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'on {devices} cpu device(s)' in done.stdout
+  one, eight = losses(tmp_path / '1'), losses(tmp_path / '8')
+  assert list(one) == list(range(1, 21))
+  assert eight == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(data_dir, tmp_path):
   changes = {'schedule.max_steps': 40, 'logging.every_steps': 1, 'model.performer_dropout_rate': 0.0}
   flat = flatten_dict(small_config(data_dir, **changes).to_dict(), sep='.')

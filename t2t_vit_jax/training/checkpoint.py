@@ -29,6 +29,7 @@ UNCHANGEABLE = (
   'data.train_split',
   'data.batch_size',
   'train_images',
+  'optimizer.name',
 )
 policies = ocp.training.preservation_policies
 
@@ -39,14 +40,23 @@ class Checkpoints:
   Args:
     folder: made with its first checkpoint if it does not exist.
     keep_latest: how many of the newest to keep, beside the one with the best top-1 accuracy.
+    allow_changes: restores even if that makes another run of it.
     read_only: leaves alone what another run may be writing at the moment.
 
   Raises:
     UserError: `read_only`, but there is no such folder.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep_latest: int = 1, *, read_only: bool = False):
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    keep_latest: int = 1,
+    *,
+    allow_changes: bool = False,
+    read_only: bool = False,
+  ):
     self.folder = os.path.abspath(folder)
+    self._allow_changes = allow_changes
     if read_only and not os.path.isdir(self.folder):
       raise UserError(f'there is no checkpoint in {self.folder}')
     best = policies.BestN(
@@ -167,9 +177,10 @@ class Checkpoints:
     before = stored.custom_metadata or {}
     changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
     fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
-    if fatal:
+    if fatal and not self._allow_changes:
       raise UserError(
-        f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir'
+        f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir, '
+        'or go on all the same with --config.checkpoint.allow_changes=True'
       )
     restored = _verified(self._checkpointer.load(None, wanted))
     return serialization.from_state_dict(abstract_state, restored), list(changes.values())

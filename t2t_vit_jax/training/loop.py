@@ -51,7 +51,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
   run = build_run(config)
   with (
     open_workdir(workdir) as folder,
-    Checkpoints(folder / 'checkpoints', config.checkpoint.keep_latest) as checkpoints,
+    Checkpoints(
+      folder / 'checkpoints', config.checkpoint.keep_latest, allow_changes=config.checkpoint.allow_changes
+    ) as checkpoints,
   ):
     state, notes = _initial_state(run, checkpoints)
     if int(state.step) >= run.total_steps and checkpoints.latest_metrics:
