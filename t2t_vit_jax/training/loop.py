@@ -140,9 +140,12 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
     except Exception as error:
       # Workers may get the same signal and die of it: what is done is still to be saved.
       if not stop:
-        if isinstance(error, DataError) and int(state.step) > first_step:
+        # Alone: several processes save together or not at all, and the others know nothing of this.
+        if isinstance(error, DataError) and jax.process_count() == 1 and int(state.step) > first_step:
           checkpoints.save(state, metrics=None, run=run.description)
-        raise (out_of_memory(error, config) or error) from error
+        if too_little := out_of_memory(error, config):
+          raise too_little from error
+        raise
     if stop.signal:
       checkpoints.save(state, metrics=None, run=run.description)
       checkpoints.wait()  # before it is said that all is saved
