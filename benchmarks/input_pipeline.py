@@ -36,7 +36,7 @@ from t2t_vit_jax.training.inputs import train_transform
 SEED = 0
 # Batches that a loader may have ready: they are taken out before the clock starts.
 BUFFERED_BATCHES = 6
-PACKAGES = ('Pillow', 'cykooz-resizer', 'grain', 'numpy', 'tensorflow', 'tensorflow-cpu')
+PACKAGES = ('Pillow', 'cykooz-resizer', 'simplejpeg', 'grain', 'numpy', 'tensorflow', 'tensorflow-cpu')
 # Width, height and how often: most photographs in ImageNet come from a site that scaled them to 500 px.
 SIZES = {
   (500, 375): 10, (375, 500): 3, (500, 333): 4, (333, 500): 2,
@@ -134,7 +134,7 @@ class Pipeline:
     file = transforms.EncodedImage(record.image)
     box = crop.draw_box(file.width, file.height, rng)
     interpolation = crop.interpolations[rng.integers(len(crop.interpolations))]
-    image = file.crop(box)
+    image = file.crop(box, fast=crop.fast)
     lap('decode, crop')
     image = (transforms.fast_resize if crop.fast else plain_resize)(image, crop.size, interpolation)
     lap('resize')

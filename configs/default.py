@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
   config.data.std = (0.229, 0.224, 0.225)
   config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
   config.data.num_threads = 1  # in each of them
-  config.data.fast_decode = False  # training: resize with vector instructions; rounds otherwise, see docs/data.md
+  config.data.fast_decode = False  # training: quicker decoder and resizing, which rounds otherwise; see docs/data.md
   config.data.max_bad_fraction = 0.001  # of training images that may be unreadable before the run stops
 
   config.augment = ConfigDict()

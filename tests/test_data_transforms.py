@@ -4,6 +4,8 @@ import io
 import math
 import sys
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -12,6 +14,10 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data import transforms
 from tests.golden import DATA
 from tests.image_folder import encoded
+
+
+def as_file(image):
+  return transforms.EncodedImage(encoded(image, 'PNG'))
 
 
 @pytest.mark.parametrize('name', ['wide', 'tall', 'square'])
@@ -52,11 +58,11 @@ def test_random_resized_crop_falls_back_to_the_centre():
 
 def test_random_padded_crop_shifts_by_up_to_the_padding_and_fills_with_black():
   image = Image.fromarray(np.arange(1, 4 * 4 * 3 + 1, dtype=np.uint8).reshape(4, 4, 3))
-  crop = transforms.RandomPaddedCrop(4, padding=1)
+  file, crop = as_file(image), transforms.RandomPaddedCrop(4, padding=1)
   padded = np.pad(np.asarray(image), ((1, 1), (1, 1), (0, 0)))
   windows = {padded[i : i + 4, j : j + 4].tobytes() for i in range(3) for j in range(3)}
   rng = np.random.default_rng(0)
-  assert {np.asarray(crop(image, rng)).tobytes() for _ in range(200)} == windows
+  assert {np.asarray(crop(file, rng)).tobytes() for _ in range(200)} == windows
 
 
 def test_flip_has_its_probability_and_mirrors():
@@ -67,9 +73,9 @@ def test_flip_has_its_probability_and_mirrors():
 
 
 def test_the_same_generator_gives_the_same_image():
-  image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+  file = as_file(Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)))
   chain = transforms.Chain(transforms.RandomResizedCrop(24), (transforms.RandomHorizontalFlip(0.5),))
-  first, second, other = (np.asarray(chain(image, np.random.default_rng(seed))) for seed in (7, 7, 8))
+  first, second, other = (np.asarray(chain(file, np.random.default_rng(seed))) for seed in (7, 7, 8))
   np.testing.assert_array_equal(first, second)
   assert (first != other).any()
 
@@ -103,9 +109,12 @@ def test_crops_of_encoded_images_are_those_of_the_decoded_image(name):
   for bottom in range(1, whole.height + 1):
     left, top = int(rng.integers(whole.width)), int(rng.integers(bottom))
     box = left, top, int(rng.integers(left, whole.width)) + 1, bottom
-    crop = transforms.EncodedImage(FILES[name]).crop(box)
-    assert crop.mode == 'RGB'
-    np.testing.assert_array_equal(np.asarray(crop), np.asarray(whole.crop(box)), err_msg=str(box))
+    expected = np.asarray(whole.crop(box), int)
+    for fast in (False, True):
+      crop = transforms.EncodedImage(FILES[name]).crop(box, fast=fast)
+      assert crop.mode == 'RGB'
+      tolerance = 1 if fast and name == 'jpeg-cmyk' else 0
+      np.testing.assert_allclose(np.asarray(crop, int), expected, rtol=0, atol=tolerance, err_msg=f'{box} {fast}')
 
 
 def test_rows_below_a_crop_are_not_decoded():
@@ -113,11 +122,26 @@ def test_rows_below_a_crop_are_not_decoded():
   assert Image.open(io.BytesIO(rows)).size == (150, 64)
 
 
+@pytest.mark.parametrize('fast', [False, True])
 @pytest.mark.parametrize('share', [0.6, 0.9, 0.999])
-def test_a_file_that_is_cut_off_is_bad_whatever_the_crop(share):
+def test_a_file_that_is_cut_off_is_bad_whatever_the_crop(share, fast):
   file = FILES['jpeg-4:2:0'][: int(share * len(FILES['jpeg-4:2:0']))]
   with pytest.raises(transforms.BadImage, match='truncated'):
-    transforms.EncodedImage(file).crop((0, 0, 16, 16))
+    transforms.EncodedImage(file).crop((0, 0, 16, 16), fast=fast)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), name=st.sampled_from(['jpeg-4:2:0', 'jpeg-progressive', 'png']), fast=st.booleans())
+def test_crops_of_damaged_files_are_images_or_bad_but_nothing_else(data, name, fast):
+  damaged = bytearray(FILES[name])
+  for _ in range(data.draw(st.integers(1, 5))):
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+  try:
+    file = transforms.EncodedImage(bytes(damaged))
+    crop = file.crop((0, 0, file.width, max(1, file.height // 2)), fast=fast)
+  except transforms.BadImage:
+    return
+  assert (crop.mode, crop.size) == ('RGB', (file.width, max(1, file.height // 2)))
 
 
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
@@ -133,16 +157,17 @@ def test_fast_resize_rounds_otherwise_than_pillow_and_nothing_else(interpolation
 
 
 def test_fast_crops_draw_the_same_boxes():
-  image = textured()
+  file = transforms.EncodedImage(FILES['jpeg-4:2:0'])
   for seed in range(20):
     rng, fast_rng = np.random.default_rng(seed), np.random.default_rng(seed)
-    exact = transforms.RandomResizedCrop(32)(image, rng)
-    fast = transforms.RandomResizedCrop(32, fast=True)(image, fast_rng)
+    exact = transforms.RandomResizedCrop(32)(file, rng)
+    fast = transforms.RandomResizedCrop(32, fast=True)(file, fast_rng)
     assert np.abs(np.asarray(fast, int) - np.asarray(exact, int)).mean() < 1
     assert fast_rng.bit_generator.state == rng.bit_generator.state
 
 
-def test_fast_crops_say_which_package_they_need(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'cykooz_resizer', None)  # as if it weren't installed
+@pytest.mark.parametrize('package', ['cykooz_resizer', 'simplejpeg'])
+def test_fast_crops_say_what_to_install(monkeypatch, package):
+  monkeypatch.setitem(sys.modules, package, None)  # as if it weren't installed
   with pytest.raises(UserError, match='pip install'):
     transforms.RandomResizedCrop(32, fast=True)

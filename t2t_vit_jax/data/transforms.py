@@ -57,7 +57,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class EncodedImage:
-  """An image file of which a crop decodes what it needs; takes the place of an `Image.Image` that is to be cropped.
+  """An image file of which a crop decodes what it needs.
 
   Raises:
     BadImage: the file is empty or no image; damage further in shows when it is decoded.
@@ -69,16 +69,34 @@ class EncodedImage:
     self._encoded = encoded
     self.width, self.height = self._image.size
 
-  def crop(self, box: Box) -> Image.Image:
+  def crop(self, box: Box, *, fast: bool = False) -> Image.Image:
     """The same pixels as `decode(encoded).crop(box)`. What lies below the box is not decoded if the file allows it.
+
+    Args:
+      box: inside the image.
+      fast: decode JPEG with simplejpeg, which says nothing of some kinds of damage; CMYK may be off by one.
 
     Raises:
       BadImage: the file is damaged or cut off.
     """
+    encoded = _without_rows_below(box[3], self._encoded, self.width, self.height)
+    if fast and encoded.endswith(JPEG_END) and (crop := _fast_crop(encoded, box)):
+      return crop
     with _pillow_errors():
-      encoded = _without_rows_below(box[3], self._encoded, self.width, self.height)
       image = self._image if encoded is self._encoded else Image.open(io.BytesIO(encoded))
       return _to_rgb(image.crop(box))
+
+
+def _fast_crop(encoded: bytes, box: Box) -> Image.Image | None:
+  """None for what simplejpeg can't read."""
+  import simplejpeg
+
+  left, top, right, bottom = box
+  try:
+    pixels = simplejpeg.decode_jpeg(encoded, strict=False)  # strictly, a file that ends early would be an error
+  except ValueError:
+    return None
+  return Image.fromarray(pixels[top:bottom, left:right])
 
 
 def _without_rows_below(bottom: int, encoded: bytes, width: int, height: int) -> bytes:
@@ -98,7 +116,7 @@ def _jpeg_frame(width: int, height: int) -> bytes:
   return struct.pack('>HHBHHB', 0xFFC0, 17, 8, height, width, 3)
 
 
-TrainTransform = Callable[[Image.Image | EncodedImage, np.random.Generator], Image.Image]  # begins with a crop
+TrainTransform = Callable[[EncodedImage, np.random.Generator], Image.Image]  # begins with a crop
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -141,16 +159,16 @@ class RandomResizedCrop:
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   interpolations: tuple[str, ...] = ('bilinear', 'bicubic')
-  fast: bool = False  # resize with `fast_resize`
+  fast: bool = False  # other decoder, and `fast_resize`
 
   def __post_init__(self) -> None:
-    if self.fast and not importlib.util.find_spec('cykooz_resizer'):
-      raise UserError("data.fast_decode needs another package: pip install 't2t-vit-jax[fast]'")
+    if self.fast and not all(map(importlib.util.find_spec, ('cykooz_resizer', 'simplejpeg'))):
+      raise UserError("data.fast_decode needs other packages: pip install 't2t-vit-jax[fast]'")
 
-  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     box = self.draw_box(image.width, image.height, rng)
     interpolation = self.interpolations[rng.integers(len(self.interpolations))]
-    crop = image.crop(box)
+    crop = image.crop(box, fast=self.fast)
     if self.fast:
       return fast_resize(crop, self.size, interpolation)
     return crop.resize((self.size, self.size), INTERPOLATIONS[interpolation])
@@ -195,7 +213,7 @@ class RandomPaddedCrop:
   padding: int  # px on each side
   interpolation: str = 'bilinear'
 
-  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     whole = image.crop((0, 0, image.width, image.height))
     resized = whole.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
     left, top = (int(offset) for offset in rng.integers(-self.padding, self.padding + 1, size=2))
@@ -222,7 +240,7 @@ class Chain:
   crop: TrainTransform
   augmentations: tuple[Augmentation, ...] = ()
 
-  def __call__(self, image: Image.Image | EncodedImage, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     augmented = self.crop(image, rng)
     for augmentation in self.augmentations:
       augmented = augmentation(augmented, rng)
