@@ -26,7 +26,7 @@ SETTINGS = {
   'model.token_dim': 16,
   'model.performer_dropout_rate': 0.1,
   'data.batch_size': 64,
-  'schedule.epochs': 30,
+  'schedule.epochs': 90,
   'checkpoint.every_steps': 10,
   'logging.every_steps': 5,
 }
@@ -44,14 +44,16 @@ def saving(workdir: Path) -> bool:
   return any('tmp' in path.name for path in (workdir / 'checkpoints').glob('*'))
 
 
-def kill_somewhere(process: subprocess.Popen, workdir: Path, rng: random.Random, in_save: bool) -> str | None:
-  """Waits for a random moment after the first steps, kills, and says when; None if the run ended before."""
+def kill_somewhere(
+  process: subprocess.Popen, workdir: Path, rng: random.Random, in_save: bool, longest_wait: float
+) -> str | None:
+  """Waits up to `longest_wait` s after the first steps, kills, and says when; None if the run ended before."""
   step = 'the start'
   for line in process.stdout:
     if found := re.match(r'step (\d+)/', line):
       step = f'step {found[1]}'
       break
-  time.sleep(rng.uniform(0, 1.5))
+  time.sleep(rng.uniform(0, longest_wait))
   deadline = time.monotonic() + 5
   while in_save and not saving(workdir) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.0005)
@@ -80,7 +82,7 @@ def result(workdir: Path, settings: dict) -> tuple[list[dict], list[np.ndarray]]
   return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows], jax.tree.leaves(jax.device_get(state))
 
 
-def kill_and_compare(folder: Path, kills: int, seed: int, **changes) -> list[str]:
+def kill_and_compare(folder: Path, kills: int, seed: int, longest_wait: float = 5.0, **changes) -> list[str]:
   """Runs both; returns a line for each kill.
 
   Raises:
@@ -93,7 +95,7 @@ def kill_and_compare(folder: Path, kills: int, seed: int, **changes) -> list[str
   moments: list[str] = []
   while len(moments) < kills:
     process = start(folder / 'killed', settings)
-    moment = kill_somewhere(process, folder / 'killed', rng, in_save=len(moments) % 2 == 1)
+    moment = kill_somewhere(process, folder / 'killed', rng, len(moments) % 2 == 1, longest_wait)
     assert moment, f'the run ended after {len(moments)} kills: make it longer'
     moments.append(moment)
     print(f'kill {len(moments)}: after {moment}', flush=True)
