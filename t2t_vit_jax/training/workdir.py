@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 import jax
 
@@ -34,7 +35,7 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Path]:
     yield workdir
 
 
-def _acquire(lock, workdir: Path) -> None:  # type: ignore[no-untyped-def]
+def _acquire(lock: IO[str], workdir: Path) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
