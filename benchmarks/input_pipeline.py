@@ -219,6 +219,8 @@ def tf_data_crops(plain: PlainPipeline) -> Iterator[np.ndarray]:
   options = tf.data.Options()
   options.threading.private_threadpool_size = 1
   options.threading.max_intra_op_parallelism = 1
+  # Or it would work on in the background while others are measured.
+  options.experimental_optimization.apply_default_optimizations = False
   dataset = dataset.repeat().map(load).batch(plain.batch_size).with_options(options)
   return dataset.as_numpy_iterator()
 
