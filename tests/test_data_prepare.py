@@ -205,11 +205,11 @@ def test_partial_tars_become_records_of_the_same_bytes(tars, tmp_path, capsys):
   images = {}
   for split in ('train', 'validation'):
     source = open_tfds('imagenet2012', split, str(tmp_path))
-    for record in (source.records[i] for i in range(len(source))):
-      name = record['file_name'].decode()
-      images[name] = record['image']
+    for record in source:
+      name = record.id
+      images[name] = record.image
       if split == 'train':
-        assert source.class_names[record['label']] == name.split('_')[0]
+        assert source.class_names[record.label] == name.split('_')[0]
   assert images == tars[1]
   # What is there is a part, so the same command without --allow-partial must not call it ImageNet.
   assert main(arguments) == 2
@@ -245,7 +245,7 @@ def test_training_on_tfrecord_names_the_command_that_converts(tars, tfrecord, tm
     assert len(records) == count
     assert list(ArrayRecordDataSource(new)) == records
   source = open_tfds('imagenet2012', 'train', str(tmp_path))
-  assert {record['file_name'].decode(): record['image'] for record in source.records}.items() <= tars[1].items()
+  assert {record.id: record.image for record in source}.items() <= tars[1].items()
   assert source.class_names[:2] == ('n01440764', 'n01443537')
   # A second time: kept.
   before = digests(tmp_path)
