@@ -11,7 +11,6 @@ from typing import Any, Self
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from t2t_vit_jax.data.loader import Batch
@@ -40,6 +39,8 @@ class Reporter:
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
     if not self._silent:
+      from tensorboardX import SummaryWriter  # here, because it imports torch wherever torch is installed
+
       _drop_rows_after(self._file, first_step)
       # TensorBoard leaves out what an earlier, interrupted run wrote from that step on.
       self._events = SummaryWriter(os.fspath(self._workdir / 'tensorboard'), purge_step=first_step + 1)
