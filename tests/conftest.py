@@ -5,17 +5,18 @@ import os
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Several tests build the same run: each program is compiled once, also in the processes that tests start.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _cache = tempfile.TemporaryDirectory()
+  atexit.register(_cache.cleanup)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Several tests build the same run: each program is compiled once.
-_cache = tempfile.TemporaryDirectory()
-atexit.register(_cache.cleanup)
-jax.config.update('jax_compilation_cache_dir', _cache.name)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 @pytest.fixture(scope='session')
