@@ -15,6 +15,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training.sharding import replicated
 from t2t_vit_jax.training.state import TrainState
 
 BEST_METRIC = 'top1'
@@ -248,9 +249,9 @@ def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  (sharding, *_) = (leaf.sharding for leaf in jax.tree.leaves(state))
+  (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
   shapes = jax.eval_shape(fingerprints, state)
-  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for name, x in shapes.items()}
 
 
 def _verified(restored: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2t_vit_jax.training.programs import abstract_batch
 from t2t_vit_jax.training.run import Run, build_run
 
 
@@ -18,7 +19,7 @@ def dry_run(config: Any) -> None:
   run = build_run(config)
   if config.init_from is not None:
     run.fresh_state()  # reads the file
-  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config), jax.random.key(0))
+  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config, run.mesh), jax.random.key(0))
   for line in run.summary():
     print(line)
   state = _gigabytes(run.abstract_state)
@@ -29,16 +30,6 @@ def dry_run(config: Any) -> None:
     '(all that it could read; the compiler keeps less)'
   )
   print('dry run: nothing was trained, nothing written')
-
-
-def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a training batch."""
-  count, size = config.data.batch_size, config.data.image_size
-  return {
-    'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
-    'label': jax.ShapeDtypeStruct((count,), jnp.int32),
-    'mask': jax.ShapeDtypeStruct((count,), jnp.float32),
-  }
 
 
 def _activations(run: Run, images: int) -> float:

@@ -12,8 +12,9 @@ from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.programs import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.training.reporting import warn
-from t2t_vit_jax.training.run import build_model, compute_dtype, make_evaluator
+from t2t_vit_jax.training.run import make_evaluator
 
 
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
@@ -45,4 +46,5 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   else:
     raise UserError(f'there is no weight file and no workdir {path}')
   model = model.clone(dtype=compute_dtype(config))
-  return make_evaluator(config, mesh, model, inputs.open_eval_source(config.data))(weights, warn)
+  eval_step = make_eval_step(config, mesh, model)
+  return make_evaluator(config, mesh, model, eval_step, inputs.open_eval_source(config.data))(weights, warn)
