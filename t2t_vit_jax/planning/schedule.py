@@ -16,7 +16,7 @@ COLLECTIVES = (
   'reduce-scatter',
 )
 # They name values, or end what is counted at its start: nothing moves.
-FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all')
+FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'after-all')
 # `custom-call`s that lay other values side by side.
 FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer')
 
@@ -84,15 +84,18 @@ def read_schedule(text: str) -> Schedule:
   collectives = []
   for name, times, is_open in _executed(computations, entry, 1, False):
     types = {instruction.name: instruction.type for instruction in computations[name]}
+    channels = set()
     for instruction in computations[name]:
       estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
       cycles += times * int(estimate[1]) if estimate else 0
       hbm_bytes += times * _hbm_bytes(instruction, types)
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
-      for transfer in (instruction, *computations.get(instruction.called('calls'), ())):
-        kind = transfer.opcode.removesuffix('-start')
-        if kind in COLLECTIVES:
-          collectives.append(_collective(kind, transfer, times, is_open))
+      for transfer in _transfers(instruction, computations):
+        # Transfers that other work hides are spread over several fusions, which share a channel.
+        channel = re.search(r'channel_id=(\d+)', transfer.rest)
+        if transfer is instruction or channel is None or channel[1] not in channels:
+          collectives.append(_collective(transfer, times, is_open))
+        channels |= {channel[1]} if channel else set()
   return Schedule(cycles, hbm_bytes, tuple(collectives), open_loops)
 
 
@@ -120,11 +123,9 @@ def _executed(
       trips = _trip_count(instruction, computations)
       for part in ('condition', 'body'):
         yield from _executed(computations, instruction.called(part), times * (trips or 1), is_open or trips is None)
-    elif instruction.opcode in ('call', 'async-start'):
-      called = instruction.called('to_apply') or instruction.called('calls')
-      yield from _executed(computations, called, times, is_open)
-    elif instruction.opcode == 'conditional':  # one branch runs, and both are counted
-      for branch in re.findall(r'%([\w.-]+)', instruction.rest.split('computation', 1)[1].split('metadata')[0]):
+    elif instruction.opcode == 'conditional':  # one branch runs, and all are counted
+      branches = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
+      for branch in re.findall(r'%([\w.-]+)', branches[1] if branches else ''):
         yield from _executed(computations, branch, times, is_open)
 
 
@@ -140,7 +141,14 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
   return None
 
 
-def _collective(kind: str, instruction: _Instruction, times: int, is_open: bool) -> Collective:
+def _transfers(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> list[_Instruction]:
+  """The collectives that an instruction is, or that are fused into it."""
+  candidates = instruction, *computations.get(instruction.called('calls'), ())
+  return [x for x in candidates if x.opcode.removesuffix('-start') in COLLECTIVES]
+
+
+def _collective(instruction: _Instruction, times: int, is_open: bool) -> Collective:
+  kind = instruction.opcode.removesuffix('-start')
   shapes = _SHAPE.findall(instruction.type)
   if instruction.opcode != kind and kind != 'all-reduce':
     shapes = shapes[1:2]  # of those that start and end apart: (operand, result, ...)

@@ -1,6 +1,7 @@
 """TPU chips as Google publishes them, and slices of them that are described, not present."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -37,6 +38,10 @@ class Chip:
   def clock(self) -> float:
     """Cycles a second: published for v4 only (1.05 GHz), so it is what the peak and the matrix units imply."""
     return self.flops / self.flops_per_cycle
+
+  def roofline_s(self, flops: float, hbm_bytes: float) -> float:
+    """Seconds for so much work at the peaks: no chip is faster."""
+    return max(flops / self.flops, hbm_bytes / self.bandwidth)
 
 
 # Peaks and units: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The last of them gives v6e two or four
@@ -94,6 +99,11 @@ class Slice:
     except jax.errors.JaxRuntimeError as error:
       reason = str(error).splitlines()[0]
       raise UserError(f'libtpu has no slice {self.topology}, only such as {EXAMPLES} ({reason})') from error
+
+
+def compiler() -> str:
+  """What figures about programs depend on."""
+  return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
 
 
 def without_tpu() -> None:
