@@ -143,16 +143,18 @@ def test_the_same_weights_give_the_same_file_and_it_names_no_source_file(perform
 ONLY_JAX = """
 import sys
 
+finders = sys.meta_path[:]
+known = {*sys.stdlib_module_names, 'jax', 'jaxlib', 'flatbuffers', 'ml_dtypes', 'numpy', 'opt_einsum', 'scipy'}
+
 
 class OnlyJax:
-  known = {*sys.stdlib_module_names, 'jax', 'jaxlib', 'flatbuffers', 'ml_dtypes', 'numpy', 'opt_einsum', 'scipy'}
-
   def find_spec(self, name, path=None, target=None):
-    if name.partition('.')[0] not in self.known:
-      raise ModuleNotFoundError(name)
+    top = name.partition('.')[0]
+    if top in known or top.startswith('_sysconfigdata'):  # the standard library's build settings: its name varies
+      return next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
 
 
-sys.meta_path.insert(0, OnlyJax())
+sys.meta_path[:] = [OnlyJax()]
 """
 
 
