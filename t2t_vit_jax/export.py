@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from t2t_vit_jax import __version__
 from t2t_vit_jax.conversion import Options, files, parse_image_size
 from t2t_vit_jax.conversion.convert import ImageSize, Weights, load
 from t2t_vit_jax.errors import UserError
@@ -54,8 +55,9 @@ def export_weights(
   """
   files.check_output(output, force=force)
   found, notes = load(path, Options(image_size=image_size), only_converted=True)
-  if found.channels != 3 or not found.arguments['num_classes']:
-    raise files.problem(path, 'only models of RGB images with a head can be exported')
+  colours = [found.channels, *(len(found.data.get(field, ())) for field in ('mean', 'std'))]
+  if colours != [3, 3, 3] or not found.arguments['num_classes']:
+    raise files.problem(path, 'only models with a head, and the mean and deviation of RGB images, can be exported')
   program = export_forward(found, dtype)
   metadata = json.dumps(_metadata(found, dtype, program))
   serialized = np.frombuffer(program.serialize(), np.uint8)
@@ -96,8 +98,6 @@ def _sides(found: Weights) -> list[int]:
 
 def _metadata(found: Weights, dtype: str, program: export.Exported) -> dict[str, Any]:
   """What a user of the program must know, and where it comes from."""
-  from t2t_vit_jax import __version__
-
   return {
     **found.data,
     'image_size': _sides(found),

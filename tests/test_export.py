@@ -235,7 +235,8 @@ def refusal(arguments, capsys):
     (['{folder}/missing', '--output={output}'], 'missing: no such file'),
     (['{folder}/text', '--output={output}'], 'text: is neither'),
     (['{folder}/half', '--output={output}'], 'half: damaged'),
-    (['{folder}/headless', '--output={output}'], 'headless: only models'),
+    (['{folder}/headless', '--output={output}'], 'headless: only models with a head'),
+    (['{folder}/no_mean', '--output={output}'], 'no_mean: only models with a head, and the mean'),
     (['{folder}/torch.pth', '--output={output}'], 'torch.pth: was not made by convert_torch_weights.py'),
     (['{folder}/other', '--output={output}'], 'other: was not made by convert_torch_weights.py'),
   ],
@@ -244,6 +245,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(arguments, says, perform
   (tmp_path / 'text').write_text('weights')
   (tmp_path / 'half').write_bytes(performer.read_bytes()[:-100])
   convert(performer, tmp_path / 'headless', Options(num_classes=0))
+  with safetensors.safe_open(performer, framework='np') as file:
+    header = {key: text.replace('"mean"', '"middle"') for key, text in file.metadata().items()}
+  safetensors.numpy.save_file(safetensors.numpy.load_file(performer), tmp_path / 'no_mean', header)
   checkpoints.save_form('bare', tmp_path / 'torch.pth')
   safetensors.numpy.save_file({'x': np.ones(3)}, tmp_path / 'other')
   before = {path: path.read_bytes() for path in tmp_path.iterdir()}
