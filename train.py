@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
       train(config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr, flush=True)
-    distributed.leave(2)
+    distributed.leave(2, lost=isinstance(error, distributed.LostProcessError))
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_code)

@@ -16,11 +16,17 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def start_process(*flags, devices=1, root=ROOT):
+def start_process(*flags, devices=1, root=ROOT, **environment):
   """`python train.py FLAGS` with so many virtual devices."""
   return subprocess.Popen(
     [sys.executable, str(root / 'train.py'), *flags],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(root)},
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices),
+      'PYTHONPATH': str(root),
+      **environment,
+    },
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

@@ -1,9 +1,13 @@
 """Several processes and devices: the same run in every layout, and failures that all of them notice."""
 
 import json
+import os
+from pathlib import Path
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -14,7 +18,7 @@ from configs import digits
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.run import build_run
 from tests.image_folder import write_image_folder
-from tests.processes import finish, losses, run, start
+from tests.processes import ROOT, finish, losses, run, start
 
 # Processes, devices of each, devices that divide the state.
 LAYOUTS = [(1, 8, 1), (1, 8, 8), (2, 2, 1), (2, 2, 2), (4, 2, 1), (4, 2, 4)]
@@ -110,7 +114,7 @@ def test_an_image_folder_trains_alike_in_several_processes(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir, tmp_path):
-  everyone = flags(tmp_path / 'run', data_dir, **{'checkpoint.every_steps': 4, 'distributed.timeout_s': 30})
+  everyone = flags(tmp_path / 'run', data_dir, **{'checkpoint.every_steps': 4, 'distributed.timeout_s': 40})
   processes = start(4, *everyone, devices=2)
   for line in processes[0].stdout:
     if line.startswith('step 6/20'):
@@ -118,14 +122,34 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
   processes[2].kill()
   killed = time.monotonic()
   results = finish(processes)
-  assert time.monotonic() - killed < 30 + 10
-  assert [code for code, _, _ in results] == [2, 2, -signal.SIGKILL, 2]
-  assert all('cannot reach the others any more' in results[i][2] for i in (0, 1, 3))
+  assert time.monotonic() - killed < 40 + 10
+  for code, _, errors in results[:2] + results[3:]:
+    # Either a transfer fails, or it waits for the dead one until JAX itself ends the process.
+    expected = {2: 'cannot reach the others any more', -signal.SIGABRT: 'another task died'}
+    assert expected[code] in errors
   output = run(2, *everyone, devices=2)
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
   assert begun in (4, 8)
   assert losses(tmp_path / 'run') == pytest.approx(losses(alone / 'run'), rel=1e-5)
   assert evaluations(tmp_path / 'run') == evaluations(alone / 'run')
+
+
+@pytest.mark.slow
+def test_the_documented_commands_for_one_machine(data_dir, tmp_path):
+  page = (ROOT / 'docs' / 'distributed.md').read_text()
+  commands = re.search(r'### Two processes on a laptop.*?```bash\n(.*?)```', page, re.DOTALL)[1]
+  for name in ('configs', 't2t_vit_jax', 'train.py'):
+    (tmp_path / name).symlink_to(ROOT / name)
+  path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+  environment = {**os.environ, 'PATH': path, 'JAX_PLATFORMS': 'cpu', 'TFDS_DATA_DIR': data_dir}
+  done = subprocess.run(
+    ['bash', '-ec', commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  lines = [line for line in done.stdout.splitlines() if not line.startswith('[Gloo]')]
+  assert '2 processes on 1 host(s) with 2 cpu devices in all' in lines
+  assert re.fullmatch(r'test top-1 \d+\.\d\d % \(\d+/360\)', lines[-1])
+  assert losses(tmp_path / 'runs' / 'two').keys() == {11, 22}
 
 
 @pytest.mark.slow

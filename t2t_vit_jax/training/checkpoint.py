@@ -19,6 +19,7 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training.distributed import LostProcessError
 from t2t_vit_jax.training.sharding import replicated
 from t2t_vit_jax.training.state import TrainState
+from t2t_vit_jax.training.workdir import is_bucket
 
 BEST_METRIC = 'top1'
 # What orbax and its storage say of trouble that leaves the checkpoint itself good.
@@ -58,7 +59,8 @@ class Checkpoints:
     allow_changes: bool = False,
     read_only: bool = False,
   ):
-    self.folder = epath.Path(folder).absolute()
+    path = epath.Path(folder)
+    self.folder = path if is_bucket(path) else path.absolute()
     self._allow_changes = allow_changes
     if read_only and not self.folder.is_dir():
       raise UserError(f'there is no checkpoint in {self.folder}')

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from typing import Any, NoReturn, TypeVar
 
 from flax import traverse_util
@@ -156,11 +157,19 @@ def lost_process(error: Exception) -> LostProcessError | None:
   )
 
 
-def leave(exit_code: int) -> NoReturn:
-  """Ends a process that has failed, and has said so; the others are waited for if they end too, but not for long."""
+def leave(exit_code: int, lost: bool = False) -> NoReturn:
+  """Ends a process that has failed, and has said so.
+
+  Args:
+    exit_code: of the process.
+    lost: another process is gone. Otherwise the others are expected to end too and are waited for, but not for long.
+  """
   if jax.distributed.is_initialized():
-    with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
-      jax.distributed.shutdown()
+    if not lost:
+      with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
+        jax.distributed.shutdown()
+    elif jax.process_index() == 0:
+      time.sleep(LEAVE_TIMEOUT_S)  # JAX aborts the others, whatever they are about to say, when process 0 is gone
     sys.stdout.flush()
     os._exit(exit_code)  # JAX and orbax have threads that would wait for the others
   sys.exit(exit_code)

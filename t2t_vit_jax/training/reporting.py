@@ -82,16 +82,17 @@ class Reporter:
   def images(self, images: np.ndarray) -> None:
     """Writes images, (N, H, W, 3) uint8, as one picture, and says where."""
     if not self._silent:
-      file = self._workdir.logs / 'augmented_images.png'
-      Image.fromarray(image_grid(images)).save(file)
-      say(f'{file} shows {len(images)} training images as the network sees them')
+      name = 'augmented_images.png'
+      Image.fromarray(image_grid(images)).save(self._workdir.logs / name)
+      say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
     """Writes `report.png`; what stands in its way is said, but the run itself is done."""
     if self._silent:
       return
     try:
-      say(f'curves and sample images: {write_report(self._workdir.logs, images, title)}')
+      page = write_report(self._workdir.logs, images, title)
+      say(f'curves and sample images: {self._workdir.root / page.name}')
     except OSError as error:
       warn(f'report.png could not be written: {error.strerror}')
 

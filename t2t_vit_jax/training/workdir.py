@@ -35,7 +35,7 @@ class Workdir:
 
   def publish(self) -> None:
     """Copies `logs` to a bucket. For the first process."""
-    if not _is_bucket(self.root):
+    if not is_bucket(self.root):
       return
     for file in self.logs.rglob('*'):
       if file.is_file():
@@ -59,7 +59,7 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
     f'process {os.getpid()} on {os.uname().nodename}, since {datetime.datetime.now().isoformat(" ")}'
   )[0]
   with contextlib.ExitStack() as stack:
-    prepare = _prepare_bucket if _is_bucket(root) else _prepare_folder
+    prepare = _prepare_bucket if is_bucket(root) else _prepare_folder
     logs = together(lambda: prepare(root, owner, stack) if jax.process_index() == 0 else Path())
     together(lambda: _check_shared(root, owner))
     workdir = Workdir(root, logs)
@@ -68,7 +68,8 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
       workdir.publish()
 
 
-def _is_bucket(root: epath.Path) -> bool:
+def is_bucket(root: epath.Path) -> bool:
+  """Whether it is a place without a file system's locks, renames and appending, such as gs://..."""
   return '://' in os.fspath(root)
 
 
