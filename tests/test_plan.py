@@ -82,7 +82,7 @@ def test_imagenet_needs_no_data(tmp_path):
 def test_other_data_must_be_there_or_described(tmp_path):
   config = importlib.import_module('configs.t2t_vit_14_cifar10').get_config()
   config.data.data_dir = str(tmp_path)
-  with pytest.raises(UserError, match='cifar10 is not prepared.*or plan without data: --num_classes=N --train_images'):
+  with pytest.raises(UserError, match=r'cifar10 is not prepared.*or plan without data: --num_classes=N --train_images'):
     data_size(config, None, None)
   assert data_size(config, 10, 50_000) == (10, 50_000)
 

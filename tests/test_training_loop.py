@@ -177,7 +177,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps
     ('augment.crop', 'random', r"augment\.crop must be 'resized' or 'padded'"),
     ('augment.label_smoothing', 1.5, 'must lie between 0 and 1'),
     ('augment.mixup_alpha', 0.8, 'mixing_group_size 60 does not divide the batch of 64 images'),
-    ('mesh.data', 3, r'mesh\.data is 3, but there are 2 devices'),
+    ('mesh.data', 3, r'mesh\.data 3 x mesh\.fsdp 1 needs 3 devices, but there are 2'),
     ('schedule.epochs', 0, r'schedule\.epochs must be positive'),
     ('seed', -1, 'seed must lie between'),
     ('model.num_heads', 0, r'model\.num_heads must be positive'),

@@ -98,6 +98,21 @@ class Run(Programs):
       f'evaluation: {evaluated.description}, {len(evaluated):,} images',
       f'steps: {self.total_steps:,} of {self.order.batch_size} images, {self.order.steps_per_epoch:,} an epoch, '
       f'on {self.mesh.size} {jax.default_backend()} device(s)',
+      f'mesh: data {self.mesh.shape["data"]} x fsdp {self.mesh.shape["fsdp"]}; each device has '
+      f'{self.order.batch_size // self.mesh.size} images of a batch and '
+      f'{sharding.bytes_per_device(self.abstract_state) / 1e6:,.1f} MB of state',
+      *self.mixing_note(),
+    ]
+
+  def mixing_note(self) -> list[str]:
+    """A line about what it costs if images are mixed with some on other devices."""
+    share, group_size = self.order.batch_size // self.mesh.size, self.augmentation.mixing.group_size
+    if share % group_size == 0:
+      return []
+    megabytes = share * 3 * self.config.data.image_size**2 / 1e6
+    return [
+      f'mixing: groups of {group_size} images do not fit the {share} images of a device, so devices exchange pixels: '
+      f'each gets up to {megabytes:.1f} MB a step; results do not change'
     ]
 
   @property
