@@ -2,24 +2,24 @@
 
 import json
 from pathlib import Path
-import re
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.command_line import fail, refusing_bad_flags
+from t2t_vit_jax.errors import UserError
 
 HERE = Path(__file__).parent
+DEFAULT_CONFIG = str(HERE / 'configs' / 'digits.py')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Defines and parses the flags; an unknown config field is refused in one line, like an unknown flag."""
-  try:
-    # ml_collections reads the overrides of the default config as soon as the flag is defined.
-    config_flags.DEFINE_config_file('config', str(HERE / 'configs' / 'digits.py'), 'The run: a file in configs/.')
+  with refusing_bad_flags(argv, DEFAULT_CONFIG):
+    config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, 'The run: a file in configs/.')
     flags.DEFINE_bool('dry_run', False, 'Build and check everything, say what the run would be, and train nothing.')
     flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
@@ -28,27 +28,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_integer('num_processes', None, 'With --coordinator: of the run. 1: do not look for others.')
     flags.DEFINE_integer('process_id', None, 'With --coordinator: the number of this process, from 0 on.')
     arguments = flags.FLAGS(argv)
-  except (AttributeError, KeyError):
-    refuse_unknown_field(argv)
-    raise
-  except flags.Error as error:
-    _fail(str(error).splitlines()[0])
-  config_file = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
-  if not Path(config_file).is_file():
-    _fail(f'there is no config file {config_file}')
   return arguments
-
-
-def refuse_unknown_field(argv: list[str]) -> None:
-  """Ends the program if an override names a field that `configs/default.py` does not have."""
-  from configs import default
-
-  tree = default.get_config()
-  groups = [name for name in tree if isinstance(tree[name], type(tree))]
-  known = [f'{group}.{field}' for group in groups for field in tree[group]] + [x for x in tree if x not in groups]
-  for match in filter(None, (re.match(r'--?(?:no)?config\.([^=]+)', argument) for argument in argv)):
-    if (path := match[1]) not in known:
-      _fail(f'unknown config field {path!r}: {did_you_mean(path, known)}')
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +39,7 @@ def main(argv: list[str]) -> None:
   from t2t_vit_jax.training.loop import Stopped, train
 
   if len(argv) > 1:
-    _fail(f'arguments without a flag: {" ".join(argv[1:])}')
+    fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -98,11 +78,6 @@ def show(accuracies: dict[str, Any]) -> None:
   for weights, accuracy in accuracies.items():
     say(f'{weights}: {accuracy}')
   say(accuracies.get('ema', accuracy).last_line(flags.FLAGS.config.data.eval_split))
-
-
-def _fail(message: str) -> NoReturn:
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
 
 
 if __name__ == '__main__':

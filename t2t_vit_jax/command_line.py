@@ -1,0 +1,61 @@
+"""Command lines with --config=FILE and --config.FIELD=VALUE: what is wrong with one is said in one line."""
+
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
+import re
+import runpy
+import sys
+from typing import NoReturn
+
+from absl import flags
+
+from t2t_vit_jax.errors import did_you_mean
+
+
+@contextlib.contextmanager
+def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> Iterator[None]:
+  """For the definition and parsing of flags, among them `config`: ends the program if one is wrong.
+
+  An unknown config field is refused like an unknown flag.
+
+  Args:
+    argv: the command line.
+    default_config: the config file where it names none; None if it must name one.
+  """
+  file = config_file(argv) or default_config
+  try:
+    # ml_collections reads the overrides of a default config as soon as the flag is defined.
+    yield
+  except (AttributeError, KeyError):
+    _refuse_unknown_field(argv, file)
+    raise
+  except (flags.Error, OSError) as error:
+    if file is not None and Path(file).is_file():
+      fail(str(error).splitlines()[0])
+  if file is None:
+    fail('which run? Give --config=FILE, such as --config=configs/t2t_vit_14.py')
+  if not Path(file).is_file():
+    fail(f'there is no config file {file}')
+
+
+def config_file(argv: list[str]) -> str | None:
+  """What `--config=FILE` or `--config FILE` names, without an argument for the config."""
+  given = re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE)
+  return given[-1].split(':')[0] if given else None
+
+
+def _refuse_unknown_field(argv: list[str], config_file: str | None) -> None:
+  """Ends the program if an override names a field that the config lacks."""
+  tree = runpy.run_path(str(config_file))['get_config']()
+  groups = [name for name in tree if isinstance(tree[name], type(tree))]
+  known = [f'{group}.{field}' for group in groups for field in tree[group]] + [x for x in tree if x not in groups]
+  for match in filter(None, (re.match(r'--?(?:no)?config\.([^=]+)', argument) for argument in argv)):
+    if (path := match[1]) not in known:
+      fail(f'unknown config field {path!r}: {did_you_mean(path, known)}')
+
+
+def fail(message: str) -> NoReturn:
+  """Ends the program: a line on standard error, exit code 2."""
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)

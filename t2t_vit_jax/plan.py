@@ -1,0 +1,270 @@
+"""What a run needs on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
+
+The real training and evaluation step are compiled by the real TPU compiler, on any Linux machine, without a TPU and
+without data: pip install 'jax[tpu]'. docs/plan.md says how to read the result.
+"""
+
+from collections.abc import Callable, Sequence
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+import re
+import sys
+import time
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+from ml_collections import config_flags
+
+from t2t_vit_jax.command_line import config_file, fail, refusing_bad_flags
+from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.planning import report, tpu
+from t2t_vit_jax.planning.schedule import read_schedule
+from t2t_vit_jax.training import inputs, sharding
+from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs
+
+IMAGENET_CLASSES = 1000
+
+
+class DoesNotFit(Exception):  # noqa: N818 (an answer, not an error)
+  """The compiler found no way to run a program in the memory of a chip; the text is what it says."""
+
+
+def make_plan(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> dict[str, Any]:
+  """Compiles the steps of a run for a slice.
+
+  Returns:
+    What `--output` writes. Sizes are in bytes and, like work and collectives, of one chip.
+
+  Raises:
+    UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
+  """
+  programs = build(config, where, num_classes, num_train_images)
+  mesh, chip, order = programs.mesh, where.chip, programs.order
+  train, evaluation = (_answer(step, programs, chip) for step in (compile_train_step, compile_eval_step))
+  if train['fits']:
+    for kind in ('roofline', 'compiler_estimate'):
+      seconds = train[f'{kind}_ms'] / 1e3
+      train[kind] = {'images_per_s': order.batch_size / seconds, 'days': programs.total_steps * seconds / 86400}
+  return {
+    'compiler': tpu.compiler(),
+    'slice': where.text,
+    'chips': mesh.size,
+    'hosts': len({device.process_index for device in mesh.devices.flat}),
+    'mesh': dict(mesh.shape),
+    'chip': dataclasses.asdict(chip) | {'clock': chip.clock},
+    'config': programs.config.to_dict(),
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(programs.abstract_state.params)),
+    'state': sharding.bytes_per_device(programs.abstract_state),
+    'images_per_chip': order.batch_size // mesh.size,
+    'mixing_group_size': programs.augmentation.mixing.group_size,
+    'total_steps': programs.total_steps,
+    'train_step': train,
+    'eval_step': evaluation,
+  }
+
+
+def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> Programs:
+  """The programs of a run on the slice's described devices, with the slice's mesh if it names one."""
+  config = copy.deepcopy(config)
+  if where.fsdp is not None:
+    config.mesh.data, config.mesh.fsdp = -1, where.fsdp
+  mesh = sharding.make_mesh(config.mesh, where.devices())
+  return build_programs(config, mesh, num_classes=num_classes, num_train_images=num_train_images)
+
+
+def compile_train_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+  """Raises DoesNotFit."""
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(programs.mesh))
+  arguments = programs.abstract_state, abstract_batch(programs.config, programs.mesh), rng
+  return _compile(programs.train_step, arguments, chip, programs.config.optimizer.accumulate_steps)
+
+
+def compile_eval_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+  """Raises DoesNotFit."""
+  config = copy.deepcopy(programs.config)
+  config.data.batch_size = math.ceil(config.data.eval_batch_size / programs.mesh.size) * programs.mesh.size
+  arguments = programs.abstract_state.variables(), abstract_batch(config, programs.mesh)
+  return _compile(programs.eval_step, arguments, chip, parts=1)
+
+
+def _answer(step: Callable[[Programs, tpu.Chip], dict[str, Any]], programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+  try:
+    return {'fits': True} | step(programs, chip)
+  except DoesNotFit as answer:
+    return {'fits': False, 'compiler_says': str(answer)}
+
+
+def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.Chip, parts: int) -> dict[str, Any]:
+  """Compiles a function that takes a batch in so many parts, one after the other."""
+  lowered = function.lower(*arguments)
+  start = time.perf_counter()
+  try:
+    compiled: Any = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise DoesNotFit(shortage(str(error))) from error
+  compile_s = time.perf_counter() - start
+  memory = compiled.memory_analysis()
+  schedule = read_schedule(compiled.as_text())
+  flops = compiled.cost_analysis()['flops'] * parts  # XLA counts a loop once; what follows it is a thousandth
+  sizes = {
+    'arguments': memory.argument_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # but those that take an argument's place
+    'program': memory.generated_code_size_in_bytes,
+  }
+  return {
+    'compile_s': compile_s,
+    'memory': sum(sizes.values()),
+    **sizes,
+    'flops': flops,
+    **dataclasses.asdict(schedule),
+    'roofline_ms': 1e3 * chip.roofline_s(flops, schedule.hbm_bytes),
+    'compiler_estimate_ms': 1e3 * schedule.cycles / chip.clock,
+  }
+
+
+def shortage(message: str) -> str:
+  """What the compiler says about memory, without the list of buffers that follows."""
+  paragraphs = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')
+  return re.split(r'(?<=\.) ', ' '.join(paragraphs[0].split()))[0][:300]
+
+
+def data_size(config: Any, num_classes: int | None, num_train_images: int | None) -> tuple[int, int]:
+  """Classes and training images of a run: as given, else those of the prepared data, else those of ImageNet-1k.
+
+  Raises:
+    UserError: nobody knows.
+  """
+  if num_classes and num_train_images:
+    return num_classes, num_train_images
+  try:
+    train, _ = inputs.open_sources(config.data)
+    found = len(train.class_names), len(train)
+  except UserError as error:
+    if (config.data.source, config.data.name, config.data.train_split) != ('tfds', 'imagenet2012', 'train'):
+      raise UserError(f'{error}; or plan without data: --num_classes=N --train_images=N') from error
+    found = IMAGENET_CLASSES, IMAGENET_COUNTS['train']
+  return num_classes or found[0], num_train_images or found[1]
+
+
+def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Callable[[str], None]) -> int:
+  """The largest `data.batch_size` whose training step fits, to an eighth: see `search_batch`. 0 if none does."""
+  programs = build(config, where, *data)
+  chips = programs.mesh.size
+
+  def fits(images: int) -> bool:
+    changed = copy.deepcopy(config)
+    changed.data.batch_size = images * chips
+    answer = _answer(compile_train_step, build(changed, where, *data), where.chip)
+    say(f'  {images} images on each chip: {report.memory(answer, where.chip.hbm_gib)}')
+    return answer['fits']
+
+  mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+  group_size = config.augment.mixing_group_size if mixed else 1
+  unit = batch_unit(group_size, chips, config.optimizer.accumulate_steps)
+  return chips * search_batch(fits, unit, programs.order.batch_size // chips)
+
+
+def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
+  """The largest number of images of a chip that fits, to about an eighth; 0 if no allowed one does.
+
+  It doubles while that fits, or halves until it does; then it halves the gap three times.
+
+  Args:
+    fits: compiles for so many images of each chip.
+    unit: only multiples of it are allowed.
+    start: the first number to try, rounded up to an allowed one.
+  """
+  good = bad = 0
+  size = math.ceil(start / unit) * unit
+  while size and not (good and bad):
+    if fits(size):
+      good, size = size, 2 * size
+    else:
+      bad, size = size, size // 2 // unit * unit
+  for _ in range(3):
+    middle = (good + bad) // 2 // unit * unit
+    if good < middle:
+      good, bad = (middle, bad) if fits(middle) else (good, middle)
+  return good
+
+
+def batch_unit(group_size: int, num_chips: int, accumulate_steps: int) -> int:
+  """Images of a chip must be a multiple of this: batches are whole mixing groups, and so are a chip's parts of one."""
+  if accumulate_steps > 1:
+    return accumulate_steps * group_size
+  return math.lcm(group_size, num_chips) // num_chips
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Defines and parses the flags."""
+  if file := config_file(argv):
+    sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config finds its neighbours from any folder
+  with refusing_bad_flags(argv):
+    config_flags.DEFINE_config_file('config', None, 'The run: a file in configs/.')
+    flags.DEFINE_string('topology', None, f"The slice, and a mesh in place of the config's: {tpu.EXAMPLES}/fsdp=8.")
+    flags.DEFINE_list('compare', None, 'Several of them, for a table: v5e:2x2,v5e:16x16,v5e:16x16/fsdp=8.')
+    flags.DEFINE_bool('markdown', False, 'With --compare: a table for Markdown.')
+    flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
+    flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of them.')
+    flags.DEFINE_integer('num_classes', None, 'Of the data, where it is not prepared here.', lower_bound=1)
+    flags.DEFINE_integer('train_images', None, 'Of the data, where it is not prepared here.', lower_bound=1)
+    arguments = flags.FLAGS(argv)
+  return arguments
+
+
+def main(argv: list[str]) -> None:
+  """Command line."""
+  if len(argv) > 1:
+    fail(f'arguments without a flag: {" ".join(argv[1:])}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # tfds logs each folder at INFO
+  tpu.without_tpu()
+  jax.config.update('jax_enable_compilation_cache', False)  # programs are never run, and times are to be seen
+  try:
+    plan(flags.FLAGS.config, flags.FLAGS)
+  except UserError as error:
+    fail(str(error))
+
+
+def plan(config: Any, options: Any) -> None:
+  """Makes, shows and writes the plans that the flags ask for.
+
+  Raises:
+    UserError: something is wrong with them.
+  """
+  if bool(options.topology) == bool(options.compare):
+    raise UserError(f'give either --topology or --compare, such as --topology=v5e:2x2 ({tpu.EXAMPLES})')
+  if options.output and not (folder := Path(options.output).absolute().parent).is_dir():
+    raise UserError(f'--output: there is no folder {folder}')
+  slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
+  data = data_size(config, options.num_classes, options.train_images)
+  plans = []
+  for where in slices:
+    plans.append(make_plan(config, where, *data))
+    if options.topology:
+      _say('\n'.join(report.describe(plans[-1])))
+    if options.search_batch:
+      _say(f'largest batch on {where.text}:')
+      plans[-1]['largest_batch_size'] = largest_batch(config, where, data, _say)
+      _say(f'  found: data.batch_size={plans[-1]["largest_batch_size"]}')
+  if options.compare:
+    _say('\n'.join(report.table(plans, options.markdown)))
+  if options.output:
+    Path(options.output).write_text(json.dumps(plans if options.compare else plans[0], indent=2) + '\n')
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,119 @@
+"""Plans for people: see `plan.make_plan` for what a plan holds."""
+
+from collections.abc import Sequence
+import itertools
+from typing import Any
+
+GIB = 2**30
+COLUMNS = (
+  'model',
+  'px',
+  'slice',
+  'images (a chip)',
+  'HBM, GiB',
+  'GFLOP',
+  'HBM traffic, GB',
+  'collectives',
+  'roofline bound',
+  "compiler's estimate",
+  'compiled in',
+)
+
+
+def describe(plan: dict[str, Any]) -> list[str]:
+  """A plan in lines."""
+  config, mesh, group_size = plan['config'], plan['mesh'], plan['mixing_group_size']
+  spans_chips = plan['images_per_chip'] % group_size != 0
+  seconds = [f'{step["compile_s"]:.0f} s' for step in (plan['train_step'], plan['eval_step']) if step['fits']]
+  return [
+    f'{config["model"]["name"]}, {plan["parameters"]:,} trained parameters, {config["model"]["dtype"]}, '
+    f'{config["data"]["image_size"]} px',
+    f'{plan["slice"]}: {plan["chips"]} chips of {plan["hosts"]} host(s), mesh data {mesh["data"]} x fsdp '
+    f'{mesh["fsdp"]}, {plan["state"] / GIB:.3f} GiB of state on each chip',
+    f'batch: {config["data"]["batch_size"]} images, {plan["images_per_chip"]} on each chip; '
+    f'{plan["total_steps"]:,} steps',
+    *[f'mixing groups of {group_size} images span chips, which exchange pixels; results do not change'] * spans_chips,
+    f'compiled by {plan["compiler"]}, in {" and ".join(seconds)}' if seconds else f'compiler: {plan["compiler"]}',
+    *_describe_step('training step', plan['train_step'], plan['chip']),
+    *_describe_step('evaluation step', plan['eval_step'], plan['chip']),
+  ]
+
+
+def _describe_step(name: str, step: dict[str, Any], chip: dict[str, Any]) -> list[str]:
+  lines = [f'{name}, on each chip:', f'  memory: {memory(step, chip["hbm_gib"])}']
+  if not step['fits']:
+    return lines
+  parts = ', '.join(f'{part} {step[part] / GIB:.2f}' for part in ('arguments', 'temporaries', 'outputs', 'program'))
+  open_loops = f'; {step["open_loops"]} loops of unknown length are counted once' if step['open_loops'] else ''
+  return [
+    *lines,
+    f'    {parts}',
+    f'  work: {step["flops"] / 1e9:,.1f} GFLOP, {step["hbm_bytes"] / 1e9:,.2f} GB to and from HBM',
+    f'  collectives: {collectives(step)}',
+    f'  roofline bound, at the published {chip["flops"] / 1e12:g} TFLOP/s and {chip["bandwidth"] / 1e9:g} GB/s: '
+    f'{_speed(step, "roofline")}',
+    f"  the compiler's estimate, not a measurement, {step['cycles']:,} cycles at {chip['clock'] / 1e9:.2f} GHz: "
+    f'{_speed(step, "compiler_estimate")}{open_loops}',
+  ]
+
+
+def memory(step: dict[str, Any], hbm_gib: float) -> str:
+  """What a step takes of a chip's memory, and whether that is too much."""
+  if step['fits']:
+    return f'fits, {step["memory"] / GIB:.2f} of {hbm_gib:g} GiB'
+  return f'DOES NOT FIT: {step["compiler_says"]}'
+
+
+def _speed(step: dict[str, Any], kind: str) -> str:
+  text = f'{step[f"{kind}_ms"]:.3g} ms'
+  return text + (', {images_per_s:,.0f} images/s, {days:.2g} days'.format(**step[kind]) if kind in step else '')
+
+
+def collectives(step: dict[str, Any]) -> str:
+  """The transfers of a step, those of a kind together, with the bytes of their results on a chip."""
+
+  def group(transfer: dict[str, Any]) -> tuple[bool, str]:
+    return transfer['in_open_loop'], transfer['kind']
+
+  texts = []
+  for (is_open, kind), transfers in itertools.groupby(sorted(step['collectives'], key=group), key=group):
+    same = list(transfers)
+    count, size = sum(x['count'] for x in same), sum(x['count'] * x['num_bytes'] for x in same)
+    dtypes = '+'.join(sorted({dtype for x in same for dtype in x['dtype'].split('+')}))
+    amount = f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size} B'
+    texts.append(f'{count} {kind} of {amount} {dtypes}' + (' in loops of unknown length' if is_open else ''))
+  return ', '.join(texts) or 'none'
+
+
+def table(plans: Sequence[dict[str, Any]], markdown: bool) -> list[str]:
+  """The training steps of plans as rows of one table, and the compiler that the figures are of."""
+  rows = [list(COLUMNS), *map(_row, plans)]
+  compilers = ' and '.join(sorted({plan['compiler'] for plan in plans}))
+  if markdown:
+    rows.insert(1, ['---'] * len(COLUMNS))
+    return [*(f'| {" | ".join(cells)} |' for cells in rows), '', f'Compiled by {compilers}.']
+  widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
+  lines = ('  '.join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
+  return [*lines, f'compiled by {compilers}']
+
+
+def _row(plan: dict[str, Any]) -> list[str]:
+  config, step = plan['config'], plan['train_step']
+  cells = [
+    config['model']['name'],
+    str(config['data']['image_size']),
+    plan['slice'],
+    f'{config["data"]["batch_size"]} ({plan["images_per_chip"]})',
+    memory(step, plan['chip']['hbm_gib']),
+  ]
+  if not step['fits']:
+    return cells + [''] * (len(COLUMNS) - len(cells))
+  return [
+    *cells,
+    f'{step["flops"] / 1e9:,.0f}',
+    f'{step["hbm_bytes"] / 1e9:,.2f}',
+    collectives(step),
+    _speed(step, 'roofline'),
+    _speed(step, 'compiler_estimate'),
+    f'{step["compile_s"]:.0f} s',
+  ]

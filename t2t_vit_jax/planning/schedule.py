@@ -1,0 +1,179 @@
+"""What a compiled program does on each chip, read from the text of XLA's scheduled HLO for TPU."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-broadcast',
+  'collective-permute',
+  'ragged-all-to-all',
+  'reduce-scatter',
+)
+# They name values, or end what is counted at its start: nothing moves.
+FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'after-all')
+# `custom-call`s that lay other values side by side.
+FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer')
+
+_COMPUTATION = re.compile(r'(ENTRY )?%(\S+) \(.*\{$')
+_INSTRUCTION = re.compile(r'\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)')
+_SHAPE = re.compile(r'\b(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A transfer between chips that happens `count` times a step.
+
+  Attributes:
+    kind: HLO's name, such as 'all-reduce'.
+    dtype: HLO's name of the values' type.
+    num_bytes: of its result on one chip.
+    count: how often a step runs it.
+    in_open_loop: it is in a loop of unknown length, and counted once.
+  """
+
+  kind: str
+  dtype: str
+  num_bytes: int
+  count: int
+  in_open_loop: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """One run of a program on one chip; loops count as often as they run, those of unknown length once.
+
+  Attributes:
+    cycles: sum of the compiler's estimates.
+    hbm_bytes: read from and written to the chip's main memory; what stays in on-chip memory is not counted.
+    collectives: in the order of the text.
+    open_loops: number of loops of unknown length.
+  """
+
+  cycles: int
+  hbm_bytes: int
+  collectives: tuple[Collective, ...]
+  open_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  name: str
+  type: str
+  opcode: str
+  rest: str  # after the opening parenthesis
+
+  @functools.cached_property
+  def operands(self) -> list[str]:
+    return re.findall(r'%([\w.-]+)', self.rest.split(')')[0])
+
+  def called(self, attribute: str) -> str:
+    found = re.search(rf'\b{attribute}=%([\w.-]+)', self.rest)
+    return found[1] if found else ''
+
+
+def read_schedule(text: str) -> Schedule:
+  """Reads `jax.stages.Compiled.as_text()` of a program that was compiled for TPU."""
+  computations, entry = _computations(text)
+  cycles = hbm_bytes = open_loops = 0
+  collectives = []
+  for name, times, is_open in _executed(computations, entry, 1, False):
+    types = {instruction.name: instruction.type for instruction in computations[name]}
+    channels = set()
+    for instruction in computations[name]:
+      estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+      cycles += times * int(estimate[1]) if estimate else 0
+      hbm_bytes += times * _hbm_bytes(instruction, types)
+      open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
+      for transfer in _transfers(instruction, computations):
+        # Transfers that other work hides are spread over several fusions, which share a channel.
+        channel = re.search(r'channel_id=(\d+)', transfer.rest)
+        if transfer is instruction or channel is None or channel[1] not in channels:
+          collectives.append(_collective(transfer, times, is_open))
+        channels |= {channel[1]} if channel else set()
+  return Schedule(cycles, hbm_bytes, tuple(collectives), open_loops)
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+  """The computations of a module by name, and the name of the one that is its program."""
+  computations: dict[str, list[_Instruction]] = {}
+  entry = name = ''
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      name = header[2]
+      entry = name if header[1] else entry
+      computations[name] = []
+    elif name and (parts := _INSTRUCTION.match(line)):
+      computations[name].append(_Instruction(*parts.groups()))
+  return computations, entry
+
+
+def _executed(
+  computations: dict[str, list[_Instruction]], name: str, times: int, is_open: bool
+) -> Iterator[tuple[str, int, bool]]:
+  """Every computation that runs on its own, how often, and whether that is a guess."""
+  yield name, times, is_open
+  for instruction in computations[name]:
+    if instruction.opcode == 'while':
+      trips = _trip_count(instruction, computations)
+      for part in ('condition', 'body'):
+        yield from _executed(computations, instruction.called(part), times * (trips or 1), is_open or trips is None)
+    elif instruction.opcode == 'conditional':  # one branch runs, and all are counted
+      branches = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
+      for branch in re.findall(r'%([\w.-]+)', branches[1] if branches else ''):
+        yield from _executed(computations, branch, times, is_open)
+
+
+def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+  """How often a loop runs: as the compiler noted, or as the condition `counter < constant` of `lax.scan` says."""
+  if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+    return int(noted[1])
+  condition = computations[loop.called('condition')]
+  constants = {x.name: x.rest for x in condition if x.opcode == 'constant' and x.type.startswith('s32[]')}
+  last = condition[-1]
+  if last.opcode == 'compare' and 'direction=LT' in last.rest and last.operands[-1] in constants:
+    return int(constants[last.operands[-1]].split(')')[0])
+  return None
+
+
+def _transfers(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> list[_Instruction]:
+  """The collectives that an instruction is, or that are fused into it."""
+  candidates = instruction, *computations.get(instruction.called('calls'), ())
+  return [x for x in candidates if x.opcode.removesuffix('-start') in COLLECTIVES]
+
+
+def _collective(instruction: _Instruction, times: int, is_open: bool) -> Collective:
+  kind = instruction.opcode.removesuffix('-start')
+  shapes = _SHAPE.findall(instruction.type)
+  if instruction.opcode != kind and kind != 'all-reduce':
+    shapes = shapes[1:2]  # of those that start and end apart: (operand, result, ...)
+  size = sum(_num_bytes(dtype, dims) for dtype, dims, _ in shapes)
+  return Collective(kind, '+'.join(sorted({dtype for dtype, _, _ in shapes})), size, times, is_open)
+
+
+def _hbm_bytes(instruction: _Instruction, types: dict[str, str]) -> int:
+  """Bytes of an instruction's results and operands that are not in on-chip memory."""
+  opcode = instruction.opcode
+  if opcode in FREE or opcode.endswith('-done') or any(f'"{target}"' in instruction.rest for target in FREE_TARGETS):
+    return 0
+  if opcode in ('copy-start', 'slice-start'):  # of (result, operand, ...) the smaller one is what moves
+    ends = [shape for shape in _SHAPE.findall(instruction.type) if shape[1] or 'S(2)' not in shape[2]]
+    moved = min(_num_bytes(dtype, dims) for dtype, dims, _ in ends)
+    return moved * sum(_in_hbm(layout) for _, _, layout in ends)
+  touched = _SHAPE.findall(' '.join([instruction.type, *(types.get(name, '') for name in instruction.operands)]))
+  return sum(_num_bytes(dtype, dims) for dtype, dims, layout in touched if _in_hbm(layout))
+
+
+def _in_hbm(layout: str) -> bool:
+  return re.search(r'S\([1-9]', layout) is None
+
+
+def _num_bytes(dtype: str, dims: str) -> int:
+  """Of an array such as bf16[128,197]; layouts may pad it, which is not counted."""
+  bits = re.search(r'\d+', dtype)
+  return math.prod(int(size) for size in dims.split(',') if size) * (int(bits[0]) if bits else 8) // 8

@@ -1,0 +1,126 @@
+"""The reader of XLA's scheduled text, on programs written by hand and counted by hand."""
+
+from t2t_vit_jax.planning.schedule import Collective, read_schedule
+
+HEAD = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+"""
+
+
+def cycles(number):
+  return f'backend_config={{"window_config":{{"estimated_cycles":"{number}"}}}}'
+
+
+def loop(condition_root):
+  """A program with a loop; each turn has 10 cycles and one all-reduce of 8 x 16 bfloat16 values: 256 bytes."""
+  return f"""{HEAD}
+%body (state: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {{
+  %state = (s32[]{{:T(128)}}, bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}}) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%state), index=0
+  %x = bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}} get-tuple-element(%state), index=1
+  %all-reduce.1 = bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}} all-reduce(%x), channel_id=1, to_apply=%add, {cycles(7)}
+  %next = s32[]{{:T(128)S(1)}} fusion(%i), kind=kLoop, calls=%add, {cycles(3)}
+  ROOT %result = (s32[]{{:T(128)}}, bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}}) tuple(%next, %all-reduce.1)
+}}
+
+%condition (state.1: (s32[], bf16[8,16])) -> pred[] {{
+  %end = s32[]{{:T(128)}} constant(5)
+  %state.1 = (s32[]{{:T(128)}}, bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}}) parameter(0)
+  %i.1 = s32[]{{:T(128)}} get-tuple-element(%state.1), index=0
+  {condition_root}
+}}
+
+ENTRY %main (x.1: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {{
+  %x.1 = (s32[]{{:T(128)}}, bf16[8,16]{{1,0:T(8,128)(2,1)S(1)}}) parameter(0)
+  ROOT %while.1 = (s32[], /*index=1*/bf16[8,16]) while(%x.1), condition=%condition, body=%body
+}}
+"""
+
+
+def test_a_counted_loop_counts_as_often_as_it_runs():
+  schedule = read_schedule(loop('ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT'))
+  assert schedule.cycles == 5 * (7 + 3)
+  assert schedule.collectives == (Collective('all-reduce', 'bf16', 256, 5, in_open_loop=False),)
+  assert schedule.open_loops == 0
+  # Of each turn only the counter, 4 bytes, is read from main memory; of the condition's it is read twice, with the end,
+  # and the answer of one byte is written.
+  assert schedule.hbm_bytes == 5 * 4 + 5 * (4 + 4 + 1)
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_said():
+  schedule = read_schedule(loop('ROOT %unequal = pred[]{:T(512)S(1)} compare(%i.1, %end), direction=NE'))
+  assert schedule.cycles == 7 + 3
+  assert schedule.collectives == (Collective('all-reduce', 'bf16', 256, 1, in_open_loop=True),)
+  assert schedule.open_loops == 1
+
+
+def test_a_length_that_the_compiler_noted():
+  text = loop('ROOT %unequal = pred[]{:T(512)S(1)} compare(%i.1, %end), direction=NE')
+  noted = text.replace('body=%body\n', 'body=%body, backend_config={"known_trip_count":{"n":"12"}}\n')
+  assert read_schedule(noted).cycles == 12 * (7 + 3)
+
+
+def test_traffic_of_main_memory():
+  schedule = read_schedule(f"""{HEAD}
+ENTRY %main (x: f32[1024,8], y: s8[100]) -> f32[1024] {{
+  %x = f32[1024,8]{{1,0:T(8,128)}} parameter(0)
+  %y = s8[100]{{0:T(512)}} parameter(1)
+  %slice-start = ((f32[1024,8]{{1,0:T(8,128)}}), f32[1024,2]{{1,0:T(8,128)S(1)}}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:1024], [0:2]}}
+  %slice-done = f32[1024,2]{{1,0:T(8,128)S(1)}} slice-done(%slice-start)
+  %joined = f32[1024,2]{{1,0:T(8,128)S(1)}} custom-call(%slice-done), custom_call_target="ConcatBitcast"
+  %copy-start = (s8[100]{{0:T(512)S(1)}}, s8[100]{{0:T(512)}}, u32[]{{:S(2)}}) copy-start(%y)
+  %copy-done = s8[100]{{0:T(512)S(1)}} copy-done(%copy-start)
+  ROOT %fusion = f32[1024]{{0:T(1024)}} fusion(%joined, %copy-done, %x), kind=kLoop, calls=%add, {cycles(1825)}
+}}
+""")  # noqa: E501
+  # A quarter of x, y, then all of x and the result; what is in on-chip memory, S(1), costs nothing.
+  assert schedule.hbm_bytes == 1024 * 2 * 4 + 100 + 1024 * 8 * 4 + 1024 * 4
+  assert schedule.cycles == 1825
+
+
+def test_a_transfer_in_several_fusions_counts_once():
+  gather = 'bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}'
+  schedule = read_schedule(f"""{HEAD}
+%first (p: bf16[128,128]) -> bf16[256,128] {{
+  %p = bf16[128,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  ROOT %all-gather.1 = {gather}
+}}
+
+%second (p: bf16[128,128]) -> bf16[256,128] {{
+  %p = bf16[128,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  ROOT %all-gather.2 = {gather}
+}}
+
+ENTRY %main (x: bf16[128,128]) -> bf16[256,128] {{
+  %x = bf16[128,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %start = bf16[256,128]{{1,0:T(8,128)(2,1)}} fusion(%x), kind=kCustom, calls=%first
+  %end = bf16[256,128]{{1,0:T(8,128)(2,1)}} fusion(%x), kind=kCustom, calls=%second
+  %permute = (u8[10]{{0}}, u8[10]{{0}}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) collective-permute-start(%x), channel_id=4
+  ROOT %all-reduce.9 = (bf16[256,128]{{1,0}}, f32[2]{{0}}) all-reduce(%start, %x), channel_id=5, to_apply=%add
+}}
+""")
+  assert schedule.collectives == (
+    Collective('all-gather', 'bf16', 256 * 128 * 2, 1, in_open_loop=False),
+    Collective('collective-permute', 'u8', 10, 1, in_open_loop=False),
+    Collective('all-reduce', 'bf16+f32', 256 * 128 * 2 + 8, 1, in_open_loop=False),
+  )
+
+
+def test_all_branches_count():
+  branch = '%{name} (p: f32[]) -> f32[] {{\n  %p = f32[] parameter(0)\n  ROOT %r = f32[] negate(%p), {cycles}\n}}\n'
+  branches = [branch.format(name=name, cycles=cycles(number)) for name, number in (('yes', 100), ('no', 20))]
+  schedule = read_schedule(f"""{HEAD}
+{branches[0]}
+{branches[1]}
+ENTRY %main (p: pred[], x: f32[]) -> f32[] {{
+  %p = pred[] parameter(0)
+  %x = f32[] parameter(1)
+  ROOT %c = f32[] conditional(%p, %x, %x), branch_computations={{%yes, %no}}
+}}
+""")
+  assert schedule.cycles == 120

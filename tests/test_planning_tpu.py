@@ -1,0 +1,38 @@
+"""Chips and slices: published figures, arithmetic done by hand, and refusals."""
+
+import pytest
+
+from t2t_vit_jax import UserError
+from t2t_vit_jax.planning.tpu import CHIPS, Slice
+
+
+@pytest.mark.parametrize(('chip', 'gigahertz'), [('v4', 1.05), ('v5e', 1.5), ('v5p', 1.75), ('v6e', 1.75)])
+def test_clock(chip, gigahertz):
+  """v4's is published (arXiv 2304.01433, table 4); the others are round, as clocks are."""
+  assert CHIPS[chip].clock == pytest.approx(1e9 * gigahertz, rel=2e-3)
+
+
+def test_roofline():
+  chip = CHIPS['v5e']
+  assert chip.roofline_s(197e12, 0) == 1.0
+  assert chip.roofline_s(0, 819e9) == 1.0
+  assert chip.roofline_s(197e9, 2 * 819e9) == 2.0  # memory is slower, and work and transfers overlap
+
+
+def test_parse():
+  where = Slice.parse('v5e:16x16/fsdp=8')
+  assert (where.topology, where.chip, where.fsdp) == ('v5e:16x16', CHIPS['v5e'], 8)
+  assert Slice.parse('v4:4x4x4').fsdp is None
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('v5litepod-16', "'v5litepod-16' is no TPU slice: write v4:4x4x4, v5e:2x2"),
+    ('v5e:16x16/tensor=2', 'is no TPU slice'),
+    ('v6:16x16', "unknown chip 'v6' in 'v6:16x16': did you mean 'v6e'"),
+  ],
+)
+def test_wrong_slices_get_examples(text, message):
+  with pytest.raises(UserError, match=message):
+    Slice.parse(text)
