@@ -1,7 +1,7 @@
 """What a run needs on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
 
 The real training and evaluation step are compiled by the real TPU compiler, on any Linux machine, without a TPU and
-without data: pip install 'jax[tpu]'. docs/plan.md says how to read the result.
+without data: pip install 'jax[tpu]'. docs/distributed.md says how to read the result.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-import re
 import sys
 import time
 from typing import Any
@@ -133,8 +132,8 @@ def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.C
 
 def shortage(message: str) -> str:
   """What the compiler says about memory, without the list of buffers that follows."""
-  paragraphs = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')
-  return re.split(r'(?<=\.) ', ' '.join(paragraphs[0].split()))[0][:300]
+  paragraph = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')[0]
+  return ' '.join(paragraph.split())[:300]
 
 
 def data_size(config: Any, num_classes: int | None, num_train_images: int | None) -> tuple[int, int]:

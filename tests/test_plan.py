@@ -149,8 +149,8 @@ def test_the_tpu_compiler(tmp_path):
   assert at_least <= train['arguments'] <= 2 * at_least
   assert train['fits']
   assert 0 < train['memory'] < 16 * 2**30
-  # Gradients cost twice the forward pass; evaluation has 90 images on a chip, training 32.
-  assert train['flops'] / 32 == pytest.approx(3 * evaluation['flops'] / 90, rel=0.25)
+  # Gradients cost up to twice the forward pass, on top of it; evaluation has 90 images on a chip, training 32.
+  assert evaluation['flops'] / 90 < train['flops'] / 32 < 4 * evaluation['flops'] / 90
   assert train['roofline_ms'] < train['compiler_estimate_ms']
   days = result['total_steps'] * train['compiler_estimate_ms'] / 1e3 / 86400
   assert train['compiler_estimate']['days'] == pytest.approx(days)
