@@ -14,6 +14,7 @@ from t2t_vit_jax.data.sources import open_tfds
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.evaluate_only import evaluate_only
 from tests.golden import DATA
+from tests.processes import run
 from tests.test_training_loop import small_config
 
 
@@ -40,6 +41,17 @@ def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_p
     loss += np.log(np.exp(logits - logits[record.label]).sum())
   assert (accuracy.count, accuracy.correct, accuracy.correct_top5) == (40, top1, top5)
   assert accuracy.loss_sum == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_several_processes_evaluate_a_weight_file_alike(data_dir, tmp_path):
+  path = tmp_path / 'weights.safetensors'
+  convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))
+  flags = [f'--evaluate={path}', '--json', f'--config.data.data_dir={data_dir}', '--config.data.eval_split=test[:41]']
+  alone, together = (json.loads(run(count, *flags, devices=2).splitlines()[-1])['weights'] for count in (1, 2))
+  assert alone.pop('loss_sum') == pytest.approx(together.pop('loss_sum'), rel=1e-6)
+  assert alone == together
+  assert alone['count'] == 41
 
 
 def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path):

@@ -44,7 +44,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     num_classes = weights['raw']['params']['head']['bias'].size
     model = build_model(ConfigDict(description['config']), num_classes)
   else:
-    model, variables = load_pretrained(path)
+    model, variables = together(lambda: load_pretrained(path))
     weights = {'weights': variables}
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
