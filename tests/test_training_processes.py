@@ -131,7 +131,7 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
   assert begun in (4, 8)
   assert losses(tmp_path / 'run') == pytest.approx(losses(alone / 'run'), rel=1e-5)
-  assert evaluations(tmp_path / 'run') == evaluations(alone / 'run')
+  assert evaluations(tmp_path / 'run') == [row for row in evaluations(alone / 'run') if row[0] == STEPS]
 
 
 @pytest.mark.slow
