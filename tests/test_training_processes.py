@@ -88,13 +88,12 @@ def test_every_layout_trains_alike(alone, data_dir, tmp_path, processes, devices
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), there.params, here.params)
 
 
-@pytest.mark.slow
-def test_an_image_folder_trains_alike_in_several_processes(data_dir, tmp_path):
-  """Images of different sizes, augmented on the host, and 21 evaluated ones, which no batch divides."""
-  folder = write_image_folder(tmp_path / 'images', ('cat', 'dog', 'emu'), train=16, val=7)
+@pytest.fixture(scope='module')
+def folder_flags(data_dir, tmp_path_factory):
+  """Flags for images of different sizes, augmented on the host; 21 are evaluated, which no batch divides."""
   changes = {
     'data.source': 'folder',
-    'data.path': folder,
+    'data.path': write_image_folder(tmp_path_factory.mktemp('images'), ('cat', 'dog', 'emu'), train=16, val=7),
     'data.eval_split': 'val',
     'data.batch_size': 16,
     'data.num_workers': 0,
@@ -103,13 +102,24 @@ def test_an_image_folder_trains_alike_in_several_processes(data_dir, tmp_path):
     'augment.horizontal_flip_probability': 0.5,
     'augment.mixing_group_size': 4,
   }
-  run(1, *flags(tmp_path / 'one', data_dir, **changes))
-  run(2, *flags(tmp_path / 'four', data_dir, **changes), '--config.mesh.fsdp=2', devices=2)
-  assert losses(tmp_path / 'four') == pytest.approx(losses(tmp_path / 'one'), rel=1e-5)
-  last_lines = [(tmp_path / name / 'metrics.jsonl').read_text().splitlines()[-1] for name in ('one', 'four')]
-  one, four = map(json.loads, last_lines)
-  assert one['count'] == four['count'] == 21
-  assert (one['correct'], one['weights']) == (four['correct'], four['weights'])
+  return lambda workdir: flags(workdir, data_dir, **changes)
+
+
+@pytest.fixture(scope='module')
+def folder_alone(folder_flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('alone') / 'run'
+  run(1, *folder_flags(workdir))
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'devices', 'fsdp'), [(1, 8, 2), (2, 2, 2), (4, 2, 1)])
+def test_every_layout_trains_alike_on_an_image_folder(folder_flags, folder_alone, tmp_path, processes, devices, fsdp):
+  run(processes, *folder_flags(tmp_path / 'run'), f'--config.mesh.fsdp={fsdp}', devices=devices)
+  assert losses(tmp_path / 'run') == pytest.approx(losses(folder_alone), rel=1e-5)
+  found, expected = evaluations(tmp_path / 'run'), evaluations(folder_alone)
+  assert found == expected
+  assert {count for *_, count in found} == {21}
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """A workdir in a bucket, served by an emulator of Google Cloud Storage on this machine."""
 
 import json
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -19,11 +21,9 @@ def bucket():
   command = 'from gcp_storage_emulator.__main__ import main; main()'
   flags = ['start', '--host=localhost', f'--port={port}', '--in-memory', f'--default-bucket={BUCKET}']
   with subprocess.Popen(
-    [sys.executable, '-c', command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    [sys.executable, '-c', command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   ) as server:
-    for line in server.stdout:
-      if 'started' in line:
-        break
+    wait_for(port)
     address = f'http://localhost:{port}'
     yield {
       'STORAGE_EMULATOR_HOST': address,
@@ -31,6 +31,17 @@ def bucket():
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
     }
     server.kill()
+
+
+def wait_for(port, seconds=60):
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection(('localhost', port)).close()
+      return
+    except OSError:
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
 
 
 def objects(environment):
