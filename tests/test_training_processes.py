@@ -47,7 +47,7 @@ def flags(workdir, data_dir, *, steps=STEPS, **changes):
 def evaluations(workdir):
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   sums = ('step', 'weights', 'correct', 'correct_top5', 'count')
-  return [tuple(row[name] for name in sums) for row in rows if row['kind'] == 'test']
+  return [tuple(row[name] for name in sums) for row in rows if 'weights' in row]
 
 
 @pytest.fixture(scope='module')
