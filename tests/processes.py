@@ -44,7 +44,7 @@ def start(count, *flags, devices=1):
   ]
 
 
-def finish(processes, timeout=300):
+def finish(processes, timeout=600):
   """(exit code, standard output, standard error) of each."""
   found = [process.communicate(timeout=timeout) for process in processes]
   return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
