@@ -63,14 +63,17 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
     distributed.leave(130)
-  except Exception:
+  except Exception as error:
+    if lost := distributed.lost_process(error):
+      print(f'error: {lost}', file=sys.stderr, flush=True)
+      distributed.leave(2, lost=True)
     traceback.print_exc()
     distributed.leave(1)
 
 
 def show(accuracies: dict[str, Any]) -> None:
   """Prints the result of an evaluation; the last line is about the weights that count most."""
-  from t2t_vit_jax.training.reporting import say
+  from t2t_vit_jax.training.console import say
 
   if flags.FLAGS.json:
     say(json.dumps({weights: accuracy.as_dict() for weights, accuracy in accuracies.items()}))

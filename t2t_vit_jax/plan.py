@@ -160,6 +160,8 @@ def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Cal
   chips = programs.mesh.size
 
   def fits(images: int) -> bool:
+    if images * chips > data[1]:
+      return False  # a batch has different images
     changed = copy.deepcopy(config)
     changed.data.batch_size = images * chips
     answer = _answer(compile_train_step, build(changed, where, *data), where.chip)
@@ -246,11 +248,15 @@ def plan(config: Any, options: Any) -> None:
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
   data = data_size(config, options.num_classes, options.train_images)
+  for where in slices:
+    build(config, where, *data)  # what is wrong with a slice is said before another is compiled for
   plans = []
   for where in slices:
     plans.append(make_plan(config, where, *data))
     if options.topology:
       _say('\n'.join(report.describe(plans[-1])))
+    else:
+      print(f'{where.text}: compiled', file=sys.stderr, flush=True)
     if options.search_batch:
       _say(f'largest batch on {where.text}:')
       plans[-1]['largest_batch_size'] = largest_batch(config, where, data, _say)

@@ -16,7 +16,7 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def start_process(*flags, devices=1, root=ROOT, **environment):
+def start_process(*flags, devices=1, root=ROOT, start_new_session=False, **environment):
   """`python train.py FLAGS` with so many virtual devices."""
   return subprocess.Popen(
     [sys.executable, str(root / 'train.py'), *flags],
@@ -30,29 +30,33 @@ def start_process(*flags, devices=1, root=ROOT, **environment):
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
+    start_new_session=start_new_session,
   )
 
 
-def start(count, *flags, devices=1):
+def start(count, *flags, **options):
   """`count` processes of one run."""
   if count == 1:
-    return [start_process(*flags, devices=devices)]
+    return [start_process(*flags, **options)]
   coordinator = f'--coordinator=localhost:{free_port()}'
   return [
-    start_process(*flags, coordinator, f'--num_processes={count}', f'--process_id={i}', devices=devices)
-    for i in range(count)
+    start_process(*flags, coordinator, f'--num_processes={count}', f'--process_id={i}', **options) for i in range(count)
   ]
 
 
 def finish(processes, timeout=600):
   """(exit code, standard output, standard error) of each."""
-  found = [process.communicate(timeout=timeout) for process in processes]
+  try:
+    found = [process.communicate(timeout=timeout) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
 
 
-def run(count, *flags, devices=1):
+def run(count, *flags, **options):
   """Runs to the end, which must be a good one; returns the standard output of the first process."""
-  results = finish(start(count, *flags, devices=devices))
+  results = finish(start(count, *flags, **options))
   assert [code for code, _, _ in results] == [0] * count, results
   return results[0][1]
 

@@ -23,7 +23,7 @@ DIGITS = ['--num_classes=10', '--train_images=1437']
 def plan(*arguments):
   environment = {name: value for name, value in os.environ.items() if name != 'JAX_PLATFORMS'}
   command = [sys.executable, '-m', 't2t_vit_jax.plan', *map(str, arguments)]
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
   return done.returncode, done.stdout, done.stderr
 
 

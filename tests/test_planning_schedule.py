@@ -111,6 +111,18 @@ ENTRY %main (x: bf16[128,128]) -> bf16[256,128] {{
   )
 
 
+def test_a_transfer_of_several_arrays_counts_its_results():
+  schedule = read_schedule(f"""{HEAD}
+ENTRY %main (x: f32[16], y: bf16[8]) -> (f32[64], bf16[32]) {{
+  %x = f32[16]{{0:T(128)}} parameter(0)
+  %y = bf16[8]{{0:T(128)}} parameter(1)
+  %start = ((f32[16]{{0:T(128)}}, bf16[8]{{0:T(128)}}), (f32[64]{{0:T(128)}}, bf16[32]{{0:T(128)}})) all-gather-start(%x, %y), channel_id=1
+  ROOT %done = (f32[64]{{0:T(128)}}, bf16[32]{{0:T(128)}}) all-gather-done(%start)
+}}
+""")  # noqa: E501
+  assert schedule.collectives == (Collective('all-gather', 'bf16+f32', 64 * 4 + 32 * 2, 1, in_open_loop=False),)
+
+
 def test_all_branches_count():
   branch = '%{name} (p: f32[]) -> f32[] {{\n  %p = f32[] parameter(0)\n  ROOT %r = f32[] negate(%p), {cycles}\n}}\n'
   branches = [branch.format(name=name, cycles=cycles(number)) for name, number in (('yes', 100), ('no', 20))]

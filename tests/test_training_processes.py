@@ -132,14 +132,15 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
   processes[2].kill()
   killed = time.monotonic()
   results = finish(processes)
-  assert time.monotonic() - killed < 40 + 10
+  assert time.monotonic() - killed < 40 + 30  # the heartbeat's time, and some to notice and to leave
   for code, _, errors in results[:2] + results[3:]:
     # Either a transfer fails, or it waits for the dead one until JAX itself ends the process.
     expected = {2: 'cannot reach the others any more', -signal.SIGABRT: 'another task died'}
     assert expected[code] in errors
   output = run(2, *everyone, devices=2)
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
-  assert begun in (4, 8)
+  assert begun % 4 == 0
+  assert 4 <= begun < STEPS
   assert losses(tmp_path / 'run') == pytest.approx(losses(alone / 'run'), rel=1e-5)
   assert evaluations(tmp_path / 'run') == [row for row in evaluations(alone / 'run') if row[0] == STEPS]
 
@@ -153,27 +154,31 @@ def test_the_documented_commands_for_one_machine(data_dir, tmp_path):
   path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
   environment = {**os.environ, 'PATH': path, 'JAX_PLATFORMS': 'cpu', 'TFDS_DATA_DIR': data_dir}
   done = subprocess.run(
-    ['bash', '-ec', commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    ['bash', '-ec', commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
   )
   assert done.returncode == 0, done.stderr
+  assert '2 processes on 1 host(s) with 2 cpu devices in all' in done.stderr.splitlines()
   lines = [line for line in done.stdout.splitlines() if not line.startswith('[Gloo]')]
-  assert '2 processes on 1 host(s) with 2 cpu devices in all' in lines
   assert re.fullmatch(r'test top-1 \d+\.\d\d % \(\d+/360\)', lines[-1])
   assert losses(tmp_path / 'runs' / 'two').keys() == {11, 22}
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, data_dir, tmp_path):
-  everyone = flags(tmp_path / 'run', data_dir)
-  processes = start(2, *everyone)
+  """Its data worker gets the signal too, as when a machine is shut down."""
+  many = flags(tmp_path / 'run', data_dir, steps=2000, **{'data.num_workers': 1})
+  processes = start(2, *many, start_new_session=True)
   for line in processes[0].stdout:
-    if line.startswith('step 4/20'):
+    if line.startswith('step 4/'):
       break
-  processes[1].send_signal(signal.SIGTERM)
+  os.killpg(processes[1].pid, signal.SIGTERM)
   results = finish(processes)
-  assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2
+  assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
   stopped = {re.search(r'stopped at step (\d+) and saved', error)[1] for _, _, error in results}
   assert len(stopped) == 1
   assert {path.name for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*')} >= stopped
-  run(1, *everyone, devices=2)
-  assert losses(tmp_path / 'run') == pytest.approx(losses(alone / 'run'), rel=1e-5)
+  end = max(STEPS, *(int(step) + 1 for step in stopped))
+  run(1, *flags(tmp_path / 'run', data_dir, steps=end), devices=2)
+  found = losses(tmp_path / 'run')
+  assert list(found) == list(range(1, end + 1))
+  assert {step: found[step] for step in range(1, STEPS + 1)} == pytest.approx(losses(alone / 'run'), rel=1e-5)

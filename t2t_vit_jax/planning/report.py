@@ -102,7 +102,9 @@ def _row(plan: dict[str, Any]) -> list[str]:
   cells = [
     config['model']['name'],
     str(config['data']['image_size']),
-    plan['slice'],
+    plan['slice']
+    if '/' in plan['slice'] or plan['mesh']['fsdp'] == 1
+    else f'{plan["slice"]}/fsdp={plan["mesh"]["fsdp"]}',
     f'{config["data"]["batch_size"]} ({plan["images_per_chip"]})',
     memory(step, plan['chip']['hbm_gib']),
   ]

@@ -151,7 +151,8 @@ def _collective(instruction: _Instruction, times: int, is_open: bool) -> Collect
   kind = instruction.opcode.removesuffix('-start')
   shapes = _SHAPE.findall(instruction.type)
   if instruction.opcode != kind and kind != 'all-reduce':
-    shapes = shapes[1:2]  # of those that start and end apart: (operand, result, ...)
+    operands = len(instruction.operands)
+    shapes = shapes[operands : 2 * operands]  # of those that start and end apart: (operands, results, ...)
   size = sum(_num_bytes(dtype, dims) for dtype, dims, _ in shapes)
   return Collective(kind, '+'.join(sorted({dtype for dtype, _, _ in shapes})), size, times, is_open)
 

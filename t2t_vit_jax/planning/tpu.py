@@ -40,7 +40,7 @@ class Chip:
     return self.flops / self.flops_per_cycle
 
   def roofline_s(self, flops: float, hbm_bytes: float) -> float:
-    """Seconds for so much work at the peaks: no chip is faster."""
+    """Seconds for so much work at the peaks, if transfers and work overlap."""
     return max(flops / self.flops, hbm_bytes / self.bandwidth)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.training.distributed import LostProcessError
+from t2t_vit_jax.training.distributed import LostProcessError, lost_process, together
 from t2t_vit_jax.training.sharding import replicated
 from t2t_vit_jax.training.state import TrainState
-from t2t_vit_jax.training.workdir import is_bucket
+from t2t_vit_jax.training.workdir import is_bucket, move_folder
 
 BEST_METRIC = 'top1'
 # What orbax and its storage say of trouble that leaves the checkpoint itself good.
@@ -117,7 +117,7 @@ class Checkpoints:
       return
     saved = serialization.to_state_dict(state)
     with self._writing():
-      self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved)))
+      together(lambda: self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved))))
       saved['fingerprint'] = fingerprints(saved)
       self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run)
 
@@ -129,6 +129,8 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as error:
+      if lost := lost_process(error):
+        raise lost from error
       raise UserError(
         f'a checkpoint could not be written to {self.folder} ({_first_line(error)}); those written before are intact'
       ) from error
@@ -223,7 +225,7 @@ class Checkpoints:
       target.parent.mkdir(parents=True, exist_ok=True)
       while target.exists():
         target = target.with_name(target.name + '+')
-      damaged.rename(target)
+      move_folder(damaged, target)
     multihost_utils.sync_global_devices('set aside')
     self._checkpointer.reload()
     return f'The checkpoint {damaged} is damaged ({failure}) and was moved to {target}.'

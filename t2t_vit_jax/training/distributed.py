@@ -25,6 +25,8 @@ T = TypeVar('T')
 
 HEARTBEAT_TIMEOUT_S = 100  # after which a silent process counts as dead; JAX's own default
 LEAVE_TIMEOUT_S = 10
+# In what JAX raises when it can't talk to another process.
+SIGNS_OF_LOSS = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED', 'gloo', 'Gloo', 'onnection', 'NCCL')
 # Versions that decide about numbers, pixels or the form of a checkpoint.
 PACKAGES = ('flax', 'grain', 'jax', 'jaxlib', 'ml_collections', 'numpy', 'optax', 'orbax-checkpoint', 'Pillow')
 
@@ -45,8 +47,10 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     timeout_s: seconds after which a process that still misses others ends with exit code 2 and a line about it.
 
   Raises:
-    UserError: the arguments don't make sense.
+    UserError: the arguments don't make sense, or JAX cannot find or join the others.
   """
+  if timeout_s < 1:
+    raise UserError(f'distributed.timeout_s must be at least 1, not {timeout_s:g}')
   if num_processes == 1 and coordinator is None:
     return
   given = (coordinator, num_processes, process_id)
@@ -57,13 +61,13 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
   else:
     _check(coordinator, num_processes, process_id)
     address, count, number, local_devices = *given, None
-  print(f'process {number} of {count}: meeting the others at {address} within {timeout_s:g} s', flush=True)
+  _say(f'process {number} of {count}: meeting the others at {address} within {timeout_s:g} s')
   missing = (
     f'error: process {number}: not all of the {count} processes met at {address} within {timeout_s:g} s. '
     'Is every one started, each with its own --process_id and the same --coordinator, and can it reach that address?'
   )
   # JAX itself would abort without a word that a user understands.
-  with _deadline(timeout_s, missing):
+  with _deadline(timeout_s, missing), _one_line(f'process {number} cannot join the others'):
     jax.distributed.initialize(
       address,
       count,
@@ -76,7 +80,24 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     hosts = len(set(gather_texts(socket.gethostname())))  # the first to use the devices, which meet here too
   if number == 0:
     platform, devices = jax.default_backend(), jax.device_count()
-    print(f'{count} processes on {hosts} host(s) with {devices} {platform} devices in all', flush=True)
+    _say(f'{count} processes on {hosts} host(s) with {devices} {platform} devices in all')
+
+
+def _say(text: str) -> None:
+  """To standard error: standard output is for results, and who is first may not be known yet."""
+  print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+  """Makes one line of what JAX raises."""
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f'{what} ({str(error).splitlines()[0][:300]}); give --coordinator, --num_processes and --process_id, each '
+      'process its own, or --num_processes=1 if there are no others'
+    ) from error
 
 
 def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
@@ -84,7 +105,11 @@ def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
   # Not a public function. `jax.distributed.initialize` calls it too, but would not tell whom it is waiting for.
   from jax._src.clusters import ClusterEnv
 
-  return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, round(timeout_s))
+  with (
+    _deadline(timeout_s, f'error: JAX did not find the other processes within {timeout_s:g} s'),
+    _one_line('JAX cannot find the other processes'),
+  ):
+    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, round(timeout_s))
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -98,10 +123,11 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 @contextlib.contextmanager
 def _deadline(seconds: float, message: str, exit_code: int = 2) -> Iterator[None]:
-  """Ends the process with `message` and the exit code unless the context is left in time."""
+  """Ends the process with `message`, if any, and the exit code unless the context is left in time."""
 
   def end() -> None:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+      _say(message)
     os._exit(exit_code)  # nothing else gets a process out of a wait inside JAX
 
   timer = threading.Timer(seconds, end)
@@ -149,7 +175,9 @@ def together(action: Callable[[], T]) -> T:
 
 def lost_process(error: Exception) -> LostProcessError | None:
   """What to raise in place of JAX's `error` when another process is gone; None if it is something else."""
-  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+    return None
+  if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
     return None
   return LostProcessError(
     f'process {jax.process_index()} cannot reach the others any more ({str(error).splitlines()[0][:160]}). '

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2t_vit_jax.training.console import say
 from t2t_vit_jax.training.distributed import check_agreement, together
 from t2t_vit_jax.training.programs import abstract_batch
-from t2t_vit_jax.training.reporting import say
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.sharding import bytes_per_device
 

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 
 from t2t_vit_jax.conversion import load_pretrained
@@ -11,10 +12,10 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.config_checks import check_ranges
+from t2t_vit_jax.training.console import warn
 from t2t_vit_jax.training.distributed import check_agreement, together
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.programs import build_model, compute_dtype, make_eval_step
-from t2t_vit_jax.training.reporting import warn
 from t2t_vit_jax.training.run import make_evaluator
 
 
@@ -45,7 +46,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     model = build_model(ConfigDict(description['config']), num_classes)
   else:
     model, variables = together(lambda: load_pretrained(path))
-    weights = {'weights': variables}
+    weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   source = together(lambda: inputs.open_eval_source(config.data))

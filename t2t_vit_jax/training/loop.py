@@ -10,10 +10,11 @@ import jax
 from t2t_vit_jax.errors import DataError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.console import say, warn
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
 from t2t_vit_jax.training.distributed import check_agreement, lost_process, together
 from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.reporting import Reporter, say, warn
+from t2t_vit_jax.training.reporting import Reporter
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
@@ -138,6 +139,8 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
             return accuracy
         elif save:
           checkpoints.save(state, metrics=None, run=run.description)
+        if save:
+          reporter.publish()
     except Exception as error:
       # Workers may get the same signal and die of it: what is done is still to be saved.
       if not stop:

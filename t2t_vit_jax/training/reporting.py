@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.data.loader import Batch
+from t2t_vit_jax.training.console import say, warn
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.report import image_grid, write_report
 from t2t_vit_jax.training.workdir import Workdir
@@ -154,8 +155,10 @@ class Reporter:
     for weights, accuracy in accuracies.items():
       say(f'step {step} {split} {weights}: {accuracy}')
       self._write(step, split, weights=weights, **accuracy.as_dict())
-    if not self._silent:
-      self._workdir.publish()
+
+  def publish(self) -> None:
+    """Copies what was written to a workdir in a bucket."""
+    self._workdir.publish()
 
   def start_clock(self) -> None:
     """Measures images per second from here: after a compilation, an evaluation, a save."""
@@ -172,18 +175,6 @@ class Reporter:
     for name, value in values.items():
       if isinstance(value, int | float):
         self._events.add_scalar(f'{group}/{name}', value, step)
-
-
-def say(text: str) -> None:
-  """Prints a line to standard output, in the first process only, without disturbing a progress line."""
-  if jax.process_index() == 0:
-    tqdm.write(text)
-    sys.stdout.flush()  # a log file should show it now
-
-
-def warn(text: str) -> None:
-  """Prints a line to standard error, in every process, without disturbing a progress line."""
-  tqdm.write(f'warning: {text}', file=sys.stderr)
 
 
 def _drop_rows_after(file: Path, step: int) -> None:

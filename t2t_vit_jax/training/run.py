@@ -18,6 +18,7 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.training import inputs, sharding, steps
 from t2t_vit_jax.training.config_checks import check_ranges
+from t2t_vit_jax.training.distributed import together
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.training.programs import Programs, build_programs, pretrained_variables
 from t2t_vit_jax.training.state import TrainState
@@ -47,7 +48,8 @@ class Run(Programs):
     """
     if self.config.init_from is None:
       return self.make_state(self.rng)
-    return self.make_state(self.rng, pretrained_variables(self.config.init_from, self.model, self.config.seed))
+    variables = together(lambda: pretrained_variables(self.config.init_from, self.model, self.config.seed))
+    return self.make_state(self.rng, variables)
 
   def train_faults(self, warn: Callable[[str], None]) -> Faults:
     """Checks training batches; see `train_batches`."""

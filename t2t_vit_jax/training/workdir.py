@@ -15,6 +15,7 @@ from etils import epath
 import jax
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training.console import warn
 from t2t_vit_jax.training.distributed import gather_texts, together
 
 SHARED_TIMEOUT_S = 15  # for a network file system to show what another host wrote
@@ -34,14 +35,17 @@ class Workdir:
   logs: Path
 
   def publish(self) -> None:
-    """Copies `logs` to a bucket. For the first process."""
-    if not is_bucket(self.root):
+    """Copies `logs` to a bucket; the first process does. A failure is said, for the next call makes up for it."""
+    if jax.process_index() != 0 or not is_bucket(self.root):
       return
-    for file in self.logs.rglob('*'):
-      if file.is_file():
-        target = self.root / file.relative_to(self.logs).as_posix()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    try:
+      for file in self.logs.rglob('*'):
+        if file.is_file():
+          target = self.root / file.relative_to(self.logs).as_posix()
+          target.parent.mkdir(parents=True, exist_ok=True)
+          target.write_bytes(file.read_bytes())
+    except Exception as error:  # of the bucket's client, whichever that is
+      warn(f'metrics could not be copied to {self.root}: {type(error).__name__}: {error}'.splitlines()[0])
 
 
 @contextlib.contextmanager
@@ -63,14 +67,32 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
     logs = together(lambda: prepare(root, owner, stack) if jax.process_index() == 0 else Path())
     together(lambda: _check_shared(root, owner))
     workdir = Workdir(root, logs)
-    yield workdir
-    if jax.process_index() == 0:
+    try:
+      yield workdir
+    finally:
       workdir.publish()
 
 
 def is_bucket(root: epath.Path) -> bool:
   """Whether it is a place without a file system's locks, renames and appending, such as gs://..."""
   return '://' in os.fspath(root)
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+  """Renames a folder; in a bucket, which has none, its files are copied."""
+  if not is_bucket(source):
+    source.rename(target)
+    return
+  _copy_folder(source, target)
+  source.rmtree()
+
+
+def _copy_folder(source: epath.Path, target: epath.Path) -> None:
+  for path in source.iterdir():
+    if path.is_dir():
+      _copy_folder(path, target / path.name)
+    else:
+      (target / path.name).write_bytes(path.read_bytes())
 
 
 def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
@@ -91,6 +113,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
   lock.truncate(0)
   lock.write(owner)
   lock.flush()
+  os.fsync(lock.fileno())  # network file systems show it to other hosts now
   return folder
 
 
