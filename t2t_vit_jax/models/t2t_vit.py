@@ -20,7 +20,7 @@ from t2t_vit_jax.models.layers import (
   resize_position_embedding,
   sinusoidal_position_embedding,
 )
-from t2t_vit_jax.models.soft_split import token_grid
+from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
 from t2t_vit_jax.models.tokens_to_token import TokensToToken, TokensType
 
 Array = jax.Array
@@ -60,10 +60,13 @@ class T2TViT(nn.Module):
     block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `encoder`.
     dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
+    soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
+      the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
     dtype: computation dtype; the residual stream and the logits are float32 always.
 
   Raises:
-    UserError: unknown `tokens_type` or `block_type`; ghost blocks of another shape than the reference's.
+    UserError: unknown `tokens_type`, `block_type` or `soft_split_form`; ghost blocks of another shape than the
+      reference's.
   """
 
   num_classes: int = 1000
@@ -84,10 +87,11 @@ class T2TViT(nn.Module):
   block_type: BlockType = 'standard'
   dense_stages: tuple[int, ...] = (3, 6, 6, 4)
   growth_rate: int = 64
+  soft_split_form: SoftSplitForm = 'conv'
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    for field, known in (('tokens_type', TokensType), ('block_type', BlockType)):
+    for field, known in (('tokens_type', TokensType), ('block_type', BlockType), ('soft_split_form', SoftSplitForm)):
       if getattr(self, field) not in get_args(known):
         raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
     if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
@@ -109,9 +113,10 @@ class T2TViT(nn.Module):
       self.embed_dim,
       token_dim=self.token_dim,
       performer_dropout_rate=self.performer_dropout_rate,
+      soft_split_form=self.soft_split_form,
       dtype=self.dtype,
       name='tokens_to_token',
-    )(images.astype(self.dtype), train=train)
+    )(images, train=train)
 
     batch = images.shape[0]
     # The residual stream is float32, as under PyTorch's autocast: every block adds to it, and bfloat16 would round each

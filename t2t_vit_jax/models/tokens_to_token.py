@@ -7,45 +7,54 @@ import jax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm, Mlp, torch_conv_init
-from t2t_vit_jax.models.soft_split import SPLITS, soft_split
+from t2t_vit_jax.models.layers import (
+  Dense,
+  DenseParameters,
+  Dtype,
+  LayerNorm,
+  LayerNormParameters,
+  Mlp,
+  torch_conv_init,
+)
+from t2t_vit_jax.models.soft_split import SPLITS, SoftSplitForm, Split, patch_dense, patch_norm_dense
 
 Array = jax.Array
 TokensType = Literal['performer', 'transformer', 'convolution']
 
 
-def centred(x: Array) -> Array:
-  """Subtracts the mean over the last axis, in float32: for a LayerNorm over patches, which it does not change.
+class TokenAttention(nn.Module):
+  """What both attentions of the module share: their fields, and LayerNorm and three projections of every patch."""
 
-  Where the image is constant a patch has no variance and LayerNorm multiplies what its own mean left
-  by rounding with epsilon ** -0.5 = 316: enough to move logits by 7e-5. A second mean over
-  values that are already centred leaves nothing.
-  """
-  x = x.astype(jnp.float32)
-  return x - x.mean(axis=-1, keepdims=True)
+  split: Split
+  token_dim: int
+  soft_split_form: SoftSplitForm = 'conv'
+  dtype: Dtype = jnp.float32
+
+  def projections(self, x: Array, dense_name: str, *, use_bias: bool) -> list[Array]:
+    """Three projections of the patches of (B, H, W, C), each (B, H', W', token_dim)."""
+    patch_dim = self.split.kernel**2 * x.shape[-1]
+    norm = LayerNormParameters(patch_dim, name='norm1')()
+    dense = DenseParameters(patch_dim, 3 * self.token_dim, use_bias, name=dense_name)()
+    y = patch_norm_dense(x, self.split, norm, dense, form=self.soft_split_form, dtype=self.dtype)
+    return jnp.split(y, 3, axis=-1)
 
 
-class TokenTransformer(nn.Module):
-  """One-head softmax attention that narrows tokens: (B, T, C) -> (B, T, token_dim).
+class TokenTransformer(TokenAttention):
+  """One-head softmax attention over patches: (B, H, W, C) -> (B, H', W', token_dim).
 
   Two quirks of the reference are kept because trained weights depend on them: scores are scaled by
-  the *input* width C ** -0.5, and the residual around the attention starts from the values, since
+  the width of a *patch* ** -0.5, and the residual around the attention starts from the values, since
   the input has another width.
   """
 
-  token_dim: int
-  dtype: Dtype = jnp.float32
-
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
-    scale = x.shape[-1] ** -0.5
-    qkv = Dense(3 * self.token_dim, use_bias=False, dtype=self.dtype, name='qkv')(
-      LayerNorm(dtype=self.dtype, name='norm1')(centred(x))
-    )
-    q, k, v = jnp.split(qkv, 3, axis=-1)  # each (B, T, token_dim)
-    scores = jnp.einsum('btd,bsd->bts', q * scale, k)
-    y = jnp.einsum('bts,bsd->btd', nn.softmax(scores, axis=-1), v)
-    x = v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)
+    scale = (self.split.kernel**2 * x.shape[-1]) ** -0.5
+    q, k, v = self.projections(x, 'qkv', use_bias=False)
+    grid_shape = v.shape
+    q, k, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (q * scale, k, v))
+    y = jnp.einsum('bts,bsd->btd', nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1), v)
+    x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
     return x + mlp(LayerNorm(dtype=self.dtype, name='norm2')(x), train=train)
 
@@ -57,30 +66,28 @@ def positive_random_features(x: Array, random_projection: Array) -> Array:
   float32 cannot overflow for the m = 32 of every published model; half precision does.
 
   Args:
-    x: (B, T, D).
+    x: (B, H, W, D).
     random_projection: w, (m, D).
 
   Returns:
-    (B, T, m), float32.
+    (B, H, W, m), float32.
   """
   x = x.astype(jnp.float32)
   num_random_features = random_projection.shape[0]
   squared_norm = jnp.sum(x * x, axis=-1, keepdims=True)
-  projected = jnp.einsum('btd,md->btm', x, random_projection)
+  projected = jnp.einsum('bhwd,md->bhwm', x, random_projection)
   return jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5
 
 
-class TokenPerformer(nn.Module):
-  """Linear attention by positive random features (FAVOR+): (B, T, C) -> (B, T, token_dim).
+class TokenPerformer(TokenAttention):
+  """Linear attention over patches by positive random features (FAVOR+): (B, H, W, C) -> (B, H', W', token_dim).
 
   The random projection is drawn once and never trained: it lives in the collection `frozen`. The
   reference packs key, query, value in this order and hard-wires its dropout rate to 0.1.
   """
 
-  token_dim: int
   random_feature_ratio: float = 0.5
   dropout_rate: float = 0.1
-  dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -92,13 +99,12 @@ class TokenPerformer(nn.Module):
       lambda: orthogonal_rows(self.make_rng('params'), (num_random_features, self.token_dim), jnp.float32),
     ).value
 
-    kqv = Dense(3 * self.token_dim, dtype=self.dtype, name='kqv')(LayerNorm(dtype=self.dtype, name='norm1')(centred(x)))
-    k, q, v = jnp.split(kqv, 3, axis=-1)  # each (B, T, token_dim)
+    k, q, v = self.projections(x, 'kqv', use_bias=True)
     k_features = positive_random_features(k, random_projection)
     q_features = positive_random_features(q, random_projection)
-    normaliser = jnp.einsum('btm,bm->bt', q_features, k_features.sum(axis=1))
-    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v.astype(jnp.float32))
-    y = jnp.einsum('btm,bmd->btd', q_features, keys_values) / (normaliser[..., None] + 1e-8)
+    normaliser = jnp.einsum('bhwm,bm->bhw', q_features, k_features.sum(axis=(1, 2)))
+    keys_values = jnp.einsum('bhwm,bhwd->bmd', k_features, v.astype(jnp.float32))
+    y = jnp.einsum('bhwm,bmd->bhwd', q_features, keys_values) / (normaliser[..., None] + 1e-8)
 
     y = Dense(self.token_dim, dtype=self.dtype, name='proj')(y.astype(v.dtype))
     x = v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
@@ -120,6 +126,7 @@ class TokensToToken(nn.Module):
   embed_dim: int
   token_dim: int = 64
   performer_dropout_rate: float = 0.1
+  soft_split_form: SoftSplitForm = 'conv'
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -128,16 +135,15 @@ class TokensToToken(nn.Module):
       return self._convolutions(images)
     x = images
     for number, split in enumerate(SPLITS[:-1], start=1):
-      x = soft_split(x, split)
-      batch, height, width, channels = x.shape
-      x = self._attention(f'attention{number}')(x.reshape(batch, height * width, channels), train=train)
-      x = x.reshape(batch, height, width, self.token_dim)
-    return Dense(self.embed_dim, dtype=self.dtype, name='project')(soft_split(x, SPLITS[-1]))
+      x = self._attention(split, f'attention{number}')(x, train=train)
+    dense = DenseParameters(SPLITS[-1].kernel ** 2 * self.token_dim, self.embed_dim, name='project')()
+    return patch_dense(x, SPLITS[-1], dense, form=self.soft_split_form, dtype=self.dtype)
 
-  def _attention(self, name: str) -> nn.Module:
+  def _attention(self, split: Split, name: str) -> nn.Module:
+    common = dict(soft_split_form=self.soft_split_form, dtype=self.dtype, name=name)
     if self.tokens_type == 'transformer':
-      return TokenTransformer(self.token_dim, dtype=self.dtype, name=name)
-    return TokenPerformer(self.token_dim, dropout_rate=self.performer_dropout_rate, dtype=self.dtype, name=name)
+      return TokenTransformer(split, self.token_dim, **common)
+    return TokenPerformer(split, self.token_dim, dropout_rate=self.performer_dropout_rate, **common)
 
   def _convolutions(self, x: Array) -> Array:
     widths = (self.token_dim, self.token_dim, self.embed_dim)

@@ -31,6 +31,7 @@ UNCHANGEABLE = (
   'train_images',
   'optimizer.name',
 )
+SPEED_ONLY = ('model.soft_split_form',)  # but not these, which change no result
 policies = ocp.training.preservation_policies
 
 
@@ -176,7 +177,7 @@ class Checkpoints:
     self._check_shapes(stored, wanted, run['model'])
     before = stored.custom_metadata or {}
     changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
-    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
+    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE) and field not in SPEED_ONLY]
     if fatal and not self._allow_changes:
       raise UserError(
         f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir, '
