@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 
 from absl import app, flags, logging
 
+from t2t_vit_jax import conversion
 from t2t_vit_jax.errors import UserError, did_you_mean
 
 OUTPUT = flags.DEFINE_string('output', None, 'The file to write: .safetensors, or .pth with --reverse.')
@@ -38,8 +39,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-  from t2t_vit_jax import conversion  # imported late: it takes seconds, and wrong flags should be refused at once
-
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # jax logs the devices it does not find at INFO
   try:
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
       settings=dict(map(_setting, SET.value)),
       weights=cast(Any, WEIGHTS.value),  # an enum flag: 'ema', 'raw' or None
       num_classes=NUM_CLASSES.value,
-      image_size=None if IMAGE_SIZE.value is None else _image_size(IMAGE_SIZE.value),
+      image_size=None if IMAGE_SIZE.value is None else conversion.parse_image_size(IMAGE_SIZE.value),
     )
     for line in conversion.convert(argv[1], OUTPUT.value, options, reverse=REVERSE.value, force=FORCE.value):
       print(line)
@@ -74,16 +73,11 @@ def _setting(text: str) -> tuple[str, Any]:
     raise UserError(f'--set={text}: {value!r} is no value for {field}') from error
 
 
-def _image_size(text: str) -> int | tuple[int, int]:
-  """'224' -> 224, '192x256' -> (192, 256): pixels."""
-  try:
-    numbers = [int(number) for number in text.split('x', maxsplit=1)]
-  except ValueError as error:
-    raise UserError(f'an image size is SIDE or HEIGHTxWIDTH, not {text!r}') from error
-  return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-_SETTINGS: dict[str, Callable[[str], Any]] = {'num_heads': int, 'qk_scale': float, 'image_size': _image_size}
+_SETTINGS: dict[str, Callable[[str], Any]] = {
+  'num_heads': int,
+  'qk_scale': float,
+  'image_size': conversion.parse_image_size,
+}
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 import re
 import sys
+import traceback
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -23,6 +24,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where JAX does not find the processes by itself.')
+    flags.DEFINE_integer('num_processes', None, 'With --coordinator: of the run. 1: do not look for others.')
+    flags.DEFINE_integer('process_id', None, 'With --coordinator: the number of this process, from 0 on.')
     arguments = flags.FLAGS(argv)
   except (AttributeError, KeyError):
     refuse_unknown_field(argv)
@@ -49,6 +53,7 @@ def refuse_unknown_field(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
   # Imported late: this takes seconds, and wrong flags should be refused at once.
+  from t2t_vit_jax.training import distributed
   from t2t_vit_jax.training.dry_run import dry_run
   from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
@@ -58,31 +63,41 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
+  config = flags.FLAGS.config
   try:
+    distributed.start(
+      flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id, config.distributed.timeout_s
+    )
     if flags.FLAGS.evaluate is not None:
-      show(evaluate_only(flags.FLAGS.config, flags.FLAGS.evaluate))
+      show(evaluate_only(config, flags.FLAGS.evaluate))
     elif flags.FLAGS.dry_run:
-      dry_run(flags.FLAGS.config)
+      dry_run(config)
     else:
-      train(flags.FLAGS.config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
+      train(config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
-    _fail(str(error))
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    distributed.leave(2)
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_code)
   except KeyboardInterrupt:
     print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
-    sys.exit(130)
+    distributed.leave(130)
+  except Exception:
+    traceback.print_exc()
+    distributed.leave(1)
 
 
 def show(accuracies: dict[str, Any]) -> None:
   """Prints the result of an evaluation; the last line is about the weights that count most."""
+  from t2t_vit_jax.training.reporting import say
+
   if flags.FLAGS.json:
-    print(json.dumps({weights: accuracy.as_dict() for weights, accuracy in accuracies.items()}))
+    say(json.dumps({weights: accuracy.as_dict() for weights, accuracy in accuracies.items()}))
     return
   for weights, accuracy in accuracies.items():
-    print(f'{weights}: {accuracy}')
-  print(accuracies.get('ema', accuracy).last_line(flags.FLAGS.config.data.eval_split))
+    say(f'{weights}: {accuracy}')
+  say(accuracies.get('ema', accuracy).last_line(flags.FLAGS.config.data.eval_split))
 
 
 def _fail(message: str) -> NoReturn:

@@ -100,7 +100,11 @@ def get_config() -> ConfigDict:
   config.checkpoint.allow_changes = False  # continue a run although its model or the order of its data has changed
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # devices that share a batch; -1: all
+  config.mesh.data = -1  # x fsdp: devices that share a batch; -1: all the rest
+  config.mesh.fsdp = 1  # of them, neighbours that divide parameters, moving average and optimizer state among them
+
+  config.distributed = ConfigDict()
+  config.distributed.timeout_s = 300.0  # a process that misses others for so long, at the start or later, ends
 
   config.logging = ConfigDict()
   config.logging.every_steps = 50

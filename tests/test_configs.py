@@ -17,7 +17,7 @@ from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.training import loop, optimizer
 from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.inputs import eval_transform, train_transform
-from t2t_vit_jax.training.run import build_model
+from t2t_vit_jax.training.programs import build_model
 from tests import golden
 from tests.image_folder import write_image_folder
 

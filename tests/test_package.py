@@ -7,7 +7,14 @@ import pytest
 
 
 @pytest.mark.parametrize(
-  'module', ['t2t_vit_jax', 't2t_vit_jax.training.loop', 't2t_vit_jax.data.loader', 't2t_vit_jax.data.prepare']
+  'module',
+  [
+    't2t_vit_jax',
+    't2t_vit_jax.export',
+    't2t_vit_jax.training.loop',
+    't2t_vit_jax.data.loader',
+    't2t_vit_jax.data.prepare',
+  ],
 )
 def test_import_loads_neither_torch_nor_tensorflow(module):
   code = f'import sys, {module}; print([name for name in ("torch", "tensorflow") if name in sys.modules])'

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-import socket
 import subprocess
 import sys
 
@@ -14,15 +13,10 @@ import pytest
 from configs import digits
 from t2t_vit_jax.training.run import build_run
 from tests.image_folder import write_image_folder
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple('abcdefgh')
-
-
-def free_port():
-  with socket.socket() as listener:
-    listener.bind(('localhost', 0))
-    return listener.getsockname()[1]
 
 
 def evaluate(overrides, processes):

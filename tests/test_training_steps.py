@@ -92,7 +92,7 @@ def test_frozen_variables_are_not_in_the_optimizer(model):
 def compile_step(num_devices, **arguments):
   """A step with all of the augmentation, compiled as in a run, and what it takes: a state, a batch and a key."""
   model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, tokens_type='convolution')
-  mesh = make_mesh(ConfigDict(dict(data=num_devices)))
+  mesh = make_mesh(ConfigDict(dict(data=num_devices, fsdp=1)))
   sgd = optax.sgd(0.1, momentum=0.9)
   step = steps.make_train_step(model, sgd, lambda _: 0.1, augmentation=MIXED, ema_decay=0.9, **arguments)
   batch = random_batch(32)
@@ -190,7 +190,7 @@ def test_evaluation_sums_ignore_padding_and_batch_size(model):
     count=23,
     loss_sum=float(-jax.nn.log_softmax(logits)[np.arange(23), data['label']].sum()),
   )
-  mesh = make_mesh(ConfigDict(dict(data=2)))
+  mesh = make_mesh(ConfigDict(dict(data=2, fsdp=1)))
   eval_step = jax.jit(steps.make_eval_step(model, normalization=IDENTITY))
   for batch_size in (2, 8, 24):
     batches = []

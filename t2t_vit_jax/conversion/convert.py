@@ -117,8 +117,26 @@ def convert(
   return [*notes, f'wrote {output}: {len(found.arrays)} tensors, {numbers:,} numbers']
 
 
-def load(path: Path, options: Options) -> tuple[Weights, list[str]]:
+def parse_image_size(text: str) -> ImageSize:
+  """'224' -> 224, '192x256' -> (192, 256): pixels.
+
+  Raises:
+    UserError: it is neither of the two.
+  """
+  try:
+    numbers = [int(number) for number in text.split('x', maxsplit=1)]
+  except ValueError as error:
+    raise UserError(f'an image size is SIDE or HEIGHTxWIDTH, not {text!r}') from error
+  return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple[Weights, list[str]]:
   """Reads a converted file or a checkpoint, checks every tensor of it, and changes what `options` asks for.
+
+  Args:
+    path: the file.
+    options: what the user says of it and wants changed.
+    only_converted: refuse checkpoints, whose tensors may leave questions that `options` must answer.
 
   Returns:
     The weights, and notes for the user on what was found, chosen, dropped and changed.
@@ -132,6 +150,8 @@ def load(path: Path, options: Options) -> tuple[Weights, list[str]]:
     if kind == 'safetensors' and METADATA_KEY in files.read_metadata(path):
       found = _read(path)
       _check_agreement(found, options)
+    elif only_converted:
+      raise UserError('was not made by convert_torch_weights.py: convert it first')
     else:
       found, notes = _import(path, kind, options)
     found, changes = _adapt(found, options)

@@ -60,9 +60,10 @@ class Mixing:
     keys = _keys_at(rng, positions[:: self.group_size])
     weights = jax.vmap(lambda key: self.draw_weights(key, height, width))(keys)  # (groups, H, W)
 
-    x = images.reshape(num_groups, self.group_size, height, width, channels).astype(jnp.float32)
+    x = images.reshape(num_groups, self.group_size, height, width, channels)
+    partners = x[:, ::-1]  # as bytes: they may come from another device
     weight = weights[:, None, :, :, None]
-    x = jnp.round(x * weight + x[:, ::-1] * (1 - weight))
+    x = jnp.round(x.astype(jnp.float32) * weight + partners.astype(jnp.float32) * (1 - weight))
     y = targets.reshape(num_groups, self.group_size, -1)
     share = weights.mean(axis=(1, 2)).reshape(num_groups, 1, 1)
     y = y * share + y[:, ::-1] * (1 - share)

@@ -7,6 +7,7 @@ import os
 import shutil
 from typing import Any, Self
 
+from etils import epath
 from flax import serialization, traverse_util
 import jax
 from jax.experimental import multihost_utils
@@ -15,6 +16,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training.distributed import LostProcessError
+from t2t_vit_jax.training.sharding import replicated
 from t2t_vit_jax.training.state import TrainState
 
 BEST_METRIC = 'top1'
@@ -56,9 +59,9 @@ class Checkpoints:
     allow_changes: bool = False,
     read_only: bool = False,
   ):
-    self.folder = os.path.abspath(folder)
+    self.folder = epath.Path(folder).absolute()
     self._allow_changes = allow_changes
-    if read_only and not os.path.isdir(self.folder):
+    if read_only and not self.folder.is_dir():
       raise UserError(f'there is no checkpoint in {self.folder}')
     best = policies.BestN(
       get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
@@ -77,7 +80,7 @@ class Checkpoints:
     if kind is None:
       with self._writing():
         self._checkpointer.close()
-    else:
+    elif not issubclass(kind, LostProcessError):  # a save that is under way would wait for the lost one
       with contextlib.suppress(Exception):  # the error on its way says more
         self._checkpointer.close()
 
@@ -213,14 +216,13 @@ class Checkpoints:
 
   def _set_aside(self, failure: str) -> str:
     """Moves the newest checkpoint out of the way and returns a line that says so."""
-    damaged = os.path.join(self.folder, str(self.latest_step))
-    shelf = os.path.join(os.path.dirname(self.folder), 'damaged')
-    target = os.path.join(shelf, f'{self.latest_step}')
+    damaged = self.folder / str(self.latest_step)
+    target = self.folder.parent / 'damaged' / damaged.name
     if jax.process_index() == 0:
-      os.makedirs(shelf, exist_ok=True)
-      while os.path.exists(target):
-        target += '+'
-      os.rename(damaged, target)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      while target.exists():
+        target = target.with_name(target.name + '+')
+      damaged.rename(target)
     multihost_utils.sync_global_devices('set aside')
     self._checkpointer.reload()
     return f'The checkpoint {damaged} is damaged ({failure}) and was moved to {target}.'
@@ -249,9 +251,9 @@ def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  (sharding, *_) = (leaf.sharding for leaf in jax.tree.leaves(state))
+  (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
   shapes = jax.eval_shape(fingerprints, state)
-  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for name, x in shapes.items()}
 
 
 def _verified(restored: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ POSITIVE = (
   'data.crop_fraction',
   'data.eval_batch_size',
   'data.image_size',
+  'distributed.timeout_s',
   'logging.every_steps',
   'model.depth',
   'model.embed_dim',

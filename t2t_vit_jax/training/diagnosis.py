@@ -13,6 +13,7 @@ from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.training.run import Run
+from t2t_vit_jax.training.sharding import gathered
 from t2t_vit_jax.training.state import TrainState
 
 MAX_NAMED = 3  # images of a batch, and batches of a run
@@ -71,7 +72,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
-  variables = jax.device_get(state.variables())
+  variables = jax.device_get(gathered(state.variables(), run.mesh))
   images, rngs = run.augmented(batch, step)
   found = first_nonfinite_layer(run.model, variables, images, rngs)
   if found is None:

@@ -6,7 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2t_vit_jax.training.distributed import check_agreement, together
+from t2t_vit_jax.training.programs import abstract_batch
+from t2t_vit_jax.training.reporting import say
 from t2t_vit_jax.training.run import Run, build_run
+from t2t_vit_jax.training.sharding import bytes_per_device
 
 
 def dry_run(config: Any) -> None:
@@ -15,30 +19,22 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would.
   """
-  run = build_run(config)
+  check_agreement(config)
+  run = together(lambda: build_run(config))
   if config.init_from is not None:
     run.fresh_state()  # reads the file
-  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config), jax.random.key(0))
+  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config, run.mesh), jax.random.key(0))
   for line in run.summary():
-    print(line)
-  state = _gigabytes(run.abstract_state)
+    say(line)
   images = config.data.batch_size // (run.mesh.size * config.optimizer.accumulate_steps)
-  print(
-    f'memory of each device, estimated: {state:.2f} GB state, {_gigabytes(run.abstract_state.params):.2f} GB '
-    f'gradients, {_activations(run, images):.2f} GB for the backward pass of {images} images '
+  gradients = _gigabytes(run.abstract_state.params)
+  state = bytes_per_device(run.abstract_state) / 1e9
+  say(
+    f'memory of each device, estimated: {state:.2f} GB state, {gradients:.2f} GB gradients, '
+    f'{_activations(run, images):.2f} GB for the backward pass of {images} images '
     '(all that it could read; the compiler keeps less)'
   )
-  print('dry run: nothing was trained, nothing written')
-
-
-def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a training batch."""
-  count, size = config.data.batch_size, config.data.image_size
-  return {
-    'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
-    'label': jax.ShapeDtypeStruct((count,), jnp.int32),
-    'mask': jax.ShapeDtypeStruct((count,), jnp.float32),
-  }
+  say('dry run: nothing was trained, nothing written')
 
 
 def _activations(run: Run, images: int) -> float:

@@ -1,9 +1,9 @@
 """Evaluation of weights that exist: a weight file's, or those of a run's newest checkpoint."""
 
 import os
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from t2t_vit_jax.conversion import load_pretrained
@@ -11,9 +11,11 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.config_checks import check_ranges
+from t2t_vit_jax.training.distributed import check_agreement, together
 from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.programs import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.training.reporting import warn
-from t2t_vit_jax.training.run import build_model, compute_dtype, make_evaluator
+from t2t_vit_jax.training.run import make_evaluator
 
 
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
@@ -31,18 +33,25 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   Raises:
     UserError: weights, config and data don't fit together, or one of them can't be read.
   """
+  check_agreement(config)
   check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
-  path = Path(path)
-  if path.is_dir():
-    with Checkpoints(path / 'checkpoints', read_only=True) as checkpoints:
+  folder = epath.Path(path)
+  together(lambda: _check_exists(folder))
+  if folder.is_dir():
+    with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
       description, weights = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
     model = build_model(ConfigDict(description['config']), num_classes)
-  elif path.exists():
+  else:
     model, variables = load_pretrained(path)
     weights = {'weights': variables}
-  else:
-    raise UserError(f'there is no weight file and no workdir {path}')
   model = model.clone(dtype=compute_dtype(config))
-  return make_evaluator(config, mesh, model, inputs.open_eval_source(config.data))(weights, warn)
+  eval_step = make_eval_step(config, mesh, model)
+  source = together(lambda: inputs.open_eval_source(config.data))
+  return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
+
+
+def _check_exists(path: epath.Path) -> None:
+  if not path.exists():
+    raise UserError(f'there is no weight file and no workdir {path}')

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +11,13 @@ from t2t_vit_jax.errors import DataError
 from t2t_vit_jax.training import sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
+from t2t_vit_jax.training.distributed import check_agreement, lost_process, together
 from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.reporting import Reporter, warn
+from t2t_vit_jax.training.reporting import Reporter, say, warn
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
-from t2t_vit_jax.training.workdir import open_workdir
+from t2t_vit_jax.training.workdir import Workdir, open_workdir
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
 MAX_STEPS_IN_FLIGHT = 2
@@ -48,25 +48,26 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       way that the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
-  run = build_run(config)
+  check_agreement(config)
+  run = together(lambda: build_run(config))
   with (
     open_workdir(workdir) as folder,
     Checkpoints(
-      folder / 'checkpoints', config.checkpoint.keep_latest, allow_changes=config.checkpoint.allow_changes
+      folder.root / 'checkpoints', config.checkpoint.keep_latest, allow_changes=config.checkpoint.allow_changes
     ) as checkpoints,
   ):
     state, notes = _initial_state(run, checkpoints)
     if int(state.step) >= run.total_steps and checkpoints.latest_metrics:
       accuracy = Accuracy.from_dict(checkpoints.latest_metrics)
       split = checkpoints.latest_metrics['split']
-      print(f'This run is complete: {int(state.step)} steps in {folder}. To train again choose another --workdir.')
+      say(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
     else:
       split = config.data.eval_split
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
-          reporter.say(note)
+          say(note)
         accuracy = _train(run, state, checkpoints, reporter)
-  print(accuracy.last_line(split), flush=True)
+  say(accuracy.last_line(split))
   return accuracy
 
 
@@ -78,7 +79,7 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list
   return state, set_aside + ([f'changed since the checkpoint: {"; ".join(changes)}'] if changes else [])
 
 
-def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
+def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
   reporter = Reporter(
     workdir,
     total_steps=run.total_steps,
@@ -87,10 +88,10 @@ def _reporter(run: Run, workdir: Path, first_step: int) -> Reporter:
     batch_size=run.order.batch_size,
   )
   for line in run.summary():
-    reporter.say(line)
-  reporter.say(f'workdir: {workdir}')
+    say(line)
+  say(f'workdir: {workdir.root}')
   start = f'continuing from the checkpoint of step {first_step}' if first_step else 'starting'
-  reporter.say(f'{start}; the first step takes longer, it is compiled')
+  say(f'{start}; the first step takes longer, it is compiled')
   return reporter
 
 
@@ -143,8 +144,8 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
         # Alone: several processes save together or not at all, and the others know nothing of this.
         if isinstance(error, DataError) and jax.process_count() == 1 and int(state.step) > first_step:
           checkpoints.save(state, metrics=None, run=run.description)
-        if too_little := out_of_memory(error, config):
-          raise too_little from error
+        if known := out_of_memory(error, config) or lost_process(error):
+          raise known from error
         raise
     if stop.signal:
       checkpoints.save(state, metrics=None, run=run.description)
@@ -165,5 +166,5 @@ def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest
   reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)
   start = run.config.ema.decay ** int(state.step)
   if 'ema' in accuracies and start > 0.01:
-    reporter.say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
+    say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
   return accuracies.get('ema', accuracies['raw'])

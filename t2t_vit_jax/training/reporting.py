@@ -16,25 +16,24 @@ from tqdm import tqdm
 from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.report import image_grid, write_report
+from t2t_vit_jax.training.workdir import Workdir
 
 
 class Reporter:
   """Progress of a training run, written by the first process only. Use as a context manager.
 
   Args:
-    workdir: folder of `metrics.jsonl`: one JSON object a line, with `step` and `kind` ('train' or an evaluated split).
+    workdir: gets `metrics.jsonl`: one JSON object a line, with `step` and `kind` ('train' or an evaluated split).
     total_steps: where the run ends.
     first_step: where it starts; later rows of an earlier, interrupted run are dropped.
     steps_per_epoch: to print epochs.
     batch_size: images a step.
   """
 
-  def __init__(
-    self, workdir: str | os.PathLike[str], *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int
-  ):
+  def __init__(self, workdir: Workdir, *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int):
     self._silent = jax.process_index() != 0
-    self._workdir = Path(workdir)
-    self._file = self._workdir / 'metrics.jsonl'
+    self._workdir = workdir
+    self._file = workdir.logs / 'metrics.jsonl'
     self._total_steps = total_steps
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
@@ -43,7 +42,7 @@ class Reporter:
 
       _drop_rows_after(self._file, first_step)
       # TensorBoard leaves out what an earlier, interrupted run wrote from that step on.
-      self._events = SummaryWriter(os.fspath(self._workdir / 'tensorboard'), purge_step=first_step + 1)
+      self._events = SummaryWriter(os.fspath(workdir.logs / 'tensorboard'), purge_step=first_step + 1)
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -62,12 +61,6 @@ class Reporter:
     self._bar.close()
     if not self._silent:
       self._events.close()
-
-  def say(self, text: str) -> None:
-    """Prints a line to standard output without disturbing the progress line."""
-    if not self._silent:
-      tqdm.write(text)
-      sys.stdout.flush()  # a log file should show it now
 
   def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Passes `batches` on and takes the time that they keep the caller waiting."""
@@ -89,16 +82,16 @@ class Reporter:
   def images(self, images: np.ndarray) -> None:
     """Writes images, (N, H, W, 3) uint8, as one picture, and says where."""
     if not self._silent:
-      file = self._workdir / 'augmented_images.png'
+      file = self._workdir.logs / 'augmented_images.png'
       Image.fromarray(image_grid(images)).save(file)
-      self.say(f'{file} shows {len(images)} training images as the network sees them')
+      say(f'{file} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
     """Writes `report.png`; what stands in its way is said, but the run itself is done."""
     if self._silent:
       return
     try:
-      self.say(f'curves and sample images: {write_report(self._workdir, images, title)}')
+      say(f'curves and sample images: {write_report(self._workdir.logs, images, title)}')
     except OSError as error:
       warn(f'report.png could not be written: {error.strerror}')
 
@@ -147,7 +140,7 @@ class Reporter:
       if self._steps_timed:
         left = (self._total_steps - step) * self._batch_size / images_per_second
         summary += f' {tqdm.format_interval(left)} left'
-      self.say(f'step {step}/{self._total_steps} {summary}')
+      say(f'step {step}/{self._total_steps} {summary}')
     else:
       self._bar.set_postfix_str(summary, refresh=False)
       self._bar.update(step - self._bar.n)
@@ -158,8 +151,10 @@ class Reporter:
   def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
     """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""
     for weights, accuracy in accuracies.items():
-      self.say(f'step {step} {split} {weights}: {accuracy}')
+      say(f'step {step} {split} {weights}: {accuracy}')
       self._write(step, split, weights=weights, **accuracy.as_dict())
+    if not self._silent:
+      self._workdir.publish()
 
   def start_clock(self) -> None:
     """Measures images per second from here: after a compilation, an evaluation, a save."""
@@ -176,6 +171,13 @@ class Reporter:
     for name, value in values.items():
       if isinstance(value, int | float):
         self._events.add_scalar(f'{group}/{name}', value, step)
+
+
+def say(text: str) -> None:
+  """Prints a line to standard output, in the first process only, without disturbing a progress line."""
+  if jax.process_index() == 0:
+    tqdm.write(text)
+    sys.stdout.flush()  # a log file should show it now
 
 
 def warn(text: str) -> None:

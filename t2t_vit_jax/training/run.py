@@ -11,38 +11,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.training import inputs, optimizer, sharding, steps
-from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
-from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
+from t2t_vit_jax.training import inputs, sharding, steps
+from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
-from t2t_vit_jax.training.state import TrainState, init_state
+from t2t_vit_jax.training.programs import Programs, build_programs, pretrained_variables
+from t2t_vit_jax.training.state import TrainState
 
 SAMPLE_IMAGES = 32
-DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """The parts of a run, ready to be used. `config` is the whole of `configs/default.py`."""
+class Run(Programs):
+  """Programs with their data, ready to be used."""
 
-  config: Any
-  mesh: Mesh
-  model: T2TViT
   train_source: Source
   train_transform: transforms.TrainTransform
-  augmentation: BatchAugmentation
-  order: loader.TrainOrder
-  total_steps: int
-  abstract_state: TrainState  # shapes, dtypes and shardings
-  make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
-  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   evaluator: Evaluator
 
   @functools.cached_property
@@ -110,6 +98,21 @@ class Run:
       f'evaluation: {evaluated.description}, {len(evaluated):,} images',
       f'steps: {self.total_steps:,} of {self.order.batch_size} images, {self.order.steps_per_epoch:,} an epoch, '
       f'on {self.mesh.size} {jax.default_backend()} device(s)',
+      f'mesh: data {self.mesh.shape["data"]} x fsdp {self.mesh.shape["fsdp"]}; each device has '
+      f'{self.order.batch_size // self.mesh.size} images of a batch and '
+      f'{sharding.bytes_per_device(self.abstract_state) / 1e6:,.1f} MB of state',
+      *self.mixing_note(),
+    ]
+
+  def mixing_note(self) -> list[str]:
+    """A line about what it costs if images are mixed with some on other devices."""
+    share, group_size = self.order.batch_size // self.mesh.size, self.augmentation.mixing.group_size
+    if share % group_size == 0:
+      return []
+    megabytes = share * 3 * self.config.data.image_size**2 / 1e6
+    return [
+      f'mixing: groups of {group_size} images do not fit the {share} images of a device, so devices exchange pixels: '
+      f'each gets up to {megabytes:.1f} MB a step; results do not change'
     ]
 
   @property
@@ -141,54 +144,18 @@ def build_run(config: Any) -> Run:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
-  model = build_model(config, num_classes=len(train_source.class_names))
-  order = loader.TrainOrder(len(train_source), config.data.batch_size, config.seed)
-  backbone_factor = config.schedule.backbone_factor
-  learning_rate, backbone_learning_rate = (
-    optimizer.learning_rate_schedule(
-      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
-    )
-    for factor in (1.0, backbone_factor)
-  )
-  tx = optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate)
-  normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
-  augmentation = batch_augmentation(config, model.num_classes, normalization)
-  check_accumulation(config, mesh.size, augmentation.mixing.group_size)
-  replicated = sharding.replicated(mesh)
-
-  def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
-    return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
-
-  shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
+  programs = build_programs(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
   return Run(
-    config=config,
-    mesh=mesh,
-    model=model,
+    **vars(programs),
     train_source=train_source,
     train_transform=inputs.train_transform(config),
-    augmentation=augmentation,
-    order=order,
-    total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
-    abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes),
-    make_state=jax.jit(make_state, out_shardings=replicated),
-    train_step=jax.jit(
-      steps.make_train_step(
-        model,
-        tx,
-        learning_rate,
-        augmentation=augmentation,
-        ema_decay=config.ema.decay,
-        accumulate_steps=config.optimizer.accumulate_steps,
-        head_only=not backbone_factor,
-      ),
-      donate_argnums=0,
-      out_shardings=replicated,
-    ),
-    evaluator=make_evaluator(config, mesh, model, eval_source),
+    evaluator=make_evaluator(config, mesh, programs.model, programs.eval_step, eval_source),
   )
 
 
-def make_evaluator(config: Any, mesh: Mesh, model: T2TViT, source: Source) -> Evaluator:
+def make_evaluator(
+  config: Any, mesh: Mesh, model: T2TViT, eval_step: Callable[..., dict[str, jax.Array]], source: Source
+) -> Evaluator:
   """Evaluates weights of `model` on `source`, with images and batches as `config.data` has them.
 
   Raises:
@@ -200,94 +167,14 @@ def make_evaluator(config: Any, mesh: Mesh, model: T2TViT, source: Source) -> Ev
     )
   # Rounded up to what the devices divide: padding is masked out.
   batch_size = math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
-  normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
   return Evaluator(
-    step=jax.jit(steps.make_eval_step(model, normalization=normalization), out_shardings=sharding.replicated(mesh)),
+    step=eval_step,
     source=source,
     transform=inputs.eval_transform(config),
     share=_share(batch_size),
     workers=_workers(config),
     mesh=mesh,
   )
-
-
-def build_model(config: Any, num_classes: int) -> T2TViT:
-  """The model of `config.model`; fields that are None stay as the named variant has them.
-
-  Raises:
-    UserError: unknown model, dtype or argument.
-  """
-  arguments = {field: value for field, value in config.model.items() if value is not None}
-  name = arguments.pop('name')
-  arguments.setdefault('num_classes', num_classes)
-  arguments['dtype'] = compute_dtype(config)
-  return create_model(name, image_size=config.data.image_size, **arguments)
-
-
-def compute_dtype(config: Any) -> Any:
-  """The dtype that `config.model.dtype` names.
-
-  Raises:
-    UserError: it names none that the models compute in.
-  """
-  if config.model.dtype not in DTYPES:
-    raise UserError(f'model.dtype must be {" or ".join(map(repr, DTYPES))}, not {config.model.dtype!r}')
-  return jnp.dtype(config.model.dtype)
-
-
-# What two models must share for the weights of one to mean the same in the other.
-ARCHITECTURE = (
-  'tokens_type',
-  'embed_dim',
-  'depth',
-  'num_heads',
-  'mlp_ratio',
-  'qkv_bias',
-  'qk_scale',
-  'token_dim',
-  'block_type',
-  'dense_stages',
-  'growth_rate',
-)
-
-
-def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
-  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
-
-  A head of another number of classes is made anew, from `seed`.
-
-  Raises:
-    UserError: the file can't be read, or holds another model.
-  """
-  settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
-  wrong = [
-    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
-    for field in ARCHITECTURE
-    if getattr(loaded, field) != getattr(model, field)
-  ]
-  if wrong:
-    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
-  return variables
-
-
-def batch_augmentation(config: Any, num_classes: int, normalization: Normalization) -> BatchAugmentation:
-  """The device's part of `config.augment`.
-
-  Raises:
-    UserError: the mixing groups don't divide the batch.
-  """
-  augment = config.augment
-  batch_size = config.data.batch_size
-  mixed = augment.mixup_alpha or augment.cutmix_alpha
-  group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
-  if batch_size % group_size:
-    raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
-  mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
-  erasing = RandomErasing(
-    augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)
-  )
-  return BatchAugmentation(num_classes, augment.label_smoothing, mixing, normalization, erasing)
 
 
 def _share(batch_size: int) -> loader.Share:

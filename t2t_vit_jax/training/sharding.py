@@ -1,5 +1,7 @@
-"""One mesh over the devices: batches are divided along its axis, everything else is replicated."""
+"""The mesh of all devices: batches are divided over all of it, the state over its axis `fsdp` or not at all."""
 
+from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -8,25 +10,78 @@ import numpy as np
 
 from t2t_vit_jax.errors import UserError
 
-DATA_AXIS = 'data'
+AXES = ('data', 'fsdp')
+# Dividing an array saves memory and costs a transfer; below this many elements (64 KiB) it is not worth one.
+MIN_DIVIDED_SIZE = 2**14
 
 
-def make_mesh(config: Any) -> Mesh:
-  """The mesh of `config.mesh`: `data` devices in a row, -1 for all of them.
+def make_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of `config.mesh`: `data` x `fsdp` devices; one of them may be -1, for as many as there are.
+
+  Each process's devices are neighbours in it, and processes follow each other by number: so every process reads one
+  block of each batch, and the batch is the same for any number of them. The axis `fsdp` runs through neighbours first,
+  which have the fastest connection.
+
+  Args:
+    config: `config.mesh` of a run.
+    devices: all of the present ones if None; else described ones of another machine.
 
   Raises:
-    UserError: there are fewer devices.
+    UserError: the numbers don't fit the devices.
   """
-  available = jax.device_count()
-  wanted = available if config.data == -1 else config.data
-  if not 0 < wanted <= available:
-    raise UserError(f'mesh.data is {config.data}, but there are {available} devices; -1 takes them all')
-  return jax.make_mesh((wanted,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:wanted])
+  available = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+  num_processes = len({device.process_index for device in available})
+  sizes = [config.data, config.fsdp]
+  asked = f'mesh.data {config.data} x mesh.fsdp {config.fsdp}'
+  if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+    raise UserError(f'{asked} is no mesh: both must be positive, and one of them may be -1 for the rest of the devices')
+  if -1 in sizes:
+    rest, left_over = divmod(len(available), -math.prod(sizes))
+    if left_over:
+      raise UserError(f'{asked} does not fit {len(available)} devices, which {-math.prod(sizes)} does not divide')
+    sizes[sizes.index(-1)] = rest
+  wanted = math.prod(sizes)
+  if wanted > len(available):
+    raise UserError(f'{asked} needs {wanted} devices, but there are {len(available)}; -1 takes as many as there are')
+  if wanted < len(available) and num_processes > 1:
+    raise UserError(f'{asked} leaves out some of the {len(available)} devices of {num_processes} processes')
+  return Mesh(np.array(available[:wanted]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same value on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+  """The first axis divided over all devices."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+  """Where an array of the training state lives: the one rule for parameters, moving average and optimizer.
+
+  Its longest axis that the axis `fsdp` of the mesh divides is divided (the first of equal ones). Small arrays, and
+  those without such an axis, are on every device.
+  """
+  count = mesh.shape['fsdp']
+  divisible = [size if size % count == 0 else 0 for size in shape]
+  if count == 1 or math.prod(shape) < MIN_DIVIDED_SIZE or not any(divisible):
+    return replicated(mesh)
+  axis = divisible.index(max(divisible))
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+  """All of every array on every device. With several processes all must call it."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """What each device holds of arrays, or of their descriptions, that have a sharding."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * jax.numpy.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+  )
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -41,5 +96,5 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Puts this process's part of a batch on its devices, divided along the first axis."""
-  sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  sharding = over_batch(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,48 +1,122 @@
-"""The folder of a run: writable, and used by one run at a time."""
+"""The folder of a run: writable, seen by all of its processes, and used by one run at a time."""
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
+import datetime
 import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
+import tempfile
+import time
 
+from etils import epath
 import jax
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.training.distributed import gather_texts, together
+
+SHARED_TIMEOUT_S = 15  # for a network file system to show what another host wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """A run's folder, on a disk or in a bucket (gs://...).
+
+  Attributes:
+    root: the folder.
+    logs: where the first process writes everything but checkpoints: `root`, or a folder on its own disk if that is
+      a bucket, to whose objects nothing can be appended.
+  """
+
+  root: epath.Path
+  logs: Path
+
+  def publish(self) -> None:
+    """Copies `logs` to a bucket. For the first process."""
+    if not _is_bucket(self.root):
+      return
+    for file in self.logs.rglob('*'):
+      if file.is_file():
+        target = self.root / file.relative_to(self.logs).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
 
 
 @contextlib.contextmanager
-def open_workdir(path: str | os.PathLike[str]) -> Iterator[Path]:
+def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
   """Makes the folder if need be and keeps other runs out of it until the context ends.
 
-  The lock is the operating system's: it goes with the process, however that ends.
+  The lock is the operating system's: it goes with the process, however that ends. A bucket has none. All processes of
+  a run call this.
 
   Raises:
-    UserError: the folder can't be written to, or another run uses it.
+    UserError: the folder can't be written to, another run uses it, or it is not the same for all processes.
   """
-  workdir = Path(path)
-  try:
-    (workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
-    (workdir / 'metrics.jsonl').open('a').close()
-    lock = (workdir / 'lock').open('a+')
-  except OSError as error:
-    raise UserError(f'cannot write to workdir {workdir}: {error.strerror}') from error
-  with lock:
-    if jax.process_index() == 0:
-      _acquire(lock, workdir)
+  root = epath.Path(path)
+  owner = gather_texts(
+    f'process {os.getpid()} on {os.uname().nodename}, since {datetime.datetime.now().isoformat(" ")}'
+  )[0]
+  with contextlib.ExitStack() as stack:
+    prepare = _prepare_bucket if _is_bucket(root) else _prepare_folder
+    logs = together(lambda: prepare(root, owner, stack) if jax.process_index() == 0 else Path())
+    together(lambda: _check_shared(root, owner))
+    workdir = Workdir(root, logs)
     yield workdir
+    if jax.process_index() == 0:
+      workdir.publish()
 
 
-def _acquire(lock: IO[str], workdir: Path) -> None:
+def _is_bucket(root: epath.Path) -> bool:
+  return '://' in os.fspath(root)
+
+
+def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
+  """Makes and locks a folder on a disk, and returns it."""
+  folder = Path(root)
+  try:
+    (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
+    (folder / 'metrics.jsonl').open('a').close()
+    lock = stack.enter_context((folder / 'lock').open('a+'))
+  except OSError as error:
+    raise UserError(f'cannot write to workdir {root}: {error.strerror}') from error
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
-    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-      return  # a file system without locks
-    lock.seek(0)
-    raise UserError(f'{workdir} is used by another run ({lock.read().strip()}): choose another --workdir') from error
+    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else it is a file system without locks
+      lock.seek(0)
+      raise UserError(f'{root} is used by another run ({lock.read().strip()}): choose another --workdir') from error
   lock.truncate(0)
-  lock.write(f'process {os.getpid()} on {os.uname().nodename}\n')
+  lock.write(owner)
   lock.flush()
+  return folder
+
+
+def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
+  """Makes a folder in a bucket, and returns a temporary one with the metrics of an earlier, interrupted run."""
+  logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='t2t_vit_jax-')))
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / 'lock').write_text(owner)
+    if (root / 'metrics.jsonl').exists():
+      (logs / 'metrics.jsonl').write_bytes((root / 'metrics.jsonl').read_bytes())
+  except Exception as error:  # of the bucket's client, whichever that is
+    message = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise UserError(f'cannot write to workdir {root} ({message}); gs:// needs the extra gcs and credentials') from error
+  return logs
+
+
+def _check_shared(root: epath.Path, owner: str) -> None:
+  deadline = time.monotonic() + SHARED_TIMEOUT_S
+  while True:
+    with contextlib.suppress(OSError):
+      if (root / 'lock').read_text() == owner:
+        return
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.5)
+  raise UserError(
+    f'workdir {root} on {os.uname().nodename} is not the folder that process 0 uses ({owner}): '
+    'give a --workdir on storage that all hosts share'
+  )

@@ -1,0 +1,155 @@
+"""Writes the forward pass of a model and its weights as one file that jax runs without Flax and this package.
+
+python -m t2t_vit_jax.export WEIGHTS --output FILE
+
+docs/export.md shows the few lines that load it.
+"""
+
+import argparse
+from collections.abc import Iterator
+import contextlib
+import json
+from pathlib import Path
+import sys
+from typing import Any, NoReturn, cast
+
+from flax.traverse_util import unflatten_dict
+import jax
+from jax import export
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from t2t_vit_jax import __version__
+from t2t_vit_jax.conversion import Options, files, parse_image_size
+from t2t_vit_jax.conversion.convert import ImageSize, Weights, load
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.training.augment import Normalization
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+DTYPES = ('float32', 'bfloat16')
+
+Array = jax.Array
+
+
+def export_weights(
+  path: Path, output: Path, *, dtype: str = 'float32', image_size: ImageSize | None = None, force: bool = False
+) -> list[str]:
+  """Writes the model of a converted file as an .npz file: the program, its weights and a description.
+
+  Its arrays are `program`, the serialized `export_forward`; `metadata`, JSON; and the weights, each under its path.
+
+  Args:
+    path: a file that `convert` wrote.
+    output: the file to write.
+    dtype: of the computation, one of `DTYPES`; weights and logits are float32.
+    image_size: px, one side or (height, width), if not the weights'.
+    force: overwrite `output`.
+
+  Returns:
+    Lines for the user: what was changed and written.
+
+  Raises:
+    UserError: one line that names the file at fault. No file was written.
+  """
+  files.check_output(output, force=force)
+  found, notes = load(path, Options(image_size=image_size), only_converted=True)
+  colours = [found.channels, *(len(found.data.get(field, ())) for field in ('mean', 'std'))]
+  if colours != [3, 3, 3] or not found.arguments['num_classes']:
+    raise files.problem(path, 'only models with a head, and the mean and deviation of RGB images, can be exported')
+  program = export_forward(found, dtype)
+  metadata = json.dumps(_metadata(found, dtype, program))
+  serialized = np.frombuffer(program.serialize(), np.uint8)
+
+  def write(temporary: Path) -> None:
+    arrays: dict[str, Any] = {'program': serialized, 'metadata': np.array(metadata), **found.arrays}
+    with temporary.open('wb') as file:  # of a mere name, savez would change the ending
+      np.savez(file, **arrays)
+
+  files.write_file(output, write)
+  images, logits = program.in_avals[-1], program.out_avals[0]
+  size = f'{output.stat().st_size / 1e6:.1f} MB'
+  return [*notes, f'wrote {output}: {images.str_short()} -> {logits.str_short()}, for {", ".join(PLATFORMS)}, {size}']
+
+
+def export_forward(found: Weights, dtype: str) -> export.Exported:
+  """The forward pass: float32 weights by path, uint8 images (B, height, width, 3) -> float32 logits (B, num_classes).
+
+  B is a dimension variable, at least 1, and images are normalised within. Weights are arguments, since as constants of
+  the program they would be compiled, and held, anew for each batch size.
+  """
+  model = T2TViT(**{**found.arguments, 'dtype': jnp.dtype(dtype)})
+  normalize = Normalization(found.data['mean'], found.data['std'])
+
+  def forward(weights: dict[str, Array], images: Array) -> Array:
+    return cast(Array, model.apply(unflatten_dict(weights, sep='/'), normalize(images)))
+
+  weights = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in found.arrays.items()}
+  images = jax.ShapeDtypeStruct((*export.symbolic_shape('B'), *_sides(found), 3), jnp.uint8)
+  with _no_source_paths():
+    return export.export(jax.jit(forward), platforms=PLATFORMS)(weights, images)
+
+
+def _sides(found: Weights) -> list[int]:
+  """[height, width] in px."""
+  return np.broadcast_to(found.arguments['image_size'], 2).tolist()
+
+
+def _metadata(found: Weights, dtype: str, program: export.Exported) -> dict[str, Any]:
+  """What a user of the program must know, and where it comes from."""
+  return {
+    **found.data,
+    'image_size': _sides(found),
+    'class_names': found.class_names,
+    'model': found.model,
+    'dtype': dtype,
+    'platforms': program.platforms,
+    'calling_convention_version': program.calling_convention_version,
+    'versions': {'jax': jax.__version__, 'jaxlib': jaxlib.__version__, 't2t_vit_jax': __version__},
+    'source': found.source,
+  }
+
+
+@contextlib.contextmanager
+def _no_source_paths() -> Iterator[None]:
+  """Leaves the paths of Python files, which every operation would carry, out of lowered programs."""
+  option = 'jax_traceback_in_locations_limit'
+  frames = getattr(jax.config, option)
+  jax.config.update(option, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(option, frames)
+
+
+class _Parser(argparse.ArgumentParser):
+  """Refuses wrong arguments in one line."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = _Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+  parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='file that convert_torch_weights.py wrote')
+  parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz file to write')
+  parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
+  parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')
+  parser.add_argument('--force', action='store_true', help='overwrite the output')
+  try:
+    arguments = parser.parse_args(argv)
+    size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
+    options = dict(dtype=arguments.dtype, image_size=size, force=arguments.force)
+    for line in export_weights(arguments.weights, arguments.output, **options):
+      print(line)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')  # lowering needs none of the platforms it is for
+  sys.exit(main())

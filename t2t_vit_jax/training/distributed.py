@@ -1,0 +1,191 @@
+"""Several processes as one run: started together, checked to be alike, and failing together."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import re
+import socket
+import sys
+import threading
+from typing import Any, NoReturn, TypeVar
+
+from flax import traverse_util
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from t2t_vit_jax.errors import UserError
+
+T = TypeVar('T')
+
+HEARTBEAT_TIMEOUT_S = 100  # after which a silent process counts as dead; JAX's own default
+LEAVE_TIMEOUT_S = 10
+# Versions that decide about numbers, pixels or the form of a checkpoint.
+PACKAGES = ('flax', 'grain', 'jax', 'jaxlib', 'ml_collections', 'numpy', 'optax', 'orbax-checkpoint', 'Pillow')
+
+
+class LostProcessError(UserError):
+  """Another process of the run is gone, so this one can neither go on nor save."""
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_s: float) -> None:
+  """Joins this process to the others of its run; to be called before JAX is used. Nothing to do for a single one.
+
+  Without arguments JAX looks for the others by itself: on TPU pods, under SLURM, Open MPI and Kubernetes.
+
+  Args:
+    coordinator: host:port at which process 0 can be reached.
+    num_processes: of the run; 1 also keeps JAX from looking for others.
+    process_id: from 0 on.
+    timeout_s: seconds after which a process that still misses others ends with exit code 2 and a line about it.
+
+  Raises:
+    UserError: the arguments don't make sense.
+  """
+  if num_processes == 1 and coordinator is None:
+    return
+  given = (coordinator, num_processes, process_id)
+  if given == (None, None, None):
+    address, count, number, local_devices = _detect_cluster(timeout_s)
+    if count is None or count == 1:
+      return
+  else:
+    _check(coordinator, num_processes, process_id)
+    address, count, number, local_devices = *given, None
+  print(f'process {number} of {count}: meeting the others at {address} within {timeout_s:g} s', flush=True)
+  missing = (
+    f'error: process {number}: not all of the {count} processes met at {address} within {timeout_s:g} s. '
+    'Is every one started, each with its own --process_id and the same --coordinator, and can it reach that address?'
+  )
+  # JAX itself would abort without a word that a user understands.
+  with _deadline(timeout_s, missing):
+    jax.distributed.initialize(
+      address,
+      count,
+      number,
+      local_devices,
+      initialization_timeout=round(timeout_s) + 60,
+      heartbeat_timeout_seconds=min(round(timeout_s), HEARTBEAT_TIMEOUT_S),
+      shutdown_timeout_seconds=round(timeout_s),
+    )
+    hosts = len(set(gather_texts(socket.gethostname())))  # the first to use the devices, which meet here too
+  if number == 0:
+    platform, devices = jax.default_backend(), jax.device_count()
+    print(f'{count} processes on {hosts} host(s) with {devices} {platform} devices in all', flush=True)
+
+
+def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
+  """What JAX finds out by itself about (address of process 0, number of processes, own number, own devices)."""
+  # Not a public function. `jax.distributed.initialize` calls it too, but would not tell whom it is waiting for.
+  from jax._src.clusters import ClusterEnv
+
+  return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, round(timeout_s))
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  if coordinator is None or num_processes is None or process_id is None:
+    raise UserError('--coordinator, --num_processes and --process_id belong together: give all three, or none')
+  if not re.fullmatch(r'\S+:\d+', coordinator):
+    raise UserError(f'--coordinator must be HOST:PORT of process 0, not {coordinator!r}')
+  if not 0 <= process_id < num_processes:
+    raise UserError(f'--process_id must lie between 0 and {num_processes - 1}, not be {process_id}')
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str, exit_code: int = 2) -> Iterator[None]:
+  """Ends the process with `message` and the exit code unless the context is left in time."""
+
+  def end() -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(exit_code)  # nothing else gets a process out of a wait inside JAX
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def gather_texts(text: str) -> list[str]:
+  """The texts of all processes, by number. All must call it."""
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(len(content), np.int32))
+  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded[: len(content)] = content
+  rows = multihost_utils.process_allgather(padded)
+  return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def together(action: Callable[[], T]) -> T:
+  """Returns what `action` does here; all processes must call it, and it must not wait for other processes.
+
+  Raises:
+    UserError: `action` raised one in any process. So none is left waiting for one that gave up.
+  """
+  if jax.process_count() == 1:
+    return action()
+  result, failure = None, ''
+  try:
+    result = action()
+  except UserError as error:
+    failure = str(error)
+  failures = gather_texts(failure)
+  if failure:
+    raise UserError(failure)
+  for number, text in enumerate(failures):
+    if text:
+      raise UserError(f'process {number} has failed: {text}')
+  return result  # type: ignore[return-value]  # it has one, since nothing failed
+
+
+def lost_process(error: Exception) -> LostProcessError | None:
+  """What to raise in place of JAX's `error` when another process is gone; None if it is something else."""
+  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+    return None
+  return LostProcessError(
+    f'process {jax.process_index()} cannot reach the others any more ({str(error).splitlines()[0][:160]}). '
+    'The same command, on any number of processes, continues from the last checkpoint'
+  )
+
+
+def leave(exit_code: int) -> NoReturn:
+  """Ends a process that has failed, and has said so; the others are waited for if they end too, but not for long."""
+  if jax.distributed.is_initialized():
+    with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
+      jax.distributed.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)  # JAX and orbax have threads that would wait for the others
+  sys.exit(exit_code)
+
+
+def check_agreement(config: Any) -> None:
+  """Makes sure that all processes have the same config and the same code.
+
+  Raises:
+    UserError: they don't; it names the differences.
+  """
+  own = {'config': config.to_dict(), 'versions': {name: importlib.metadata.version(name) for name in PACKAGES}}
+  own['versions']['code of t2t_vit_jax'] = code_digest()
+  first, *others = (traverse_util.flatten_dict(json.loads(text), sep='.') for text in gather_texts(json.dumps(own)))
+  for number, other in enumerate(others, start=1):
+    names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
+    if names:
+      shown = '; '.join(f'{name} is {first.get(name)} in process 0 and {other.get(name)} in {number}' for name in names)
+      raise UserError(f'the processes do not agree, so nothing was started: {shown}')
+
+
+def code_digest() -> str:
+  """Twelve characters that stand for the content of this package's Python files."""
+  root = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for file in sorted(root.rglob('*.py')):
+    digest.update(file.relative_to(root).as_posix().encode() + b'\0' + file.read_bytes())
+  return digest.hexdigest()[:12]

@@ -1,0 +1,191 @@
+"""The computations of a run, built from its config alone: without data, and for devices that need not be there."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t2t_vit_jax.conversion import load_pretrained
+from t2t_vit_jax.data.loader import TrainOrder
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.models.variants import create_model
+from t2t_vit_jax.training import optimizer, sharding, steps
+from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
+from t2t_vit_jax.training.state import TrainState, init_state
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """What the devices of a mesh compute in a run. `config` is the whole of `configs/default.py`."""
+
+  config: Any
+  mesh: Mesh
+  model: T2TViT
+  augmentation: BatchAugmentation
+  order: TrainOrder
+  total_steps: int
+  abstract_state: TrainState  # shapes, dtypes and shardings
+  make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
+  train_step: jax.stages.Wrapped  # (state, batch, rng) -> (state, metrics), see `steps.make_train_step`
+  eval_step: jax.stages.Wrapped  # (variables, batch) -> sums, see `steps.make_eval_step`
+
+
+def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Programs:
+  """Builds them for data of so many classes and training images.
+
+  Raises:
+    UserError: a field is out of range, or the parts don't fit together.
+  """
+  check_ranges(config)
+  sharding.check_batch_size(config.data.batch_size, mesh)
+  model = build_model(config, num_classes)
+  order = TrainOrder(num_train_images, config.data.batch_size, config.seed)
+  backbone_factor = config.schedule.backbone_factor
+  learning_rate, backbone_learning_rate = (
+    optimizer.learning_rate_schedule(
+      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
+    )
+    for factor in (1.0, backbone_factor)
+  )
+  tx = optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate)
+  augmentation = batch_augmentation(config, model.num_classes)
+  check_accumulation(config, mesh.size, augmentation.mixing.group_size)
+
+  def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
+    return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
+
+  shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
+  state_shardings = jax.tree.map(lambda x: sharding.state_sharding(x.shape, mesh), shapes)
+  return Programs(
+    config=config,
+    mesh=mesh,
+    model=model,
+    augmentation=augmentation,
+    order=order,
+    total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
+    abstract_state=jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, state_shardings
+    ),
+    make_state=jax.jit(make_state, out_shardings=state_shardings),
+    train_step=jax.jit(
+      steps.make_train_step(
+        model,
+        tx,
+        learning_rate,
+        augmentation=augmentation,
+        ema_decay=config.ema.decay,
+        accumulate_steps=config.optimizer.accumulate_steps,
+        head_only=not backbone_factor,
+      ),
+      donate_argnums=0,
+      out_shardings=(state_shardings, sharding.replicated(mesh)),
+    ),
+    eval_step=make_eval_step(config, mesh, model),
+  )
+
+
+def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped:
+  """The jitted `steps.make_eval_step` for images with the values of `config.data`."""
+  step = steps.make_eval_step(model, normalization=normalization(config))
+  return jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+
+def abstract_batch(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and sharding of a training batch."""
+  count, size, where = config.data.batch_size, config.data.image_size, sharding.over_batch(mesh)
+  return {
+    'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=where),
+    'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=where),
+    'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
+  }
+
+
+def normalization(config: Any) -> Normalization:
+  """That of `config.data`."""
+  return Normalization(tuple(config.data.mean), tuple(config.data.std))
+
+
+def build_model(config: Any, num_classes: int) -> T2TViT:
+  """The model of `config.model`; fields that are None stay as the named variant has them.
+
+  Raises:
+    UserError: unknown model, dtype or argument.
+  """
+  arguments = {field: value for field, value in config.model.items() if value is not None}
+  name = arguments.pop('name')
+  arguments.setdefault('num_classes', num_classes)
+  arguments['dtype'] = compute_dtype(config)
+  return create_model(name, image_size=config.data.image_size, **arguments)
+
+
+def compute_dtype(config: Any) -> Any:
+  """The dtype that `config.model.dtype` names.
+
+  Raises:
+    UserError: it names none that the models compute in.
+  """
+  if config.model.dtype not in DTYPES:
+    raise UserError(f'model.dtype must be {" or ".join(map(repr, DTYPES))}, not {config.model.dtype!r}')
+  return jnp.dtype(config.model.dtype)
+
+
+# What two models must share for the weights of one to mean the same in the other.
+ARCHITECTURE = (
+  'tokens_type',
+  'embed_dim',
+  'depth',
+  'num_heads',
+  'mlp_ratio',
+  'qkv_bias',
+  'qk_scale',
+  'token_dim',
+  'block_type',
+  'dense_stages',
+  'growth_rate',
+)
+
+
+def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
+  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
+
+  A head of another number of classes is made anew, from `seed`.
+
+  Raises:
+    UserError: the file can't be read, or holds another model.
+  """
+  settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
+  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
+  wrong = [
+    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
+    for field in ARCHITECTURE
+    if getattr(loaded, field) != getattr(model, field)
+  ]
+  if wrong:
+    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
+  return variables
+
+
+def batch_augmentation(config: Any, num_classes: int) -> BatchAugmentation:
+  """The device's part of `config.augment`.
+
+  Raises:
+    UserError: the mixing groups don't divide the batch.
+  """
+  augment = config.augment
+  batch_size = config.data.batch_size
+  mixed = augment.mixup_alpha or augment.cutmix_alpha
+  group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
+  if batch_size % group_size:
+    raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
+  mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
+  erasing = RandomErasing(
+    augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)
+  )
+  return BatchAugmentation(num_classes, augment.label_smoothing, mixing, normalization(config), erasing)

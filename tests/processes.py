@@ -1,0 +1,56 @@
+"""Runs of `train.py` in one or several processes on this machine, each with some virtual devices."""
+
+import json
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
+
+
+def start_process(*flags, devices=1, root=ROOT):
+  """`python train.py FLAGS` with so many virtual devices."""
+  return subprocess.Popen(
+    [sys.executable, str(root / 'train.py'), *flags],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(root)},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+
+
+def start(count, *flags, devices=1):
+  """`count` processes of one run."""
+  if count == 1:
+    return [start_process(*flags, devices=devices)]
+  coordinator = f'--coordinator=localhost:{free_port()}'
+  return [
+    start_process(*flags, coordinator, f'--num_processes={count}', f'--process_id={i}', devices=devices)
+    for i in range(count)
+  ]
+
+
+def finish(processes, timeout=300):
+  """(exit code, standard output, standard error) of each."""
+  found = [process.communicate(timeout=timeout) for process in processes]
+  return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def run(count, *flags, devices=1):
+  """Runs to the end, which must be a good one; returns the standard output of the first process."""
+  results = finish(start(count, *flags, devices=devices))
+  assert [code for code, _, _ in results] == [0] * count, results
+  return results[0][1]
+
+
+def losses(workdir):
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return {row['step']: row['loss'] for row in rows if row['kind'] == 'train'}
