@@ -76,9 +76,10 @@ def test_conv_form_equals_a_float64_oracle(split, channels, size, kind, strict_d
   cotangent = rng.normal(size=expected.shape).astype(np.float32)
   expected.backward(torch.from_numpy(cotangent).double())
 
-  actual, pull_back = jax.vjp(
-    lambda x, norm, dense: patch_norm_dense(x, split, norm, dense, dtype=jnp.float32), *inputs
-  )
+  def concatenated_parts(x, norm, dense):
+    return jnp.concatenate(patch_norm_dense(x, split, norm, dense, 3, dtype=jnp.float32), axis=-1)
+
+  actual, pull_back = jax.vjp(concatenated_parts, *inputs)
   np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=1e-5)
   for gradient, tensor in zip(jax.tree.leaves(pull_back(cotangent)), jax.tree.leaves(wide), strict=True):
     wanted = tensor.grad.numpy()

@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
-    batch, num_tokens, dim = x.shape
+    dim = x.shape[-1]
     if dim % self.num_heads:
       raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
     head_dim = dim // self.num_heads
@@ -98,8 +98,11 @@ class Attention(nn.Module):
     q, k, v = self._qkv(x)
     weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q * scale, k), axis=-1)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
-    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(batch, num_tokens, dim)
-    y = Dense(dim, dtype=self.dtype, name='proj')(y)
+    y = jnp.einsum('bhts,bshd->bthd', weights, v)
+    proj = jax.tree.map(lambda x: x.astype(self.dtype), DenseParameters(dim, dim, name='proj')())
+    y = jnp.einsum('bthd,hde->bte', y, proj['kernel'].reshape(self.num_heads, head_dim, dim)) + proj['bias'].reshape(
+      1, 1, dim
+    )
     if self.block_type == 'se':
       y = SqueezeExcitation(dtype=self.dtype, name='se')(y)
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)

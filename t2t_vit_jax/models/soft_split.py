@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.layers import EPSILON, Dense, Dtype, LayerNorm
@@ -81,90 +82,115 @@ def patch_dense(x: Array, split: Split, dense: Params, *, form: SoftSplitForm = 
   if form == 'patches':
     return _dense(soft_split(x, split), dense, dtype)
   padding = [(0, 0), (split.padding,) * 2, (split.padding,) * 2, (0, 0)]
-  y = _convolve(jnp.pad(x.astype(dtype), padding), dense['kernel'], split)
+  y = _convolve(jnp.pad(x.astype(dtype), padding), dense['kernel'], split).astype(dtype)
   return y + _per_channel(dense['bias']).astype(dtype) if 'bias' in dense else y
 
 
 def patch_norm_dense(
-  x: Array, split: Split, norm: Params, dense: Params, *, form: SoftSplitForm = 'conv', dtype: Dtype
-) -> Array:
-  """LayerNorm, then a Dense layer of every patch: (B, H, W, C) -> (B, H', W', out).
+  x: Array, split: Split, norm: Params, dense: Params, parts: int, *, form: SoftSplitForm = 'conv', dtype: Dtype
+) -> list[Array]:
+  """LayerNorm, then a Dense layer of every patch: (B, H, W, C) -> `parts` arrays (B, H', W', out // parts).
 
   With mean m and deviation s of a patch p, the two layers are
 
     ((p - m) / s * scale + bias) @ kernel + b  =  (p - m) @ A / s + (bias @ kernel + b),    A = scale[:, None] * kernel
 
-  and (p - m) @ A = p @ A', where A' is A less each column's mean. So the form 'conv' is a strided
+  and (p - m) @ A = (p - m) @ A', where A' is A less each column's mean. So the form 'conv' is a strided
   convolution of x with A', divided by deviations that come from sums over windows: patches, which
   hold every pixel three times and every token 2.25 times, are never formed, nor is their gradient.
-  Arguments as for `patch_dense`, and `norm`: `scale` and `bias`, (C * kernel * kernel,).
 
-  Rounding: LayerNorm does not see a number subtracted from all of an image, padding included. That of
-  its middle pixel is, so that a large common offset costs no digits; `_centred_products` does the
-  same for parts of a patch.
+  Rounding: what a patch's values have in common must be taken out before they are multiplied or
+  squared. It would be rounded then, and in a flat patch 1 / s multiplies what is left by up to 316.
+  `_subtract_references` does it.
+
+  Args:
+    x: images or tokens on their grid.
+    split: where the patches lie.
+    norm: `scale` and `bias`, (C * kernel * kernel,).
+    dense: `kernel` (C * kernel * kernel, out) and perhaps `bias` (out,).
+    parts: into how many equal parts the result is cut. Each is computed by itself, which costs less.
+    form: 'patches' is the definition, the layers applied to `soft_split`.
+    dtype: of computation and result.
   """
   if form == 'patches':
-    patches = soft_split(x, split)
-    return _dense(LayerNorm(dtype=dtype).apply({'params': norm}, _centred(patches)), dense, dtype)
-  x = x.astype(jnp.float32)
-  middle = x[:, x.shape[1] // 2, x.shape[2] // 2].mean(axis=-1).reshape(-1, 1, 1, 1)
-  x = _pad_to_cells(x, split) - lax.stop_gradient(middle)
+    patches = _centred(soft_split(x, split))
+    return jnp.split(_dense(LayerNorm(dtype=dtype).apply({'params': norm}, patches), dense, dtype), parts, axis=-1)
   kernel = norm['scale'][:, None] * dense['kernel']
   kernel = (kernel - kernel.mean(axis=0, keepdims=True)).astype(dtype)
-  mean, variance = _window_moments(x, split)
-  y = _centred_products(x, mean, kernel, split) * lax.rsqrt(variance + EPSILON)
   constant = jnp.einsum('i,io->o', norm['bias'], dense['kernel'], precision=lax.Precision.HIGHEST)
-  return (y + _per_channel(constant + dense.get('bias', 0))).astype(dtype)
+  constant = constant + dense.get('bias', 0)
+
+  u, references = _subtract_references(x.astype(jnp.float32), split)
+  u = u.astype(dtype)
+  mean, variance = _moments(u, references, split)
+  inverse_deviation = lax.rsqrt(variance + EPSILON)
+  parts_of_layer = zip(jnp.split(kernel, parts, axis=-1), jnp.split(constant, parts), strict=True)
+  return [
+    (_products(u, references - mean, k, split) * inverse_deviation + _per_channel(c)).astype(dtype)
+    for k, c in parts_of_layer
+  ]
 
 
 def _dense(x: Any, params: Params, dtype: Dtype) -> Any:
   return Dense(params['kernel'].shape[-1], use_bias='bias' in params, dtype=dtype).apply({'params': params}, x)
 
 
-def _centred_products(x: Array, mean: Array, kernel: Array, split: Split) -> Array:
-  """(p - mean) @ kernel of every patch p, in float32, where the kernel's columns sum to 0 but for rounding.
+def _subtract_references(x: Array, split: Split) -> tuple[Array, Array]:
+  """Subtracts from the zero-padded x something near to it that is known for every patch.
 
-  What a patch's values have in common must be taken out before the convolution, which would round it,
-  for in a flat patch 1 / s is up to 316. As patches overlap it is done by cells of stride x stride:
-  each subtracts its first pixel (mean over channels), its reference r. A patch lies in four cells,
-  and if S_c is the sum of the kernel's rows in cell c, and r_0 the first cell's reference,
-
-    (p - mean) @ kernel = u @ kernel + (r_1 - r_0) S_1 + (r_2 - r_0) S_2 + (r_3 - r_0) S_3 - (mean - r_0) sum(S)
-
-  with the patch u of x less the references. In a flat patch all terms but the last are 0, and there
-  sum(S) is. The references are no part of the result, so no gradient flows through them.
+  As patches overlap it is done by cells of stride x stride: each subtracts a reference, its first pixel's
+  mean over the channels. A patch lies in 2 x 2 cells, in the latter ones without the last row or
+  column; each cell's first pixel is one of the patch's own. The results of LayerNorm do not
+  depend on the references, so no gradient flows through them.
 
   Args:
-    x: (B, H, W, C), float32, padded by `_pad_to_cells`.
-    mean: of every patch, (B, H', W', 1).
-    kernel: (C * kernel * kernel, out), in the dtype to multiply in.
-    split: where the patches lie.
+    x: (B, H, W, C).
+    split: where the patches lie; its kernel is 2 * stride - 1.
+
+  Returns:
+    What is left of x, padded, (B, stride * (H' + 1), stride * (W' + 1), C); and the references of each
+    patch's cells less the first one's, (B, H', W', 4).
   """
-  batch, height, width, channels = x.shape
-  stride = split.stride
-  cells = x.reshape(batch, height // stride, stride, width // stride, stride, channels)
-  reference = lax.stop_gradient(cells[:, :, :1, :, :1].mean(axis=-1, keepdims=True))
-  y = _convolve((cells - reference).reshape(x.shape).astype(kernel.dtype), kernel, split).astype(jnp.float32)
-
-  sums = kernel.astype(jnp.float32).reshape(channels, split.kernel, split.kernel, -1).sum(axis=0)  # (row, column, out)
-  first, rest = slice(stride), slice(stride, None)
-  reference = reference[:, :, 0, :, 0]  # (B, H' + 1, W' + 1, 1)
+  height, width = (split.output_size(size) + 1 for size in x.shape[1:3])
+  padding = [
+    (split.padding, cells * split.stride - split.padding - size, 0)
+    for cells, size in zip((height, width), x.shape[1:3], strict=True)
+  ]
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+  cells = x.reshape(-1, height, split.stride, width, split.stride, x.shape[-1])
+  reference = lax.stop_gradient(cells[:, :, 0, :, 0].mean(axis=-1))
+  u = (cells - reference[:, :, None, :, None, None]).reshape(x.shape)
   own = reference[:, :-1, :-1]
-  return (
-    y
-    + (reference[:, :-1, 1:] - own) * _per_channel(sums[first, rest].sum(axis=(0, 1)))
-    + (reference[:, 1:, :-1] - own) * _per_channel(sums[rest, first].sum(axis=(0, 1)))
-    + (reference[:, 1:, 1:] - own) * _per_channel(sums[rest, rest].sum(axis=(0, 1)))
-    - (mean - own) * _per_channel(sums.sum(axis=(0, 1)))
-  )
+  others = (reference[:, :-1, 1:], reference[:, 1:, :-1], reference[:, 1:, 1:])
+  return u, jnp.stack([jnp.zeros_like(own), *(other - own for other in others)], axis=-1)
 
 
-def _pad_to_cells(x: Array, split: Split) -> Array:
-  """The zero-padded (B, H, W, C), cut to H' + 1 by W' + 1 cells of stride x stride: what patches see, and a bit."""
-  sides = (
-    (split.padding, (split.output_size(size) + 1) * split.stride - split.padding - size, 0) for size in x.shape[1:3]
-  )
-  return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+def _moments(u: Array, references: Array, split: Split) -> tuple[Array, Array]:
+  """Mean of each patch, less its first cell's reference, and variance: both (B, H', W', 1), float32."""
+  cells = _cells_of_patch(u.shape[-1], split)
+  size, cell_sizes = len(cells), cells.sum(axis=0).reshape(1, 1, 1, -1)
+  sums = _convolve(u, jnp.asarray(cells, u.dtype), split, lax.Precision.HIGHEST)
+  squares = _convolve(u * u, jnp.ones((size, 1), u.dtype), split, lax.Precision.HIGHEST)
+  mean = (sums + references * cell_sizes).sum(axis=-1, keepdims=True) / size
+  squares += ((2 * sums + references * cell_sizes) * references).sum(axis=-1, keepdims=True)
+  return mean, squares / size - mean**2
+
+
+def _products(u: Array, references: Array, kernel: Array, split: Split) -> Array:
+  """(patch of u + its references, cell by cell) @ kernel: (B, H', W', out), float32."""
+  y = _convolve(u, kernel, split)
+  cells = _cells_of_patch(u.shape[-1], split)
+  sums = jnp.einsum('ic,io->co', cells, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+  for i in range(len(sums)):
+    y += references[..., i : i + 1] * _per_channel(sums[i])
+  return y
+
+
+def _cells_of_patch(channels: int, split: Split) -> np.ndarray:
+  """Which of its 2 x 2 cells each value of a patch lies in: (channels * kernel * kernel, 4), 0 or 1."""
+  second = np.arange(split.kernel) >= split.stride
+  cells = [np.outer(rows, columns).ravel() for rows in (~second, second) for columns in (~second, second)]
+  return np.tile(np.stack(cells, axis=-1), (channels, 1)).astype(np.float32)
 
 
 def _centred(x: Array) -> Array:
@@ -182,31 +208,14 @@ def _per_channel(x: Array) -> Array:
   return x.reshape(1, 1, 1, -1)
 
 
-def _convolve(x: Array, kernel: Array, split: Split) -> Array:
-  """Products of each patch of the padded (B, H, W, C) with a kernel (C * kernel * kernel, out)."""
-  kernel = kernel.reshape(x.shape[-1], split.kernel, split.kernel, -1).astype(x.dtype)
+def _convolve(x: Array, kernel: Array, split: Split, precision: lax.Precision | None = None) -> Array:
+  """Products of each patch of the padded (B, H, W, C) with a kernel (C * kernel * kernel, out), in float32."""
   return lax.conv_general_dilated(
-    x, kernel, (split.stride, split.stride), 'VALID', dimension_numbers=('NHWC', 'IHWO', 'NHWC')
+    x,
+    kernel.reshape(x.shape[-1], split.kernel, split.kernel, -1).astype(x.dtype),
+    (split.stride, split.stride),
+    'VALID',
+    dimension_numbers=('NHWC', 'IHWO', 'NHWC'),
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
-
-
-def _window_moments(x: Array, split: Split) -> tuple[Array, Array]:
-  """Mean and variance of each patch of the padded (B, H, W, C), both (B, H', W', 1).
-
-  Reduced axis by axis. Windows hold equally many values, so that the mean of their union is the mean
-  of their means, and its variance the mean of their variances plus the variance of their means:
-  squares of differences throughout, no small difference of large squares.
-  """
-  mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
-  for axis in (1, 2):
-    means, variances = (_windows(moment, split, axis) for moment in (mean, variance))
-    mean = sum(means[1:], means[0]) / split.kernel
-    squares = [v + (m - mean) ** 2 for m, v in zip(means, variances, strict=True)]
-    variance = sum(squares[1:], squares[0]) / split.kernel
-  return mean, variance
-
-
-def _windows(x: Array, split: Split, axis: int) -> list[Array]:
-  """The first, second, ... element along `axis` of all windows of cells' (B, H, W, 1)."""
-  last = x.shape[axis] - 2 * split.stride
-  return [lax.slice_in_dim(x, i, last + i + 1, split.stride, axis) for i in range(split.kernel)]

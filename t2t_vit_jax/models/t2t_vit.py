@@ -21,9 +21,15 @@ from t2t_vit_jax.models.layers import (
   sinusoidal_position_embedding,
 )
 from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
-from t2t_vit_jax.models.tokens_to_token import TokensToToken, TokensType
+from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, TokensType
 
 Array = jax.Array
+CHOICES = {  # fields that name one of several ways
+  'tokens_type': TokensType,
+  'block_type': BlockType,
+  'soft_split_form': SoftSplitForm,
+  'token_attention_form': TokenAttentionForm,
+}
 
 
 class Features(NamedTuple):
@@ -62,11 +68,12 @@ class T2TViT(nn.Module):
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
       the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
+    token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
+      'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
     dtype: computation dtype; the residual stream and the logits are float32 always.
 
   Raises:
-    UserError: unknown `tokens_type`, `block_type` or `soft_split_form`; ghost blocks of another shape than the
-      reference's.
+    UserError: unknown value of a field in `CHOICES`; ghost blocks of another shape than the reference's.
   """
 
   num_classes: int = 1000
@@ -88,10 +95,11 @@ class T2TViT(nn.Module):
   dense_stages: tuple[int, ...] = (3, 6, 6, 4)
   growth_rate: int = 64
   soft_split_form: SoftSplitForm = 'conv'
+  token_attention_form: TokenAttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    for field, known in (('tokens_type', TokensType), ('block_type', BlockType), ('soft_split_form', SoftSplitForm)):
+    for field, known in CHOICES.items():
       if getattr(self, field) not in get_args(known):
         raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
     if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
@@ -114,6 +122,7 @@ class T2TViT(nn.Module):
       token_dim=self.token_dim,
       performer_dropout_rate=self.performer_dropout_rate,
       soft_split_form=self.soft_split_form,
+      token_attention_form=self.token_attention_form,
       dtype=self.dtype,
       name='tokens_to_token',
     )(images, train=train)

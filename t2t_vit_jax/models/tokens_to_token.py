@@ -4,6 +4,7 @@ from typing import Literal
 
 from flax import linen as nn
 import jax
+from jax import lax
 from jax.nn import initializers
 import jax.numpy as jnp
 
@@ -20,6 +21,10 @@ from t2t_vit_jax.models.soft_split import SPLITS, SoftSplitForm, Split, patch_de
 
 Array = jax.Array
 TokensType = Literal['performer', 'transformer', 'convolution']
+TokenAttentionForm = Literal['auto', 'full', 'chunked']
+
+QUERY_CHUNK = 256
+FULL_ATTENTION_TOKENS = 1024  # most tokens for which 'auto' keeps all scores in memory
 
 
 class TokenAttention(nn.Module):
@@ -35,8 +40,28 @@ class TokenAttention(nn.Module):
     patch_dim = self.split.kernel**2 * x.shape[-1]
     norm = LayerNormParameters(patch_dim, name='norm1')()
     dense = DenseParameters(patch_dim, 3 * self.token_dim, use_bias, name=dense_name)()
-    y = patch_norm_dense(x, self.split, norm, dense, form=self.soft_split_form, dtype=self.dtype)
-    return jnp.split(y, 3, axis=-1)
+    return patch_norm_dense(x, self.split, norm, dense, 3, form=self.soft_split_form, dtype=self.dtype)
+
+
+def full_attention(q: Array, k: Array, v: Array) -> Array:
+  """Softmax attention with one head: softmax(q kᵀ) v, where each is (B, T, D), q scaled already."""
+  return jnp.einsum('bts,bsd->btd', nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1), v)
+
+
+def chunked_attention(q: Array, k: Array, v: Array) -> Array:
+  """`full_attention` for `QUERY_CHUNK` queries at a time, and again in the backward pass.
+
+  Queries do not depend on each other. So no more than QUERY_CHUNK x T scores are ever in memory,
+  where the full form keeps T x T of them for the backward pass: 9.8 million an image at 224 px, and
+  85 million at 384 px.
+  """
+
+  @jax.checkpoint
+  def attend(query: Array) -> Array:
+    """The attention of one query an image, (B, D); `lax.map` makes a chunk of them."""
+    return full_attention(query[:, None], k, v)[:, 0]
+
+  return lax.map(attend, q.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
 
 
 class TokenTransformer(TokenAttention):
@@ -47,13 +72,17 @@ class TokenTransformer(TokenAttention):
   the input has another width.
   """
 
+  attention_form: TokenAttentionForm = 'auto'
+
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     scale = (self.split.kernel**2 * x.shape[-1]) ** -0.5
     q, k, v = self.projections(x, 'qkv', use_bias=False)
     grid_shape = v.shape
     q, k, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (q * scale, k, v))
-    y = jnp.einsum('bts,bsd->btd', nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1), v)
+    long = q.shape[1] > FULL_ATTENTION_TOKENS
+    chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
+    y = (chunked_attention if chunked else full_attention)(q, k, v)
     x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
     return x + mlp(LayerNorm(dtype=self.dtype, name='norm2')(x), train=train)
@@ -62,21 +91,21 @@ class TokenTransformer(TokenAttention):
 def positive_random_features(x: Array, random_projection: Array) -> Array:
   """exp(x wᵀ - |x|²/2) / sqrt(m): features whose inner products estimate the softmax kernel, without bias.
 
-  Always float32. With m orthogonal rows of length sqrt(m) in w the exponent is at most m/2, so
-  float32 cannot overflow for the m = 32 of every published model; half precision does.
+  The exponent is float32. With m orthogonal rows of length sqrt(m) in w it is at most m/2, so
+  float32 and bfloat16 cannot overflow for the m = 32 of every published model; float16 does.
 
   Args:
-    x: (B, H, W, D).
+    x: (B, T, D), float32 or bfloat16.
     random_projection: w, (m, D).
 
   Returns:
-    (B, H, W, m), float32.
+    (B, T, m), as x.
   """
-  x = x.astype(jnp.float32)
   num_random_features = random_projection.shape[0]
-  squared_norm = jnp.sum(x * x, axis=-1, keepdims=True)
-  projected = jnp.einsum('bhwd,md->bhwm', x, random_projection)
-  return jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5
+  wide = x.astype(jnp.float32)
+  squared_norm = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  projected = jnp.einsum('btd,md->btm', wide, random_projection)
+  return (jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5).astype(x.dtype)
 
 
 class TokenPerformer(TokenAttention):
@@ -100,14 +129,18 @@ class TokenPerformer(TokenAttention):
     ).value
 
     k, q, v = self.projections(x, 'kqv', use_bias=True)
+    grid_shape = v.shape
+    k, q, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (k, q, v))
     k_features = positive_random_features(k, random_projection)
     q_features = positive_random_features(q, random_projection)
-    normaliser = jnp.einsum('bhwm,bm->bhw', q_features, k_features.sum(axis=(1, 2)))
-    keys_values = jnp.einsum('bhwm,bhwd->bmd', k_features, v.astype(jnp.float32))
-    y = jnp.einsum('bhwm,bmd->bhwd', q_features, keys_values) / (normaliser[..., None] + 1e-8)
+    keys = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
+    normaliser = jnp.einsum('btm,bm->bt', q_features, keys, preferred_element_type=jnp.float32)
+    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v)
+    y = jnp.einsum('btm,bmd->btd', q_features, keys_values, preferred_element_type=jnp.float32)
+    y = y / (normaliser[..., None] + 1e-8)
 
     y = Dense(self.token_dim, dtype=self.dtype, name='proj')(y.astype(v.dtype))
-    x = v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+    x = (v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)).reshape(grid_shape)
     # Here the reference's MLP drops its output only, not its hidden layer.
     y = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')(
       LayerNorm(dtype=self.dtype, name='norm2')(x), train=train
@@ -127,6 +160,7 @@ class TokensToToken(nn.Module):
   token_dim: int = 64
   performer_dropout_rate: float = 0.1
   soft_split_form: SoftSplitForm = 'conv'
+  token_attention_form: TokenAttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -142,7 +176,7 @@ class TokensToToken(nn.Module):
   def _attention(self, split: Split, name: str) -> nn.Module:
     common = dict(soft_split_form=self.soft_split_form, dtype=self.dtype, name=name)
     if self.tokens_type == 'transformer':
-      return TokenTransformer(split, self.token_dim, **common)
+      return TokenTransformer(split, self.token_dim, attention_form=self.token_attention_form, **common)
     return TokenPerformer(split, self.token_dim, dropout_rate=self.performer_dropout_rate, **common)
 
   def _convolutions(self, x: Array) -> Array:
