@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
   config.model.attention_dropout_rate = 0.0
   config.model.stochastic_depth_rate = 0.1  # of the last block, rising linearly from 0
   config.model.performer_dropout_rate = 0.1  # inside the token performer
+  config.model.soft_split_form = placeholder(str)  # 'conv' (the fast one) or 'patches'; changes no result
+  config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
 
   config.data = ConfigDict()
   config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>

@@ -1,7 +1,11 @@
 """The whole model against the reference's numbers."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
@@ -68,6 +72,37 @@ def test_gradients_equal_the_references(name):
   assert jax.tree.structure(gradients) == jax.tree.structure(expected['params'])
   errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), gradients, expected['params'])
   assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
+
+
+@pytest.mark.parametrize('tokens_type', ['performer', 'transformer', 'convolution'])
+def test_devices_that_share_a_batch_exchange_gradients_of_parameters_only(tokens_type):
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+  divided, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['data'], []))
+  model = tiny('performer', tokens_type=tokens_type)
+  images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32, sharding=divided)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), variables['params'])
+  frozen = model.init(jax.random.key(0), jnp.zeros(images.shape))['frozen']
+
+  def loss_of(params, images):
+    return model.apply({'params': params, 'frozen': frozen}, images).mean()
+
+  compiled = jax.jit(jax.value_and_grad(loss_of), out_shardings=replicated).lower(params, images).compile()
+  collectives = re.findall(
+    r'= (.*) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(', compiled.as_text()
+  )
+  assert {kind for _, kind in collectives} == {'all-reduce'}
+  shapes = re.findall(r'\w+\[([\d,]*)\]', ' '.join(shape for shape, _ in collectives))
+  exchanged = sum(math.prod(map(int, filter(None, shape.split(',')))) for shape in shapes)
+  assert exchanged <= 1.1 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_the_forms_of_the_soft_split_share_parameters_and_results():
+  images = np.random.default_rng(0).normal(size=(1, 48, 80, 3)).astype(np.float32)
+  conv, patches = (tiny('performer', soft_split_form=form) for form in ('conv', 'patches'))
+  variables = conv.init(jax.random.key(0), images)
+  jax.tree.map(np.testing.assert_array_equal, variables, patches.init(jax.random.key(0), images))
+  np.testing.assert_allclose(conv.apply(variables, images), patches.apply(variables, images), atol=1e-5)
 
 
 def test_another_image_size_resizes_the_stored_table():

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm, Mlp, StochasticDepth, gelu, torch_conv_init
+from t2t_vit_jax.models.layers import (
+  Dense,
+  DenseParameters,
+  Dtype,
+  LayerNorm,
+  Mlp,
+  StochasticDepth,
+  gelu,
+  torch_conv_init,
+)
 
 Array = jax.Array
 BlockType = Literal['standard', 'se', 'ghost', 'dense']
@@ -80,32 +89,42 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
-    batch, num_tokens, dim = x.shape
+    dim = x.shape[-1]
     if dim % self.num_heads:
       raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
     head_dim = dim // self.num_heads
     scale = head_dim**-0.5 if self.qk_scale is None else self.qk_scale
 
-    q, k, v = (y.reshape(batch, num_tokens, self.num_heads, head_dim) for y in self._qkv(x))
+    q, k, v = self._qkv(x)
     weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q * scale, k), axis=-1)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
-    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(batch, num_tokens, dim)
-    y = Dense(dim, dtype=self.dtype, name='proj')(y)
+    y = jnp.einsum('bhts,bshd->bthd', weights, v)
+    proj = jax.tree.map(lambda x: x.astype(self.dtype), DenseParameters(dim, dim, name='proj')())
+    y = jnp.einsum('bthd,hde->bte', y, proj['kernel'].reshape(self.num_heads, head_dim, dim)) + proj['bias'].reshape(
+      1, 1, dim
+    )
     if self.block_type == 'se':
       y = SqueezeExcitation(dtype=self.dtype, name='se')(y)
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
   def _qkv(self, x: Array) -> list[Array]:
-    """Queries, keys and values, each (B, T, D)."""
+    """Queries, keys and values, each (B, T, num_heads, head_width)."""
     dim = x.shape[-1]
-    if self.block_type != 'ghost':
-      return jnp.split(Dense(3 * dim, use_bias=self.qkv_bias, dtype=self.dtype, name='qkv')(x), 3, axis=-1)
-    projected = []
-    for name in ('q', 'k', 'v'):
-      y = Dense(dim // 2, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
-      cheap = CheapOperation(dtype=self.dtype, name=f'cheap_operation_{name}')(y)
-      projected.append(jnp.concatenate([y, cheap], axis=-1))
+    heads = (self.num_heads, dim // self.num_heads)
+    if self.block_type == 'ghost':
+      return [self._ghost_projection(x, name).reshape(*x.shape[:-1], *heads) for name in ('q', 'k', 'v')]
+    # Stored as one layer, but computed as three that each end in heads: cutting up their joint output costs more.
+    dense = DenseParameters(dim, 3 * dim, self.qkv_bias, name='qkv')()
+    kernels = dense['kernel'].astype(self.dtype).reshape(dim, 3, *heads)
+    projected = [jnp.einsum('btd,dhe->bthe', x, kernels[:, i]) for i in range(3)]
+    if self.qkv_bias:
+      biases = dense['bias'].astype(self.dtype).reshape(3, 1, 1, *heads)
+      projected = [y + bias for y, bias in zip(projected, biases, strict=True)]
     return projected
+
+  def _ghost_projection(self, x: Array, name: str) -> Array:
+    y = Dense(x.shape[-1] // 2, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+    return jnp.concatenate([y, CheapOperation(dtype=self.dtype, name=f'cheap_operation_{name}')(y)], axis=-1)
 
 
 class Transition(nn.Module):

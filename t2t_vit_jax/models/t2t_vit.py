@@ -20,10 +20,16 @@ from t2t_vit_jax.models.layers import (
   resize_position_embedding,
   sinusoidal_position_embedding,
 )
-from t2t_vit_jax.models.soft_split import token_grid
-from t2t_vit_jax.models.tokens_to_token import TokensToToken, TokensType
+from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
+from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, TokensType
 
 Array = jax.Array
+CHOICES = {  # fields that name one of several ways
+  'tokens_type': TokensType,
+  'block_type': BlockType,
+  'soft_split_form': SoftSplitForm,
+  'token_attention_form': TokenAttentionForm,
+}
 
 
 class Features(NamedTuple):
@@ -60,10 +66,14 @@ class T2TViT(nn.Module):
     block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `encoder`.
     dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
+    soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
+      the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
+    token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
+      'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
     dtype: computation dtype; the residual stream and the logits are float32 always.
 
   Raises:
-    UserError: unknown `tokens_type` or `block_type`; ghost blocks of another shape than the reference's.
+    UserError: unknown value of a field in `CHOICES`; ghost blocks of another shape than the reference's.
   """
 
   num_classes: int = 1000
@@ -84,10 +94,12 @@ class T2TViT(nn.Module):
   block_type: BlockType = 'standard'
   dense_stages: tuple[int, ...] = (3, 6, 6, 4)
   growth_rate: int = 64
+  soft_split_form: SoftSplitForm = 'conv'
+  token_attention_form: TokenAttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    for field, known in (('tokens_type', TokensType), ('block_type', BlockType)):
+    for field, known in CHOICES.items():
       if getattr(self, field) not in get_args(known):
         raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
     if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
@@ -109,9 +121,11 @@ class T2TViT(nn.Module):
       self.embed_dim,
       token_dim=self.token_dim,
       performer_dropout_rate=self.performer_dropout_rate,
+      soft_split_form=self.soft_split_form,
+      token_attention_form=self.token_attention_form,
       dtype=self.dtype,
       name='tokens_to_token',
-    )(images.astype(self.dtype), train=train)
+    )(images, train=train)
 
     batch = images.shape[0]
     # The residual stream is float32, as under PyTorch's autocast: every block adds to it, and bfloat16 would round each

@@ -4,48 +4,86 @@ from typing import Literal
 
 from flax import linen as nn
 import jax
+from jax import lax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm, Mlp, torch_conv_init
-from t2t_vit_jax.models.soft_split import SPLITS, soft_split
+from t2t_vit_jax.models.layers import (
+  Dense,
+  DenseParameters,
+  Dtype,
+  LayerNorm,
+  LayerNormParameters,
+  Mlp,
+  torch_conv_init,
+)
+from t2t_vit_jax.models.soft_split import SPLITS, SoftSplitForm, Split, patch_dense, patch_norm_dense
 
 Array = jax.Array
 TokensType = Literal['performer', 'transformer', 'convolution']
+TokenAttentionForm = Literal['auto', 'full', 'chunked']
+
+QUERY_CHUNK = 256
+FULL_ATTENTION_TOKENS = 1024  # most tokens for which 'auto' keeps all scores in memory
 
 
-def centred(x: Array) -> Array:
-  """Subtracts the mean over the last axis, in float32: for a LayerNorm over patches, which it does not change.
+class TokenAttention(nn.Module):
+  """What both attentions of the module share: their fields, and LayerNorm and three projections of every patch."""
 
-  Where the image is constant a patch has no variance and LayerNorm multiplies what its own mean left
-  by rounding with epsilon ** -0.5 = 316: enough to move logits by 7e-5. A second mean over
-  values that are already centred leaves nothing.
+  split: Split
+  token_dim: int
+  soft_split_form: SoftSplitForm = 'conv'
+  dtype: Dtype = jnp.float32
+
+  def projections(self, x: Array, dense_name: str, *, use_bias: bool) -> list[Array]:
+    """Three projections of the patches of (B, H, W, C), each (B, H', W', token_dim)."""
+    patch_dim = self.split.kernel**2 * x.shape[-1]
+    norm = LayerNormParameters(patch_dim, name='norm1')()
+    dense = DenseParameters(patch_dim, 3 * self.token_dim, use_bias, name=dense_name)()
+    return patch_norm_dense(x, self.split, norm, dense, 3, form=self.soft_split_form, dtype=self.dtype)
+
+
+def full_attention(q: Array, k: Array, v: Array) -> Array:
+  """Softmax attention with one head: softmax(q kᵀ) v, where each is (B, T, D), q scaled already."""
+  return jnp.einsum('bts,bsd->btd', nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1), v)
+
+
+def chunked_attention(q: Array, k: Array, v: Array) -> Array:
+  """`full_attention` for `QUERY_CHUNK` queries at a time, and again in the backward pass.
+
+  Queries do not depend on each other. So no more than QUERY_CHUNK x T scores are ever in memory,
+  where the full form keeps T x T of them for the backward pass: 9.8 million an image at 224 px, and
+  85 million at 384 px.
   """
-  x = x.astype(jnp.float32)
-  return x - x.mean(axis=-1, keepdims=True)
+
+  @jax.checkpoint
+  def attend(query: Array) -> Array:
+    """The attention of one query an image, (B, D); `lax.map` makes a chunk of them."""
+    return full_attention(query[:, None], k, v)[:, 0]
+
+  return lax.map(attend, q.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
 
 
-class TokenTransformer(nn.Module):
-  """One-head softmax attention that narrows tokens: (B, T, C) -> (B, T, token_dim).
+class TokenTransformer(TokenAttention):
+  """One-head softmax attention over patches: (B, H, W, C) -> (B, H', W', token_dim).
 
   Two quirks of the reference are kept because trained weights depend on them: scores are scaled by
-  the *input* width C ** -0.5, and the residual around the attention starts from the values, since
+  the width of a *patch* ** -0.5, and the residual around the attention starts from the values, since
   the input has another width.
   """
 
-  token_dim: int
-  dtype: Dtype = jnp.float32
+  attention_form: TokenAttentionForm = 'auto'
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
-    scale = x.shape[-1] ** -0.5
-    qkv = Dense(3 * self.token_dim, use_bias=False, dtype=self.dtype, name='qkv')(
-      LayerNorm(dtype=self.dtype, name='norm1')(centred(x))
-    )
-    q, k, v = jnp.split(qkv, 3, axis=-1)  # each (B, T, token_dim)
-    scores = jnp.einsum('btd,bsd->bts', q * scale, k)
-    y = jnp.einsum('bts,bsd->btd', nn.softmax(scores, axis=-1), v)
-    x = v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)
+    scale = (self.split.kernel**2 * x.shape[-1]) ** -0.5
+    q, k, v = self.projections(x, 'qkv', use_bias=False)
+    grid_shape = v.shape
+    q, k, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (q * scale, k, v))
+    long = q.shape[1] > FULL_ATTENTION_TOKENS
+    chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
+    y = (chunked_attention if chunked else full_attention)(q, k, v)
+    x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
     return x + mlp(LayerNorm(dtype=self.dtype, name='norm2')(x), train=train)
 
@@ -53,34 +91,32 @@ class TokenTransformer(nn.Module):
 def positive_random_features(x: Array, random_projection: Array) -> Array:
   """exp(x wᵀ - |x|²/2) / sqrt(m): features whose inner products estimate the softmax kernel, without bias.
 
-  Always float32. With m orthogonal rows of length sqrt(m) in w the exponent is at most m/2, so
-  float32 cannot overflow for the m = 32 of every published model; half precision does.
+  The exponent is float32. With m orthogonal rows of length sqrt(m) in w it is at most m/2, so
+  float32 and bfloat16 cannot overflow for the m = 32 of every published model; float16 does.
 
   Args:
-    x: (B, T, D).
+    x: (B, T, D), float32 or bfloat16.
     random_projection: w, (m, D).
 
   Returns:
-    (B, T, m), float32.
+    (B, T, m), as x.
   """
-  x = x.astype(jnp.float32)
   num_random_features = random_projection.shape[0]
-  squared_norm = jnp.sum(x * x, axis=-1, keepdims=True)
-  projected = jnp.einsum('btd,md->btm', x, random_projection)
-  return jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5
+  wide = x.astype(jnp.float32)
+  squared_norm = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  projected = jnp.einsum('btd,md->btm', wide, random_projection)
+  return (jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5).astype(x.dtype)
 
 
-class TokenPerformer(nn.Module):
-  """Linear attention by positive random features (FAVOR+): (B, T, C) -> (B, T, token_dim).
+class TokenPerformer(TokenAttention):
+  """Linear attention over patches by positive random features (FAVOR+): (B, H, W, C) -> (B, H', W', token_dim).
 
   The random projection is drawn once and never trained: it lives in the collection `frozen`. The
   reference packs key, query, value in this order and hard-wires its dropout rate to 0.1.
   """
 
-  token_dim: int
   random_feature_ratio: float = 0.5
   dropout_rate: float = 0.1
-  dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -92,16 +128,19 @@ class TokenPerformer(nn.Module):
       lambda: orthogonal_rows(self.make_rng('params'), (num_random_features, self.token_dim), jnp.float32),
     ).value
 
-    kqv = Dense(3 * self.token_dim, dtype=self.dtype, name='kqv')(LayerNorm(dtype=self.dtype, name='norm1')(centred(x)))
-    k, q, v = jnp.split(kqv, 3, axis=-1)  # each (B, T, token_dim)
+    k, q, v = self.projections(x, 'kqv', use_bias=True)
+    grid_shape = v.shape
+    k, q, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (k, q, v))
     k_features = positive_random_features(k, random_projection)
     q_features = positive_random_features(q, random_projection)
-    normaliser = jnp.einsum('btm,bm->bt', q_features, k_features.sum(axis=1))
-    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v.astype(jnp.float32))
-    y = jnp.einsum('btm,bmd->btd', q_features, keys_values) / (normaliser[..., None] + 1e-8)
+    keys = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
+    normaliser = jnp.einsum('btm,bm->bt', q_features, keys, preferred_element_type=jnp.float32)
+    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v)
+    y = jnp.einsum('btm,bmd->btd', q_features, keys_values, preferred_element_type=jnp.float32)
+    y = y / (normaliser[..., None] + 1e-8)
 
     y = Dense(self.token_dim, dtype=self.dtype, name='proj')(y.astype(v.dtype))
-    x = v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+    x = (v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)).reshape(grid_shape)
     # Here the reference's MLP drops its output only, not its hidden layer.
     y = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')(
       LayerNorm(dtype=self.dtype, name='norm2')(x), train=train
@@ -120,6 +159,8 @@ class TokensToToken(nn.Module):
   embed_dim: int
   token_dim: int = 64
   performer_dropout_rate: float = 0.1
+  soft_split_form: SoftSplitForm = 'conv'
+  token_attention_form: TokenAttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -128,16 +169,15 @@ class TokensToToken(nn.Module):
       return self._convolutions(images)
     x = images
     for number, split in enumerate(SPLITS[:-1], start=1):
-      x = soft_split(x, split)
-      batch, height, width, channels = x.shape
-      x = self._attention(f'attention{number}')(x.reshape(batch, height * width, channels), train=train)
-      x = x.reshape(batch, height, width, self.token_dim)
-    return Dense(self.embed_dim, dtype=self.dtype, name='project')(soft_split(x, SPLITS[-1]))
+      x = self._attention(split, f'attention{number}')(x, train=train)
+    dense = DenseParameters(SPLITS[-1].kernel ** 2 * self.token_dim, self.embed_dim, name='project')()
+    return patch_dense(x, SPLITS[-1], dense, form=self.soft_split_form, dtype=self.dtype)
 
-  def _attention(self, name: str) -> nn.Module:
+  def _attention(self, split: Split, name: str) -> nn.Module:
+    common = dict(soft_split_form=self.soft_split_form, dtype=self.dtype, name=name)
     if self.tokens_type == 'transformer':
-      return TokenTransformer(self.token_dim, dtype=self.dtype, name=name)
-    return TokenPerformer(self.token_dim, dropout_rate=self.performer_dropout_rate, dtype=self.dtype, name=name)
+      return TokenTransformer(split, self.token_dim, attention_form=self.token_attention_form, **common)
+    return TokenPerformer(split, self.token_dim, dropout_rate=self.performer_dropout_rate, **common)
 
   def _convolutions(self, x: Array) -> Array:
     widths = (self.token_dim, self.token_dim, self.embed_dim)

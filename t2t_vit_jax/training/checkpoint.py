@@ -35,6 +35,7 @@ UNCHANGEABLE = (
   'train_images',
   'optimizer.name',
 )
+SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # but not these: the same results, otherwise
 policies = ocp.training.preservation_policies
 
 
@@ -183,7 +184,7 @@ class Checkpoints:
     self._check_shapes(stored, wanted, run['model'])
     before = stored.custom_metadata or {}
     changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
-    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE)]
+    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE) and field not in SPEED_ONLY]
     if fatal and not self._allow_changes:
       raise UserError(
         f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir, '
