@@ -215,6 +215,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_list('compare', None, 'Several of them, for a table: v5e:2x2,v5e:16x16,v5e:16x16/fsdp=8.')
     flags.DEFINE_bool('markdown', False, 'With --compare: a table for Markdown.')
     flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
+    flags.DEFINE_alias('search-batch', 'search_batch')
     flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of them.')
     flags.DEFINE_integer('num_classes', None, 'Of the data, where it is not prepared here.', lower_bound=1)
     flags.DEFINE_integer('train_images', None, 'Of the data, where it is not prepared here.', lower_bound=1)
