@@ -16,7 +16,7 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def start_process(*flags, devices=1, root=ROOT, start_new_session=False, **environment):
+def start_process(*flags, devices=1, root=ROOT, **environment):
   """`python train.py FLAGS` with so many virtual devices."""
   return subprocess.Popen(
     [sys.executable, str(root / 'train.py'), *flags],
@@ -30,7 +30,6 @@ def start_process(*flags, devices=1, root=ROOT, start_new_session=False, **envir
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    start_new_session=start_new_session,
   )
 
 

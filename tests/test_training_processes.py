@@ -165,13 +165,11 @@ def test_the_documented_commands_for_one_machine(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, data_dir, tmp_path):
-  """Its data worker gets the signal too, as when a machine is shut down."""
-  many = flags(tmp_path / 'run', data_dir, steps=2000, **{'data.num_workers': 1})
-  processes = start(2, *many, start_new_session=True)
+  processes = start(2, *flags(tmp_path / 'run', data_dir, steps=2000))
   for line in processes[0].stdout:
     if line.startswith('step 4/'):
       break
-  os.killpg(processes[1].pid, signal.SIGTERM)
+  processes[1].send_signal(signal.SIGTERM)
   results = finish(processes)
   assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
   stopped = {re.search(r'stopped at step (\d+) and saved', error)[1] for _, _, error in results}

@@ -28,7 +28,6 @@ Example = dict[str, Any]
 Batch = dict[str, np.ndarray]  # the same with a leading axis
 UNREADABLE = -1  # the label of an evaluated image that cannot be read: no guess is right
 MAX_BAD_IN_A_ROW = 100
-SIGTERM_GRACE_S = 60
 # Images that a worker hands over at a time. One by one, each would cost the receiving process half a millisecond, and
 # two open files until its batch is complete; whole batches would take much memory in each worker.
 GROUP_SIZE = 16
@@ -166,7 +165,7 @@ class Workers:
         dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
       )
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
-      dataset = dataset.mp_prefetch(options, worker_init_fn=_outlive_signals)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
       yield from batches
@@ -186,14 +185,10 @@ def _concatenate(groups: Sequence[Batch]) -> Batch:
   return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
 
 
-def _outlive_signals(worker_index: int, worker_count: int) -> None:
-  """Leaves Ctrl-C and SIGTERM, which may reach every process, to the main one: it ends its workers itself.
-
-  After a SIGTERM it gets some time for that, to finish a step together with other processes and to save.
-  """
+def _ignore_interrupts(worker_index: int, worker_count: int) -> None:
+  """Leaves Ctrl-C, which a terminal sends to every process, to the main process: it ends its workers itself."""
   del worker_index, worker_count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SIGTERM_GRACE_S))  # SIGALRM ends a process
 
 
 def train_batches(

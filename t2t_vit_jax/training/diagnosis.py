@@ -97,7 +97,7 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
       outputs = call(*args, **kwargs)
-      if context.method_name == '__call__':
+      if context.method_name == '__call__' and args:  # without, it only holds parameters
         layers.extend(('/'.join(context.module.path) or 'the model', x) for x in jax.tree.leaves(outputs))
       return outputs
 

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 from pathlib import Path
 import re
@@ -198,9 +199,10 @@ def leave(exit_code: int, lost: bool = False) -> NoReturn:
         jax.distributed.shutdown()
     elif jax.process_index() == 0:
       time.sleep(LEAVE_TIMEOUT_S)  # JAX aborts the others, whatever they are about to say, when process 0 is gone
-    sys.stdout.flush()
-    os._exit(exit_code)  # JAX and orbax have threads that would wait for the others
-  sys.exit(exit_code)
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  sys.stdout.flush()
+  os._exit(exit_code)  # JAX and orbax have threads that would wait for others, or for a save that failed
 
 
 def check_agreement(config: Any) -> None:
