@@ -91,20 +91,26 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
   """
   names: list[str] = []
 
+  def of_each_image(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all(axis=range(1, x.ndim))
+
   @jax.jit
   def finite() -> jax.Array:
-    layers = [('the augmented image', images)]
+    layers = [('the augmented image', of_each_image(images))]
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
       outputs = call(*args, **kwargs)
-      if context.method_name == '__call__' and args:  # without, it only holds parameters
-        layers.extend(('/'.join(context.module.path) or 'the model', x) for x in jax.tree.leaves(outputs))
+      if context.method_name == '__call__':
+        name = '/'.join(context.module.path) or 'the model'
+        # Without arguments it gives a layer's parameters, for all images, to its parent.
+        check = of_each_image if args else lambda x: jnp.broadcast_to(jnp.isfinite(x).all(), len(images))
+        layers.extend((name, check(x)) for x in jax.tree.leaves(outputs))
       return outputs
 
     with nn.intercept_methods(note):
       model.apply(variables, images, train=True, rngs=rngs)
     names[:] = [name for name, _ in layers]
-    return jnp.stack([jnp.isfinite(x).all(axis=range(1, x.ndim)) for _, x in layers])
+    return jnp.stack([row for _, row in layers])
 
   everywhere = np.asarray(finite())  # (layers, B)
   for name, row in zip(names, everywhere, strict=True):
