@@ -6,10 +6,10 @@ import sys
 import traceback
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import fail, refusing_bad_flags
+from t2t_vit_jax.command_line import check_and_quiet, refusing_bad_flags
 from t2t_vit_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -38,10 +38,7 @@ def main(argv: list[str]) -> None:
   from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
 
-  if len(argv) > 1:
-    fail(f'arguments without a flag: {" ".join(argv[1:])}')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO
+  check_and_quiet(argv)
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
   config = flags.FLAGS.config
   try:

@@ -8,7 +8,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 
 from t2t_vit_jax.errors import did_you_mean
 
@@ -37,6 +37,14 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
     fail('which run? Give --config=FILE, such as --config=configs/t2t_vit_14.py')
   if not Path(file).is_file():
     fail(f'there is no config file {file}')
+
+
+def check_and_quiet(argv: list[str]) -> None:
+  """For the start of `main`: ends the program if something is left of its arguments; keeps libraries from chatting."""
+  if len(argv) > 1:
+    fail(f'arguments without a flag: {" ".join(argv[1:])}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO, tfds each folder
 
 
 def config_file(argv: list[str]) -> str | None:

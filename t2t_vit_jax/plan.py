@@ -14,17 +14,18 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 import jax
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import config_file, fail, refusing_bad_flags
+from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.planning import report, tpu
 from t2t_vit_jax.planning.schedule import read_schedule
 from t2t_vit_jax.training import inputs, sharding
-from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs
+from t2t_vit_jax.training.console import say
+from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs, eval_batch_size
 
 IMAGENET_CLASSES = 1000
 
@@ -33,16 +34,12 @@ class DoesNotFit(Exception):  # noqa: N818 (an answer, not an error)
   """The compiler found no way to run a program in the memory of a chip; the text is what it says."""
 
 
-def make_plan(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> dict[str, Any]:
-  """Compiles the steps of a run for a slice.
+def make_plan(programs: Programs, where: tpu.Slice) -> dict[str, Any]:
+  """Compiles the steps of a run for a slice, for which `build` has made them.
 
   Returns:
     What `--output` writes. Sizes are in bytes and, like work and collectives, of one chip.
-
-  Raises:
-    UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
   """
-  programs = build(config, where, num_classes, num_train_images)
   mesh, chip, order = programs.mesh, where.chip, programs.order
   train, evaluation = (_answer(step, programs, chip) for step in (compile_train_step, compile_eval_step))
   if train['fits']:
@@ -57,9 +54,9 @@ def make_plan(config: Any, where: tpu.Slice, num_classes: int, num_train_images:
     'mesh': dict(mesh.shape),
     'chip': dataclasses.asdict(chip) | {'clock': chip.clock},
     'config': programs.config.to_dict(),
-    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(programs.abstract_state.params)),
+    'parameters': programs.num_parameters,
     'state': sharding.bytes_per_device(programs.abstract_state),
-    'images_per_chip': order.batch_size // mesh.size,
+    'images_per_chip': programs.images_per_device,
     'mixing_group_size': programs.augmentation.mixing.group_size,
     'total_steps': programs.total_steps,
     'train_step': train,
@@ -68,7 +65,11 @@ def make_plan(config: Any, where: tpu.Slice, num_classes: int, num_train_images:
 
 
 def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> Programs:
-  """The programs of a run on the slice's described devices, with the slice's mesh if it names one."""
+  """The programs of a run on the slice's described devices, with the slice's mesh if it names one.
+
+  Raises:
+    UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
+  """
   config = copy.deepcopy(config)
   if where.fsdp is not None:
     config.mesh.data, config.mesh.fsdp = -1, where.fsdp
@@ -80,15 +81,15 @@ def compile_train_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
   """Raises DoesNotFit."""
   rng = jax.eval_shape(lambda: jax.random.key(0))
   rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(programs.mesh))
-  arguments = programs.abstract_state, abstract_batch(programs.config, programs.mesh), rng
+  batch = abstract_batch(programs.config, programs.mesh, programs.order.batch_size)
+  arguments = programs.abstract_state, batch, rng
   return _compile(programs.train_step, arguments, chip, programs.config.optimizer.accumulate_steps)
 
 
 def compile_eval_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
   """Raises DoesNotFit."""
-  config = copy.deepcopy(programs.config)
-  config.data.batch_size = math.ceil(config.data.eval_batch_size / programs.mesh.size) * programs.mesh.size
-  arguments = programs.abstract_state.variables(), abstract_batch(config, programs.mesh)
+  config, mesh = programs.config, programs.mesh
+  arguments = programs.abstract_state.variables(), abstract_batch(config, mesh, eval_batch_size(config, mesh))
   return _compile(programs.eval_step, arguments, chip, parts=1)
 
 
@@ -225,10 +226,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   """Command line."""
-  if len(argv) > 1:
-    fail(f'arguments without a flag: {" ".join(argv[1:])}')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # tfds logs each folder at INFO
+  check_and_quiet(argv)
   tpu.without_tpu()
   jax.config.update('jax_enable_compilation_cache', False)  # programs are never run, and times are to be seen
   try:
@@ -249,27 +247,23 @@ def plan(config: Any, options: Any) -> None:
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
   data = data_size(config, options.num_classes, options.train_images)
-  for where in slices:
-    build(config, where, *data)  # what is wrong with a slice is said before another is compiled for
+  # All of them first: what is wrong with a slice is said before another is compiled for.
+  built = [(where, build(config, where, *data)) for where in slices]
   plans = []
-  for where in slices:
-    plans.append(make_plan(config, where, *data))
+  for where, programs in built:
+    plans.append(make_plan(programs, where))
     if options.topology:
-      _say('\n'.join(report.describe(plans[-1])))
+      say('\n'.join(report.describe(plans[-1])))
     else:
       print(f'{where.text}: compiled', file=sys.stderr, flush=True)
     if options.search_batch:
-      _say(f'largest batch on {where.text}:')
-      plans[-1]['largest_batch_size'] = largest_batch(config, where, data, _say)
-      _say(f'  found: data.batch_size={plans[-1]["largest_batch_size"]}')
+      say(f'largest batch on {where.text}:')
+      plans[-1]['largest_batch_size'] = largest_batch(config, where, data, say)
+      say(f'  found: data.batch_size={plans[-1]["largest_batch_size"]}')
   if options.compare:
-    _say('\n'.join(report.table(plans, options.markdown)))
+    say('\n'.join(report.table(plans, options.markdown)))
   if options.output:
     Path(options.output).write_text(json.dumps(plans if options.compare else plans[0], indent=2) + '\n')
-
-
-def _say(text: str) -> None:
-  print(text, flush=True)
 
 
 if __name__ == '__main__':

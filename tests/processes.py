@@ -33,14 +33,17 @@ def start_process(*flags, devices=1, root=ROOT, **environment):
   )
 
 
+def process_flags(count):
+  """The flags that make `count` processes on this machine one run, for each of them."""
+  coordinator = f'--coordinator=localhost:{free_port()}'
+  return [[coordinator, f'--num_processes={count}', f'--process_id={i}'] for i in range(count)]
+
+
 def start(count, *flags, **options):
   """`count` processes of one run."""
   if count == 1:
     return [start_process(*flags, **options)]
-  coordinator = f'--coordinator=localhost:{free_port()}'
-  return [
-    start_process(*flags, coordinator, f'--num_processes={count}', f'--process_id={i}', **options) for i in range(count)
-  ]
+  return [start_process(*flags, *own, **options) for own in process_flags(count)]
 
 
 def finish(processes, timeout=600):

@@ -9,7 +9,7 @@ import pytest
 
 from t2t_vit_jax import UserError
 from t2t_vit_jax.training import distributed, workdir
-from tests.processes import ROOT, finish, free_port, start, start_process
+from tests.processes import ROOT, finish, free_port, process_flags, start, start_process
 
 TIMEOUT_S = 6
 
@@ -69,20 +69,17 @@ def test_different_configs_and_code_are_refused_by_all(data_dir, tmp_path):
   shutil.copy(ROOT / 'train.py', copy)
   with (copy / 't2t_vit_jax' / 'models' / 'layers.py').open('a') as file:
     file.write('# another commit\n')
-  port = free_port()
   results = finish(
     [
       start_process(
-        f'--coordinator=localhost:{port}',
-        '--num_processes=2',
-        f'--process_id={number}',
+        *own,
         f'--workdir={tmp_path}/run',
         f'--config.data.data_dir={data_dir}',
         f'--config.seed={number}',
         f'--config.data.mean=({number},0.5,0.5)',
         root=(ROOT, copy)[number],
       )
-      for number in range(2)
+      for number, own in enumerate(process_flags(2))
     ]
   )
   assert [code for code, _, _ in results] == [2, 2]
@@ -96,17 +93,14 @@ def test_different_configs_and_code_are_refused_by_all(data_dir, tmp_path):
 @pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_all(data_dir, tmp_path):
   """Process 1 gets another workdir: a host that does not mount the shared one."""
-  port = free_port()
   results = finish(
     [
       start_process(
-        f'--coordinator=localhost:{port}',
-        '--num_processes=2',
-        f'--process_id={number}',
+        *own,
         f'--workdir={tmp_path}/{number}',
         f'--config.data.data_dir={data_dir}',
       )
-      for number in range(2)
+      for number, own in enumerate(process_flags(2))
     ]
   )
   assert [code for code, _, _ in results] == [2, 2]

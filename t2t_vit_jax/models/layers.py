@@ -66,10 +66,11 @@ class LayerNormParameters(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict[str, Array]:
-    return {
+    params = {
       'scale': self.param('scale', initializers.ones, (self.width,), jnp.float32),
       'bias': self.param('bias', initializers.zeros, (self.width,), jnp.float32),
     }
+    return jax.tree.map(jnp.asarray, params)  # as Flax's layers do: variables may be NumPy's
 
 
 class DenseParameters(nn.Module):
@@ -84,7 +85,7 @@ class DenseParameters(nn.Module):
     params = {'kernel': self.param('kernel', initializers.normal(0.02), (self.in_dim, self.out_dim), jnp.float32)}
     if self.use_bias:
       params['bias'] = self.param('bias', initializers.zeros, (self.out_dim,), jnp.float32)
-    return params
+    return jax.tree.map(jnp.asarray, params)
 
 
 class Mlp(nn.Module):

@@ -115,7 +115,6 @@ def patch_norm_dense(
   if form == 'patches':
     patches = _centred(soft_split(x, split))
     return jnp.split(_dense(LayerNorm(dtype=dtype).apply({'params': norm}, patches), dense, dtype), parts, axis=-1)
-  norm, dense = jax.tree.map(jnp.asarray, (dict(norm), dict(dense)))
   kernel = norm['scale'][:, None] * dense['kernel']
   kernel = (kernel - kernel.mean(axis=0, keepdims=True)).astype(dtype)
   constant = jnp.einsum('i,io->o', norm['bias'], dense['kernel'], precision=lax.Precision.HIGHEST)

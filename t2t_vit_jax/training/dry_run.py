@@ -23,10 +23,11 @@ def dry_run(config: Any) -> None:
   run = together(lambda: build_run(config))
   if config.init_from is not None:
     run.fresh_state()  # reads the file
-  jax.eval_shape(run.train_step, run.abstract_state, abstract_batch(config, run.mesh), jax.random.key(0))
+  batch = abstract_batch(config, run.mesh, run.order.batch_size)
+  jax.eval_shape(run.train_step, run.abstract_state, batch, jax.random.key(0))
   for line in run.summary():
     say(line)
-  images = config.data.batch_size // (run.mesh.size * config.optimizer.accumulate_steps)
+  images = run.images_per_device // config.optimizer.accumulate_steps
   gradients = _gigabytes(run.abstract_state.params)
   state = bytes_per_device(run.abstract_state) / 1e9
   say(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,6 +36,16 @@ class Programs:
   make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
   train_step: jax.stages.Wrapped  # (state, batch, rng) -> (state, metrics), see `steps.make_train_step`
   eval_step: jax.stages.Wrapped  # (variables, batch) -> sums, see `steps.make_eval_step`
+
+  @property
+  def num_parameters(self) -> int:
+    """Trained ones."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
+
+  @property
+  def images_per_device(self) -> int:
+    """Of a training batch."""
+    return self.order.batch_size // self.mesh.size
 
 
 def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Programs:
@@ -97,9 +108,14 @@ def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped
   return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 
-def abstract_batch(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and sharding of a training batch."""
-  count, size, where = config.data.batch_size, config.data.image_size, sharding.over_batch(mesh)
+def eval_batch_size(config: Any, mesh: Mesh) -> int:
+  """`config.data.eval_batch_size`, rounded up to what the devices divide: padding is masked out."""
+  return math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
+
+
+def abstract_batch(config: Any, mesh: Mesh, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and sharding of a batch of `count` images."""
+  size, where = config.data.image_size, sharding.over_batch(mesh)
   return {
     'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=where),
     'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=where),

@@ -20,7 +20,7 @@ from t2t_vit_jax.training import inputs, sharding, steps
 from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.distributed import together
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
-from t2t_vit_jax.training.programs import Programs, build_programs, pretrained_variables
+from t2t_vit_jax.training.programs import Programs, build_programs, eval_batch_size, pretrained_variables
 from t2t_vit_jax.training.state import TrainState
 
 SAMPLE_IMAGES = 32
@@ -92,23 +92,22 @@ class Run(Programs):
 
   def summary(self) -> list[str]:
     """What the run is, a line for each part."""
-    num_parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
     evaluated = self.evaluator.source
     return [
-      f'model: {self.config.model.name}, {num_parameters:,} trained parameters, {self.config.model.dtype}',
+      f'model: {self.config.model.name}, {self.num_parameters:,} trained parameters, {self.config.model.dtype}',
       f'train: {self.train_source.description}, {len(self.train_source):,} images',
       f'evaluation: {evaluated.description}, {len(evaluated):,} images',
       f'steps: {self.total_steps:,} of {self.order.batch_size} images, {self.order.steps_per_epoch:,} an epoch, '
       f'on {self.mesh.size} {jax.default_backend()} device(s)',
       f'mesh: data {self.mesh.shape["data"]} x fsdp {self.mesh.shape["fsdp"]}; each device has '
-      f'{self.order.batch_size // self.mesh.size} images of a batch and '
+      f'{self.images_per_device} images of a batch and '
       f'{sharding.bytes_per_device(self.abstract_state) / 1e6:,.1f} MB of state',
       *self.mixing_note(),
     ]
 
   def mixing_note(self) -> list[str]:
     """A line about what it costs if images are mixed with some on other devices."""
-    share, group_size = self.order.batch_size // self.mesh.size, self.augmentation.mixing.group_size
+    share, group_size = self.images_per_device, self.augmentation.mixing.group_size
     if share % group_size == 0:
       return []
     megabytes = share * 3 * self.config.data.image_size**2 / 1e6
@@ -167,13 +166,11 @@ def make_evaluator(
     raise UserError(
       f'the model has {model.num_classes} classes, but {source.description} has {len(source.class_names)}'
     )
-  # Rounded up to what the devices divide: padding is masked out.
-  batch_size = math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
   return Evaluator(
     step=eval_step,
     source=source,
     transform=inputs.eval_transform(config),
-    share=_share(batch_size),
+    share=_share(eval_batch_size(config, mesh)),
     workers=_workers(config),
     mesh=mesh,
   )

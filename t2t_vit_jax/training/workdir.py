@@ -43,11 +43,7 @@ class Workdir:
     if jax.process_index() != 0 or not is_bucket(self.root):
       return
     try:
-      for file in self.logs.rglob('*'):
-        if file.is_file():
-          target = self.root / file.relative_to(self.logs).as_posix()
-          target.parent.mkdir(parents=True, exist_ok=True)
-          target.write_bytes(file.read_bytes())
+      _copy_to_bucket(epath.Path(self.logs), self.root)
     except Exception as error:  # of the bucket's client, whichever that is
       warn(f'metrics could not be copied to {self.root}: {type(error).__name__}: {error}'.splitlines()[0])
 
@@ -87,14 +83,15 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
   if not is_bucket(source):
     source.rename(target)
     return
-  _copy_folder(source, target)
+  _copy_to_bucket(source, target)
   source.rmtree()
 
 
-def _copy_folder(source: epath.Path, target: epath.Path) -> None:
+def _copy_to_bucket(source: epath.Path, target: epath.Path) -> None:
+  """Copies the files of a folder; a bucket needs no folders made."""
   for path in source.iterdir():
     if path.is_dir():
-      _copy_folder(path, target / path.name)
+      _copy_to_bucket(path, target / path.name)
     else:
       (target / path.name).write_bytes(path.read_bytes())
 
