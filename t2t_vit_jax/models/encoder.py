@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
   `qk_scale` multiplies the scores; None stands for head_width ** -0.5. With `block_type` 'se' the
   output is gated by `SqueezeExcitation`; with 'ghost' each projection computes D/2 channels and
-  derives the others from them.
+  derives the others from them. Its weights, (B, num_heads, T, T), are sown as `attention`.
   """
 
   num_heads: int
@@ -97,6 +97,7 @@ class Attention(nn.Module):
 
     q, k, v = self._qkv(x)
     weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q * scale, k), axis=-1)
+    self.sow('intermediates', 'attention', weights)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
     y = jnp.einsum('bhts,bshd->bthd', weights, v)
     proj = jax.tree.map(lambda x: x.astype(self.dtype), DenseParameters(dim, dim, name='proj')())

@@ -28,7 +28,10 @@ FULL_ATTENTION_TOKENS = 1024  # most tokens for which 'auto' keeps all scores in
 
 
 class TokenAttention(nn.Module):
-  """What both attentions of the module share: their fields, and LayerNorm and three projections of every patch."""
+  """What both attentions of the module share: their fields, and LayerNorm and three projections of every patch.
+
+  Both sow their weights, (B, T, T) for T patches row by row, as `attention`.
+  """
 
   split: Split
   token_dim: int
@@ -43,9 +46,14 @@ class TokenAttention(nn.Module):
     return patch_norm_dense(x, self.split, norm, dense, 3, form=self.soft_split_form, dtype=self.dtype)
 
 
+def attention_weights(q: Array, k: Array) -> Array:
+  """softmax(q kᵀ), (B, T, T), where both are (B, T, D), q scaled already."""
+  return nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1)
+
+
 def full_attention(q: Array, k: Array, v: Array) -> Array:
   """Softmax attention with one head: softmax(q kᵀ) v, where each is (B, T, D), q scaled already."""
-  return jnp.einsum('bts,bsd->btd', nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1), v)
+  return jnp.einsum('bts,bsd->btd', attention_weights(q, k), v)
 
 
 def chunked_attention(q: Array, k: Array, v: Array) -> Array:
@@ -83,6 +91,9 @@ class TokenTransformer(TokenAttention):
     long = q.shape[1] > FULL_ATTENTION_TOKENS
     chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
     y = (chunked_attention if chunked else full_attention)(q, k, v)
+    if self.is_mutable_collection('intermediates'):
+      # Computed apart from y: who takes other intermediates only, under jit, never has T x T weights in memory.
+      self.sow('intermediates', 'attention', attention_weights(q, k))
     x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
     return x + mlp(LayerNorm(dtype=self.dtype, name='norm2')(x), train=train)
@@ -138,6 +149,10 @@ class TokenPerformer(TokenAttention):
     keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v)
     y = jnp.einsum('btm,bmd->btd', q_features, keys_values, preferred_element_type=jnp.float32)
     y = y / (normaliser[..., None] + 1e-8)
+    if self.is_mutable_collection('intermediates'):
+      # The attention that these products amount to, y = weights @ v, which they avoid to form.
+      weights = jnp.einsum('btm,bsm->bts', q_features, k_features, preferred_element_type=jnp.float32)
+      self.sow('intermediates', 'attention', weights / (normaliser[..., None] + 1e-8))
 
     y = Dense(self.token_dim, dtype=self.dtype, name='proj')(y.astype(v.dtype))
     x = (v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)).reshape(grid_shape)
