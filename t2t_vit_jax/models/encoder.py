@@ -134,7 +134,7 @@ class Transition(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool = False) -> Array:
+  def __call__(self, x: Array, train: bool = False) -> Array:
     del train  # called like a block
     return gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name='linear')(x)).astype(x.dtype)
 
@@ -154,12 +154,12 @@ class EncoderBlock(nn.Module):
   qk_scale: float | None = None
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
-  stochastic_depth_rate: float = 0.0
+  stochastic_depth_rate: float | Array = 0.0
   norm_layer: Any = LayerNorm
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+  def __call__(self, inputs: Array, train: bool = False) -> Array:
     x, dim = inputs, inputs.shape[-1]
     attention = Attention(
       self.num_heads,

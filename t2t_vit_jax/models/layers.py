@@ -105,13 +105,20 @@ class Mlp(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-  """Drops a residual branch of (B, T, D) for whole samples and divides the kept ones by the keep probability."""
+  """Drops a residual branch of (B, T, D) for whole samples and divides the kept ones by the keep probability.
 
-  rate: float
+  `rate` may be an array, where `nn.Dropout` needs a number: in a loop over blocks each has its own.
+  """
+
+  rate: float | Array
 
   @nn.compact
   def __call__(self, branch: Array, *, train: bool = False) -> Array:
-    return nn.Dropout(self.rate, broadcast_dims=(1, 2), deterministic=not train)(branch)
+    if not train or (isinstance(self.rate, float) and not self.rate):
+      return branch
+    keep = 1 - self.rate
+    kept = jax.random.bernoulli(self.make_rng('dropout'), keep, (branch.shape[0], 1, 1))
+    return jnp.where(kept, branch / jnp.asarray(keep, branch.dtype), 0)
 
 
 def sinusoidal_position_embedding(num_positions: int, dim: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 import itertools
 import math
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from flax import linen as nn
 import jax
@@ -24,11 +24,14 @@ from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
 from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, TokensType
 
 Array = jax.Array
+# Of `jax.checkpoint_policies`, for one block: what it saves for its backward pass; the rest is computed again.
+RematPolicy = Literal['none', 'nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable']
 CHOICES = {  # fields that name one of several ways
   'tokens_type': TokensType,
   'block_type': BlockType,
   'soft_split_form': SoftSplitForm,
   'token_attention_form': TokenAttentionForm,
+  'remat': RematPolicy,
 }
 
 
@@ -70,10 +73,15 @@ class T2TViT(nn.Module):
       the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
       'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
+    scan_blocks: run the encoder as a loop over its blocks: the program is that of one block, which compiles several
+      times faster. Parameters are the same; random draws (dropout, stochastic depth) are others.
+    remat: 'none', or which of a block's values are kept for the backward pass, by the names of
+      `jax.checkpoint_policies`: less memory for more computation. 'nothing_saveable' keeps the least.
     dtype: computation dtype; the residual stream and the logits are float32 always.
 
   Raises:
-    UserError: unknown value of a field in `CHOICES`; ghost blocks of another shape than the reference's.
+    UserError: unknown value of a field in `CHOICES`; ghost blocks of another shape than the reference's; `scan_blocks`
+      for dense blocks, which differ in width.
   """
 
   num_classes: int = 1000
@@ -96,6 +104,8 @@ class T2TViT(nn.Module):
   growth_rate: int = 64
   soft_split_form: SoftSplitForm = 'conv'
   token_attention_form: TokenAttentionForm = 'auto'
+  scan_blocks: bool = False
+  remat: RematPolicy = 'none'
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
@@ -104,6 +114,8 @@ class T2TViT(nn.Module):
         raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
     if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
       raise UserError('ghost blocks need mlp_ratio 3 and an even embed_dim')
+    if self.block_type == 'dense' and self.scan_blocks:
+      raise UserError('scan_blocks needs blocks of one width: those of a dense encoder grow')
     super().__post_init__()
 
   @nn.compact
@@ -136,8 +148,12 @@ class T2TViT(nn.Module):
     x = x + self._position_embedding(grid)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
-    for block in self._blocks():
-      x = block(x, train=train)
+    # Only calls as they are trained and served are scanned: intermediates and parameters belong to blocks by name.
+    if self.scan_blocks and not self.is_initializing() and not self.is_mutable_collection('intermediates'):
+      x = self._scan(x, train)
+    else:
+      for block in self._blocks():
+        x = block(x, train)
 
     norm = self.norm_layer(dtype=self.dtype, name='norm')
     if features or not self.num_classes:
@@ -149,21 +165,12 @@ class T2TViT(nn.Module):
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
 
+    block_class: Any = EncoderBlock
+    if self.remat != 'none':  # argument 2 is `train`
+      block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2,))
+
     def block(number: int, stochastic_depth_rate: float) -> EncoderBlock:
-      return EncoderBlock(
-        self.num_heads,
-        self.mlp_ratio,
-        block_type=self.block_type,
-        growth_rate=self.growth_rate,
-        qkv_bias=self.qkv_bias,
-        qk_scale=self.qk_scale,
-        dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate,
-        stochastic_depth_rate=stochastic_depth_rate,
-        norm_layer=self.norm_layer,
-        dtype=self.dtype,
-        name=f'blocks_{number}',
-      )
+      return self._block(block_class, stochastic_depth_rate, name=f'blocks_{number}')
 
     if self.block_type != 'dense':
       for number, rate in enumerate(np.linspace(0, self.stochastic_depth_rate, self.depth)):
@@ -177,6 +184,42 @@ class T2TViT(nn.Module):
         yield Transition(dtype=self.dtype, name=f'blocks_{next(numbers)}')
       for _ in range(num_blocks):
         yield block(next(numbers), float(stage_rates[stage]))
+
+  def _remat_policy(self) -> Any:
+    return getattr(jax.checkpoint_policies, self.remat)
+
+  def _block(self, block_class: type[EncoderBlock], stochastic_depth_rate: Any, **more: Any) -> EncoderBlock:
+    return block_class(
+      self.num_heads,
+      self.mlp_ratio,
+      block_type=self.block_type,
+      growth_rate=self.growth_rate,
+      qkv_bias=self.qkv_bias,
+      qk_scale=self.qk_scale,
+      dropout_rate=self.dropout_rate,
+      attention_dropout_rate=self.attention_dropout_rate,
+      stochastic_depth_rate=stochastic_depth_rate,
+      norm_layer=self.norm_layer,
+      dtype=self.dtype,
+      **more,
+    )
+
+  def _scan(self, x: Array, train: bool) -> Array:
+    """All blocks one after the other, as a loop over their parameters laid on top of each other."""
+    params = [self.variables['params'][f'blocks_{number}'] for number in range(self.depth)]
+    params = jax.tree.map(lambda *arrays: jnp.stack(arrays), *params)
+    rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth) if self.stochastic_depth_rate else None
+    keys = jax.random.split(self.make_rng('dropout'), self.depth) if train and self.has_rng('dropout') else None
+
+    def body(x: Array, block: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
+      params, rate, key = block
+      module = self._block(EncoderBlock, 0.0 if rate is None else rate, parent=None)
+      return module.apply({'params': params}, x, train, rngs={} if key is None else {'dropout': key}), None
+
+    if self.remat != 'none':
+      # XLA can't merge computations across the iterations of a loop: nothing has to prevent it.
+      body = jax.checkpoint(body, policy=self._remat_policy(), prevent_cse=False)
+    return jax.lax.scan(body, x, (params, rates, keys))[0]
 
   def _position_embedding(self, grid: tuple[int, int]) -> Array:
     """The stored table, (1, 1 + H * W, D), resized if the images are not of `image_size`."""
