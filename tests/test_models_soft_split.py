@@ -84,3 +84,33 @@ def test_conv_form_equals_a_float64_oracle(split, channels, size, kind, strict_d
   for gradient, tensor in zip(jax.tree.leaves(pull_back(cotangent)), jax.tree.leaves(wide), strict=True):
     wanted = tensor.grad.numpy()
     np.testing.assert_allclose(gradient, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize('kind', ['noise', 'half constant', 'smooth'])
+@pytest.mark.parametrize(('split', 'channels', 'image_dtype'), [(SPLITS[0], 3, 'float32'), (SPLITS[1], 16, 'bfloat16')])
+def test_conv_form_in_bfloat16_is_as_exact_as_patches(split, channels, image_dtype, kind):
+  """Nearly flat patches far from 0 are the hard ones, as in a photograph's sky: 0.02 around 2, say."""
+  rng = np.random.default_rng(0)
+  inputs = {**INPUTS, 'smooth': lambda x: 2 + 0.02 * x}
+  x = jnp.asarray(inputs[kind](rng.normal(size=(2, 32, 32, channels))), image_dtype)
+  patch_dim = channels * split.kernel**2
+  norm = {'scale': rng.normal(1, 0.2, patch_dim), 'bias': rng.normal(0, 0.2, patch_dim)}
+  dense = {'kernel': rng.normal(size=(patch_dim, 24)) / patch_dim**0.5, 'bias': rng.normal(0, 0.2, 24)}
+  norm, dense = jax.tree.map(np.float32, (norm, dense))
+  expected = oracle(*jax.tree.map(lambda a: torch.from_numpy(np.asarray(a, np.float64)), (x,)), split, *jax.tree.map(
+    lambda a: torch.from_numpy(a).double(), (norm, dense)
+  )).numpy()  # fmt: skip
+
+  def largest_error(form):
+    result = jnp.concatenate(patch_norm_dense(x, split, norm, dense, 3, form=form, dtype=jnp.bfloat16), axis=-1)
+    return np.abs(np.asarray(result, np.float64) - expected).max()
+
+  assert largest_error('conv') <= 1.5 * largest_error('patches')
+
+
+def test_flat_images_far_from_zero_are_finite_in_bfloat16():
+  x = np.full((1, 16, 16, 3), 1000, np.float32)  # whose variance is 0, and as a mean of squares rounds to less
+  norm = {'scale': np.ones(147, np.float32), 'bias': np.zeros(147, np.float32)}
+  dense = {'kernel': np.ones((147, 3), np.float32) / 147}
+  result = patch_norm_dense(x, SPLITS[0], norm, dense, 3, dtype=jnp.bfloat16)
+  assert all(np.isfinite(np.asarray(part, np.float32)).all() for part in result)

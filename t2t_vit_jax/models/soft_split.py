@@ -1,6 +1,6 @@
 """The soft split: overlapping patches, T2T-ViT's way from an image (or a token grid) to fewer, wider tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -81,8 +81,7 @@ def patch_dense(x: Array, split: Split, dense: Params, *, form: SoftSplitForm = 
   """
   if form == 'patches':
     return _dense(soft_split(x, split), dense, dtype)
-  padding = [(0, 0), (split.padding,) * 2, (split.padding,) * 2, (0, 0)]
-  y = _convolve(jnp.pad(x.astype(dtype), padding), dense['kernel'], split).astype(dtype)
+  y = _convolve(x.astype(dtype), dense['kernel'], split, padding=split.padding).astype(dtype)
   return y + _per_channel(dense['bias']).astype(dtype) if 'bias' in dense else y
 
 
@@ -99,9 +98,9 @@ def patch_norm_dense(
   convolution of x with A', divided by deviations that come from sums over windows: patches, which
   hold every pixel three times and every token 2.25 times, are never formed, nor is their gradient.
 
-  Rounding: what a patch's values have in common must be taken out before they are multiplied or
-  squared. It would be rounded then, and in a flat patch 1 / s multiplies what is left by up to 316.
-  `_subtract_references` does it.
+  Rounding: for a result in float32, what a patch's values have in common must be taken out before they are
+  multiplied or squared. It would be rounded then, and in a flat patch 1 / s multiplies what is left by up to
+  316. `_subtract_references` does it. In half precision that rounding is small beside the result's own.
 
   Args:
     x: images or tokens on their grid.
@@ -120,19 +119,50 @@ def patch_norm_dense(
   constant = jnp.einsum('i,io->o', norm['bias'], dense['kernel'], precision=lax.Precision.HIGHEST)
   constant = constant + dense.get('bias', 0)
 
-  u, references = _subtract_references(x.astype(jnp.float32), split)
-  u = u.astype(dtype)
-  mean, variance = _moments(u, references, split)
+  multiply, variance = (_half_windows if jnp.finfo(dtype).bits < 32 else _float32_windows)(x, split)
   inverse_deviation = lax.rsqrt(variance + EPSILON)
   parts_of_layer = zip(jnp.split(kernel, parts, axis=-1), jnp.split(constant, parts), strict=True)
-  return [
-    (_products(u, references - mean, k, split) * inverse_deviation + _per_channel(c)).astype(dtype)
-    for k, c in parts_of_layer
-  ]
+  return [(multiply(k) * inverse_deviation + _per_channel(c)).astype(dtype) for k, c in parts_of_layer]
 
 
 def _dense(x: Any, params: Params, dtype: Dtype) -> Any:
   return Dense(params['kernel'].shape[-1], use_bias='bias' in params, dtype=dtype).apply({'params': params}, x)
+
+
+def _float32_windows(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
+  """Products with centred patches, kernel -> (patch - mean) @ kernel, and variances of patches (B, H', W', 1)."""
+  u, references = _subtract_references(x.astype(jnp.float32), split)
+  mean, variance = _moments(u, references, split)
+  return lambda kernel: _products(u, references - mean, kernel, split), variance
+
+
+def _half_windows(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
+  """`_float32_windows` where the result is rounded to half precision anyway, at less cost.
+
+  x is never rounded: tokens are of half precision already, and images are multiplied in float32, by three products
+  of half precision on a TPU (`Precision.HIGH`). So their offset may be subtracted after the product.
+  """
+  size = split.kernel**2 * x.shape[-1]
+  wide = x.astype(jnp.float32)
+  mean = _window_sums(wide, split) / size
+  variance = jnp.maximum(_window_sums(wide * wide, split) / size - mean**2, 0)  # rounding may pass 0
+
+  def multiply(kernel: Array) -> Array:
+    y = _convolve(x, kernel, split, lax.Precision.HIGH, padding=split.padding)
+    return y - mean * _per_channel(kernel.astype(jnp.float32).sum(axis=0))
+
+  return multiply, variance
+
+
+def _window_sums(x: Array, split: Split) -> Array:
+  """Sums of all values of each patch: (B, H, W, C) -> (B, H', W', 1)."""
+  if x.shape[-1] > split.stride:  # the axis that shrinks most goes first
+    x = x.sum(axis=-1, keepdims=True)
+  for axis in (1, 2):
+    window, strides, padding = [1] * 4, [1] * 4, [(0, 0)] * 4
+    window[axis], strides[axis], padding[axis] = split.kernel, split.stride, (split.padding,) * 2
+    x = lax.reduce_window(x, np.float32(0), lax.add, window, strides, padding)
+  return x.sum(axis=-1, keepdims=True)
 
 
 def _subtract_references(x: Array, split: Split) -> tuple[Array, Array]:
@@ -208,13 +238,15 @@ def _per_channel(x: Array) -> Array:
   return x.reshape(1, 1, 1, -1)
 
 
-def _convolve(x: Array, kernel: Array, split: Split, precision: lax.Precision | None = None) -> Array:
+def _convolve(
+  x: Array, kernel: Array, split: Split, precision: lax.Precision | None = None, *, padding: int = 0
+) -> Array:
   """Products of each patch of the padded (B, H, W, C) with a kernel (C * kernel * kernel, out), in float32."""
   return lax.conv_general_dilated(
     x,
     kernel.reshape(x.shape[-1], split.kernel, split.kernel, -1).astype(x.dtype),
     (split.stride, split.stride),
-    'VALID',
+    [(padding, padding)] * 2,
     dimension_numbers=('NHWC', 'IHWO', 'NHWC'),
     precision=precision,
     preferred_element_type=jnp.float32,

@@ -164,7 +164,6 @@ class T2TViT(nn.Module):
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
-
     block_class: Any = EncoderBlock
     if self.remat != 'none':  # argument 2 is `train`
       block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2,))

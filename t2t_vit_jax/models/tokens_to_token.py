@@ -146,15 +146,17 @@ class TokenPerformer(TokenAttention):
     q_features = positive_random_features(q, random_projection)
     keys = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
     normaliser = jnp.einsum('btm,bm->bt', q_features, keys, preferred_element_type=jnp.float32)
-    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v)
-    y = jnp.einsum('btm,bmd->btd', q_features, keys_values, preferred_element_type=jnp.float32)
-    y = y / (normaliser[..., None] + 1e-8)
+    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v, preferred_element_type=jnp.float32)
     if self.is_mutable_collection('intermediates'):
       # The attention that these products amount to, y = weights @ v, which they avoid to form.
       weights = jnp.einsum('btm,bsm->bts', q_features, k_features, preferred_element_type=jnp.float32)
       self.sow('intermediates', 'attention', weights / (normaliser[..., None] + 1e-8))
 
-    y = Dense(self.token_dim, dtype=self.dtype, name='proj')(y.astype(v.dtype))
+    # proj(q_features @ keys_values / normaliser), where its kernel meets 32 rows an image instead of all tokens.
+    proj = DenseParameters(self.token_dim, self.token_dim, name='proj')()
+    projected = jnp.einsum('bmd,de->bme', keys_values, proj['kernel']).astype(self.dtype)
+    y = jnp.einsum('btm,bme->bte', q_features, projected, preferred_element_type=jnp.float32)
+    y = (y / (normaliser[..., None] + 1e-8) + proj['bias'].reshape(1, 1, -1)).astype(v.dtype)
     x = (v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)).reshape(grid_shape)
     # Here the reference's MLP drops its output only, not its hidden layer.
     y = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')(
