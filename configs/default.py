@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
   config.model.performer_dropout_rate = 0.1  # inside the token performer
   config.model.soft_split_form = placeholder(str)  # 'conv' (the fast one) or 'patches'; changes no result
   config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
+  config.model.scan_blocks = placeholder(bool)  # True: blocks as a loop, which compiles faster; other random draws
+  config.model.remat = placeholder(str)  # of a block: 'nothing_saveable' needs the least memory; see `T2TViT`
 
   config.data = ConfigDict()
   config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>

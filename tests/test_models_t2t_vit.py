@@ -105,6 +105,80 @@ def test_the_forms_of_the_soft_split_share_parameters_and_results():
   np.testing.assert_allclose(conv.apply(variables, images), patches.apply(variables, images), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('name', 'fields'),
+  [
+    ('performer', {'scan_blocks': True}),
+    ('performer', {'scan_blocks': True, 'remat': 'dots_with_no_batch_dims_saveable'}),
+    ('performer', {'remat': 'nothing_saveable'}),
+    ('se', {'scan_blocks': True}),
+    ('ghost', {'scan_blocks': True}),
+    ('dense', {'remat': 'dots_saveable'}),
+  ],
+)
+def test_blocks_in_a_loop_and_computed_again_are_the_same_model(name, fields):
+  """With the reference's weights, and with its logits and the plain form's gradients."""
+  variables, numbers = golden.load_variables(name), golden.load_numbers(f'tiny_{name}')
+  images, labels = numbers['images_nhwc'], np.array([3, 7])
+  model = tiny(name, **fields)
+  fresh, plain = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, tiny(name)))
+  assert jax.tree.structure(fresh) == jax.tree.structure(plain)
+
+  def loss_of(params, model):
+    logits = model.apply({**variables, 'params': params}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+  gradient = jax.jit(jax.grad(loss_of, has_aux=True), static_argnums=1)
+  actual, logits = gradient(variables['params'], model)
+  expected, _ = gradient(variables['params'], tiny(name))
+  np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
+  errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), actual, expected)
+  assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
+
+
+def test_blocks_in_a_loop_have_their_own_stochastic_depth():
+  """Rates 0, 0.5 and 1: the first block is always kept, the last never, the second in half of the cases and doubled."""
+  images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
+  model = tiny('performer', depth=3, scan_blocks=True, stochastic_depth_rate=1.0, performer_dropout_rate=0.0)
+  variables = model.init(jax.random.key(0), images[:1])
+  without_last = tiny('performer', depth=2)
+  params = {key: value for key, value in variables['params'].items() if key != 'blocks_2'}
+  trained = model.apply(variables, jnp.repeat(images[:1], 64, axis=0), train=True, rngs={'dropout': jax.random.key(2)})
+  second = params['blocks_1']
+
+  def scaled(attention, mlp):
+    """The logits of both branches of the second block times these."""
+    attn, fc2 = second['attn'], second['mlp']['fc2']
+    block = {
+      **second,
+      'attn': {**attn, 'proj': jax.tree.map(lambda x: attention * x, attn['proj'])},
+      'mlp': {**second['mlp'], 'fc2': jax.tree.map(lambda x: mlp * x, fc2)},
+    }
+    return without_last.apply({**variables, 'params': {**params, 'blocks_1': block}}, images[:1])[0]
+
+  possible = jnp.stack([scaled(attention, mlp) for attention in (0, 2) for mlp in (0, 2)])
+  distances = np.abs(np.asarray(trained)[:, None] - np.asarray(possible)).max(axis=-1)  # (64, 4)
+  assert distances.min(axis=1).max() < 1e-5
+  counts = np.bincount(distances.argmin(axis=1), minlength=4)
+  assert counts.min() >= 5  # of 16 expected: less in one of 1,000 cases
+
+
+def test_a_loop_over_blocks_makes_a_small_program():
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+  def lines(depth):
+    model = tiny('performer', depth=depth, scan_blocks=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return jax.jit(model.apply).lower(variables, images).as_text().count('dot_general')
+
+  assert lines(12) == lines(2)
+
+
+def test_dense_blocks_are_not_scanned():
+  with pytest.raises(UserError, match='scan_blocks needs blocks of one width'):
+    tiny('dense', scan_blocks=True)
+
+
 def test_another_image_size_resizes_the_stored_table():
   variables = golden.load_variables('performer_own_pos_embed')
   images = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
