@@ -14,6 +14,7 @@ Published top-1: none. Measured here: nothing.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import default
 
@@ -22,8 +23,19 @@ def get_config() -> ConfigDict:
   """Returns the run's config."""
   config = default.get_config()
   config.init_from = 'weights.safetensors'
+  with config.unlocked():  # None: as the weight file has it
+    config.model.name = placeholder(str)
+    config.data.image_size = placeholder(int)
+    config.data.crop_fraction = placeholder(float)
+    config.data.interpolation = placeholder(str)
+    config.data.mean = placeholder(tuple)
+    config.data.std = placeholder(tuple)
+  config.data.eval_fraction = 0.2  # where the folder has no part for evaluation
   config.data.batch_size = 64
+  config.data.min_steps_per_epoch = 8
   config.data.eval_batch_size = 64
+  config.data.num_workers = 0  # threads: processes take seconds to start, in each evaluation again
+  config.data.num_threads = 4
   config.augment.crop_scale = (0.25, 1.0)
   config.augment.randaugment_operations = 0
   config.augment.mixup_alpha = 0.0
@@ -41,5 +53,6 @@ def get_config() -> ConfigDict:
   config.schedule.final_learning_rate = 0.0
   config.schedule.granularity = 'step'
   config.ema.decay = 0.0  # a short run is over before a slow average has moved
+  config.checkpoint.every_epochs = 3
   config.logging.every_steps = 10
   return config
