@@ -1,15 +1,16 @@
-"""Fine-tuning of any converted weights on any dataset: an image folder, or a tfds name.
+"""Fine-tuning of any weights on any dataset: an image folder, or a tfds name.
 
 python train.py --config=configs/finetune.py --config.init_from=weights.safetensors \
   --config.data.source=folder --config.data.path=DIR
 
-DIR has train/CLASS/IMAGE and val/CLASS/IMAGE. For tfds: --config.data.name=NAME --config.data.eval_split=SPLIT in
-place of the last two. Weights of another model than t2t_vit_14 need --config.model.name=NAME. To train the head alone
-(a linear probe): --config.schedule.backbone_factor=0.
+DIR has train/CLASS/IMAGE and val/CLASS/IMAGE, or just CLASS/IMAGE: a fifth of each class is then held out. For tfds:
+--config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two. The weight file decides about the model
+and the preparation of images, the data about the classes. To train the head alone (a linear probe):
+--config.schedule.backbone_factor=0.
 
 Rates and optimizer are those of the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
 
-Hardware: any number of devices that divides 64.
+Hardware: any number of devices that divides 64; a CPU will do for small models, with --config.model.dtype=float32.
 Published top-1: none. Measured here: nothing.
 """
 
