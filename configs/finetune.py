@@ -10,7 +10,7 @@ and the preparation of images, the data about the classes. To train the head alo
 
 Rates and optimizer are those of the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
 
-Hardware: any number of devices that divides 64; a CPU will do for small models, with --config.model.dtype=float32.
+Hardware: any number of devices that divides 64.
 Published top-1: none. Measured here: nothing.
 """
 

@@ -63,7 +63,9 @@ def _without_folders(config: Config) -> Config:
   config = _plain(copy.deepcopy(config))
   for group, field in ((config, 'init_from'), (config['data'], 'data_dir'), (config['data'], 'path')):
     if group.get(field) is not None:
-      group[field] = printable(PurePath(group[field]).name)
+      path = PurePath(group[field])
+      # All runs' files have the same names: the run's folder says which it is.
+      group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name]))
   return config
 
 
@@ -152,8 +154,8 @@ def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[s
   if best and best[0] != step:
     other = Accuracy.from_dict(best[1])
     lines.append(
-      f'The best evaluation of a kept checkpoint: {other.last_line(best[1]["split"])} after step {best[0]}. Its weights '
-      'are not these: to choose them would be to choose by the evaluated images.'
+      f'The best evaluation of a kept checkpoint: {other.last_line(best[1]["split"])} after step {best[0]}. These are '
+      'not its weights: to choose those would be to choose by the evaluated images.'
     )
   return lines
 
@@ -163,7 +165,7 @@ def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list
   where = 'an image folder' if kind == 'imagefolder' else 'TensorFlow Datasets'
   count = f', {description["train_images"]:,} images' if 'train_images' in description else ''
   share = f' ({description["eval_part"]})' if description.get('eval_part') else ''
-  data = weights.data
+  data, size = weights.data, weights.data['image_size']
   names = weights.class_names or ()
   shown = ', '.join(printable(name) for name in names[:MAX_CLASSES_NAMED])
   more = f' and {len(names) - MAX_CLASSES_NAMED} more' if len(names) > MAX_CLASSES_NAMED else ''
@@ -171,8 +173,8 @@ def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list
     f'`{dataset}` ({where}): trained on `{config["data"]["train_split"]}`{count}; evaluated on '
     f'`{config["data"]["eval_split"]}`{share}.',
     f'Images are resized ({data["interpolation"]}) so that the short side is '
-    f'{math.floor(data["image_size"] / data["crop_fraction"])} px, cut to {data["image_size"]} x {data["image_size"]} in the middle, scaled to [0, 1] '
-    f'and normalised with mean {_numbers(data["mean"])} and deviation {_numbers(data["std"])}.',
+    f'{math.floor(size / data["crop_fraction"])} px, cut to {size} x {size} in the middle, scaled to [0, 1] and normalised with mean {_numbers(data["mean"])} and '
+    f'deviation {_numbers(data["std"])}.',
     *([f'Classes: {shown}{more}.'] if shown else []),
   ]
 

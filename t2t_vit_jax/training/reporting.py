@@ -157,7 +157,7 @@ class Reporter:
       self._write(step, split, weights=weights, **accuracy.as_dict())
 
   def classes(self, accuracy: Accuracy, *, show: bool) -> None:
-    """Writes the accuracy of each class to `per_class.csv`; to `show` it says so, with a table if that fits a screen."""
+    """Writes the accuracy of each class to `per_class.csv`; to `show` it prints that, and a short table too."""
     if self._silent:
       return
     file = self._workdir.logs / 'per_class.csv'

@@ -34,6 +34,7 @@ class Run(Programs):
   train_source: Source
   train_transform: transforms.TrainTransform
   evaluator: Evaluator
+  notes: tuple[str, ...] = ()  # in what it differs from its config, for the user
 
   @functools.cached_property
   def rng(self) -> jax.Array:
@@ -104,6 +105,7 @@ class Run(Programs):
       f'{self.images_per_device} images of a batch and '
       f'{sharding.bytes_per_device(self.abstract_state) / 1e6:,.1f} MB of state',
       *self.mixing_note(),
+      *self.notes,
     ]
 
   def title(self, accuracy: Accuracy) -> str:
@@ -154,8 +156,10 @@ def build_run(config: Any) -> Run:
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
   programs = build_programs(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
+  asked, found = config.data.batch_size, programs.order.batch_size
   return Run(
     **vars(programs),
+    notes=() if found == asked else (f'batch: {found} images, not {asked}, so that an epoch has more steps',),
     train_source=train_source,
     train_transform=inputs.train_transform(programs.config),
     evaluator=make_evaluator(programs.config, mesh, programs.model, programs.eval_step, eval_source),
