@@ -173,8 +173,8 @@ def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list
     f'`{dataset}` ({where}): trained on `{config["data"]["train_split"]}`{count}; evaluated on '
     f'`{config["data"]["eval_split"]}`{share}.',
     f'Images are resized ({data["interpolation"]}) so that the short side is '
-    f'{math.floor(size / data["crop_fraction"])} px, cut to {size} x {size} in the middle, scaled to [0, 1] and normalised with mean {_numbers(data["mean"])} and '
-    f'deviation {_numbers(data["std"])}.',
+    f'{math.floor(size / data["crop_fraction"])} px, cut to {size} x {size} in the middle, scaled to [0, 1] and '
+    f'normalised with mean {_numbers(data["mean"])} and deviation {_numbers(data["std"])}.',
     *([f'Classes: {shown}{more}.'] if shown else []),
   ]
 
