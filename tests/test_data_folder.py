@@ -104,14 +104,15 @@ def test_a_share_of_each_class_is_held_out_by_name_alone(tmp_path):
       (f'{name}/{i}.JPEG' for i in range(10)), key=lambda path: hashlib.sha256(path.encode()).hexdigest()
     )[:2]
   ]
-  assert sorted(held_out[i].id for i in range(len(held_out))) == sorted(expected)
+  names = [held_out[i].id for i in range(len(held_out))]
+  assert sorted(names) == sorted(expected)
   assert [held_out[i].label for i in range(len(held_out))] == [0, 0, 2, 2]
   assert len(train) == 17
   assert not {train[i].id for i in range(17)} & set(expected)
   # A folder `train` may be all there is.
   folder.rename(folder.parent / 'train')
   again = open_divided_folder(folder.parent, 'train', 'validation', 0.2)
-  assert [again[1][i].id for i in range(4)] == [held_out[i].id for i in range(4)]
+  assert [again[1][i].id for i in range(4)] == names
   # Small and large shares leave an image on either side.
   for share, count in ((0.01, 1), (0.99, 9)):
     assert len(open_divided_folder(folder.parent, 'train', 'validation', share)[1]) == 2 * count
