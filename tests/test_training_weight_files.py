@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 from etils import epath
@@ -74,6 +75,7 @@ def test_the_header_says_what_the_weights_are(workdir):
     source = metadata['source']
     assert (source['run'], source['step'], source['weights']) == (workdir.name, STEPS, kind)
     assert len(source['code']) == 12
+    assert source['commit'] is None or re.fullmatch('[0-9a-f]{40}(-dirty)?', source['commit'])
     with path.open('rb') as file:
       assert json.loads(json.dumps(read_header(file))) == metadata
   assert (workdir / 'weights' / 'README.md').stat().st_mode == path.stat().st_mode
@@ -103,6 +105,7 @@ def test_the_card_has_the_accuracy_of_the_last_line(config, workdir, capsys):
   (result,) = header['model-index'][0]['results']
   assert result['dataset'] == {'type': 'digits', 'name': 'digits', 'split': 'test[:100]'}
   assert result['metrics'][0] == {'type': 'accuracy', 'name': 'top-1 of 100 images', 'value': rows['ema']['top1']}
+  assert f'jax {jax.__version__}, ' in text
   # The config is there, but no folder of this machine.
   saved = yaml.safe_load(text.split('```yaml\n')[1].split('```')[0])
   assert saved['schedule'] == config.schedule.to_dict()
