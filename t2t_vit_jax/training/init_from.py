@@ -22,7 +22,7 @@ def completed(config: Any) -> Any:
   Raises:
     UserError: there is no weight file, it can't be read, or it contradicts the config.
   """
-  open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
+  open_fields = [f'data.{field}' for field in DATA_FIELDS if getattr(config.data, field) is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if not open_fields:
     return config
