@@ -22,6 +22,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, 'The run: a file in configs/.')
     flags.DEFINE_bool('dry_run', False, 'Build and check everything, say what the run would be, and train nothing.')
     flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
+    flags.DEFINE_string(
+      'export', None, 'A workdir: write the weights of its newest checkpoint as files, train nothing.'
+    )
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
     flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where JAX does not find the processes by itself.')
@@ -34,9 +37,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
   # Imported late: this takes seconds, and wrong flags should be refused at once.
   from t2t_vit_jax.training import distributed
+  from t2t_vit_jax.training.console import say
   from t2t_vit_jax.training.dry_run import dry_run
   from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
+  from t2t_vit_jax.training.weight_files import export_checkpoint
 
   check_and_quiet(argv)
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -47,6 +52,9 @@ def main(argv: list[str]) -> None:
     )
     if flags.FLAGS.evaluate is not None:
       show(evaluate_only(config, flags.FLAGS.evaluate))
+    elif flags.FLAGS.export is not None:
+      for line in export_checkpoint(config, flags.FLAGS.export):
+        say(line)
     elif flags.FLAGS.dry_run:
       dry_run(config)
     else:
@@ -77,7 +85,10 @@ def show(accuracies: dict[str, Any]) -> None:
     return
   for weights, accuracy in accuracies.items():
     say(f'{weights}: {accuracy}')
-  say(accuracies.get('ema', accuracy).last_line(flags.FLAGS.config.data.eval_split))
+  accuracy = accuracies.get('ema', accuracy)
+  for line in accuracy.class_table():
+    say(line)
+  say(accuracy.last_line(flags.FLAGS.config.data.eval_split))
 
 
 if __name__ == '__main__':

@@ -39,8 +39,10 @@ def get_config() -> ConfigDict:
   config.data.path = placeholder(str)  # of a folder source
   config.data.train_split = 'train'
   config.data.eval_split = 'validation'
+  config.data.eval_fraction = 0.0  # of a folder without <eval_split>: share of each class that is held out; 0: none
   config.data.image_size = 224  # px, height and width
   config.data.batch_size = 512  # images an optimizer step, of all devices
+  config.data.min_steps_per_epoch = 0  # batch_size is halved, for small data, until an epoch has so many; 0: never
   config.data.eval_batch_size = 512  # any number: padding is masked out
   config.data.crop_fraction = 0.9  # evaluation: share of the resized short side kept by the centre crop
   config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops

@@ -1,11 +1,12 @@
-"""Fine-tuning of any converted weights on any dataset: an image folder, or a tfds name.
+"""Fine-tuning of any weights on any dataset: an image folder, or a tfds name.
 
 python train.py --config=configs/finetune.py --config.init_from=weights.safetensors \
   --config.data.source=folder --config.data.path=DIR
 
-DIR has train/CLASS/IMAGE and val/CLASS/IMAGE. For tfds: --config.data.name=NAME --config.data.eval_split=SPLIT in
-place of the last two. Weights of another model than t2t_vit_14 need --config.model.name=NAME. To train the head alone
-(a linear probe): --config.schedule.backbone_factor=0.
+DIR has train/CLASS/IMAGE and val/CLASS/IMAGE, or just CLASS/IMAGE: a fifth of each class is then held out. For tfds:
+--config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two. The weight file decides about the model
+and the preparation of images, the data about the classes. To train the head alone (a linear probe):
+--config.schedule.backbone_factor=0.
 
 Rates and optimizer are those of the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
 
@@ -14,6 +15,7 @@ Published top-1: none. Measured here: nothing.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import default
 
@@ -22,8 +24,19 @@ def get_config() -> ConfigDict:
   """Returns the run's config."""
   config = default.get_config()
   config.init_from = 'weights.safetensors'
+  with config.unlocked():  # None: as the weight file has it
+    config.model.name = placeholder(str)
+    config.data.image_size = placeholder(int)
+    config.data.crop_fraction = placeholder(float)
+    config.data.interpolation = placeholder(str)
+    config.data.mean = placeholder(tuple)
+    config.data.std = placeholder(tuple)
+  config.data.eval_fraction = 0.2  # where the folder has no part for evaluation
   config.data.batch_size = 64
+  config.data.min_steps_per_epoch = 8
   config.data.eval_batch_size = 64
+  config.data.num_workers = 0  # threads: processes take seconds to start, in each evaluation again
+  config.data.num_threads = 4
   config.augment.crop_scale = (0.25, 1.0)
   config.augment.randaugment_operations = 0
   config.augment.mixup_alpha = 0.0
@@ -41,5 +54,6 @@ def get_config() -> ConfigDict:
   config.schedule.final_learning_rate = 0.0
   config.schedule.granularity = 'step'
   config.ema.decay = 0.0  # a short run is over before a slow average has moved
+  config.checkpoint.every_epochs = 3
   config.logging.every_steps = 10
   return config

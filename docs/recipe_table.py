@@ -40,11 +40,13 @@ def recipe_table() -> str:
     rate = config.schedule.base_learning_rate * config.data.batch_size / config.schedule.base_batch_size
     factor = config.schedule.backbone_factor
     rates = f'{rate:g}' if factor == 1 else f'{rate:g} head, {factor * rate:g} rest'
-    data = 'yours' if name == 'finetune' else config.data.name
+    yours = name == 'finetune'  # where data and weights decide
+    data, size = ('yours', "the weights'") if yours else (config.data.name, config.data.image_size)
+    batch = f'{config.data.batch_size}, or less' if config.data.min_steps_per_epoch else config.data.batch_size
     epochs = config.schedule.epochs + config.schedule.cooldown_epochs
     rows.append(
-      f'| [`{name}`](../configs/{name}.py) | {data} | {config.data.image_size} | {published} | {measured} '
-      f'| {config.optimizer.name} | {config.data.batch_size} | {rates} | {config.optimizer.weight_decay:g} | {epochs} |'
+      f'| [`{name}`](../configs/{name}.py) | {data} | {size} | {published} | {measured} '
+      f'| {config.optimizer.name} | {batch} | {rates} | {config.optimizer.weight_decay:g} | {epochs} |'
     )
   return '\n'.join(rows) + '\n'
 

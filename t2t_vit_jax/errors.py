@@ -12,6 +12,11 @@ class DataError(UserError):
   """Data that failed while a run was reading it: what the run has done so far is good."""
 
 
+def printable(text: str) -> str:
+  """`text` on one line of a terminal, whatever names it contains: other characters as Python writes them."""
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
   """Returns `name`'s nearest relatives among `known` as a phrase, or all of `known` if none is near."""
   known = sorted(set(known))

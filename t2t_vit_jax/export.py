@@ -133,7 +133,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = _Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0], allow_abbrev=False)
-  parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='file that convert_torch_weights.py wrote')
+  parser.add_argument(
+    'weights', metavar='WEIGHTS', type=Path, help='file of convert_torch_weights.py or of a training run'
+  )
   parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz file to write')
   parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
   parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')

@@ -25,6 +25,7 @@ from t2t_vit_jax.planning import report, tpu
 from t2t_vit_jax.planning.schedule import read_schedule
 from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.console import say
+from t2t_vit_jax.training.init_from import completed
 from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs, eval_batch_size
 
 IMAGENET_CLASSES = 1000
@@ -246,6 +247,7 @@ def plan(config: Any, options: Any) -> None:
   if options.output and not (folder := Path(options.output).absolute().parent).is_dir():
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
+  config = completed(config)
   data = data_size(config, options.num_classes, options.train_images)
   # All of them first: what is wrong with a slice is said before another is compiled for.
   built = [(where, build(config, where, *data)) for where in slices]

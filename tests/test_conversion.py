@@ -255,5 +255,5 @@ def test_channels_are_inferred(tmp_path):
 def test_a_converted_file_must_agree_with_what_is_said_of_it(options, says, tmp_path):
   convert_to(golden_file('performer'), tmp_path / 'weights.safetensors')
   load_pretrained(tmp_path / 'weights.safetensors', settings=HEADS, weights='ema')
-  with pytest.raises(UserError, match=f'is a converted file with {says}'):
+  with pytest.raises(UserError, match=f'is a weight file with {says}'):
     load_pretrained(tmp_path / 'weights.safetensors', **options)

@@ -1,11 +1,14 @@
 """Image folders: classes, labels, ids, and what is said about folders that are none."""
 
+import hashlib
+import shutil
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data.sources import open_folder
+from t2t_vit_jax.data.sources import open_divided_folder, open_folder
 from tests.image_folder import write_image_folder
 
 CLASSES = ('n02', 'n10', 'n1')  # sorted as text: n02, n1, n10
@@ -86,6 +89,47 @@ def test_folders_that_are_no_dataset_get_one_line(folder, tmp_path):
   (flat / 'val').mkdir(parents=True)
   (flat / 'val' / 'ILSVRC2012_val_00000001.JPEG').write_bytes(b'')
   assert f'{flat}/val/CLASS/IMAGE, one folder for each class' in message(flat, 'validation')
+
+
+def test_a_share_of_each_class_is_held_out_by_name_alone(tmp_path):
+  folder = write_image_folder(tmp_path / 'data', ('a b', 'ü'), photos=10) / 'photos'
+  (folder / 'single').mkdir()
+  shutil.copy(folder / 'ü' / '0.JPEG', folder / 'single')
+  train, held_out = open_divided_folder(folder, 'train', 'validation', 0.2)
+  assert train.class_names == held_out.class_names == ('a b', 'single', 'ü')
+  expected = [  # by SHA-256 of the name in its folder
+    path
+    for name in ('a b', 'ü')
+    for path in sorted(
+      (f'{name}/{i}.JPEG' for i in range(10)), key=lambda path: hashlib.sha256(path.encode()).hexdigest()
+    )[:2]
+  ]
+  names = [held_out[i].id for i in range(len(held_out))]
+  assert sorted(names) == sorted(expected)
+  assert [held_out[i].label for i in range(len(held_out))] == [0, 0, 2, 2]
+  assert len(train) == 17
+  assert not {train[i].id for i in range(17)} & set(expected)
+  # A folder `train` may be all there is.
+  folder.rename(folder.parent / 'train')
+  again = open_divided_folder(folder.parent, 'train', 'validation', 0.2)
+  assert [again[1][i].id for i in range(4)] == names
+  # Small and large shares leave an image on either side.
+  for share, count in ((0.01, 1), (0.99, 9)):
+    assert len(open_divided_folder(folder.parent, 'train', 'validation', share)[1]) == 2 * count
+
+
+def test_nothing_is_held_out_where_there_is_a_folder_for_it(folder):
+  assert open_divided_folder(folder, 'train', 'validation', 0.2) is None
+  assert open_divided_folder(folder / 'nothing', 'train', 'validation', 0.2) is None
+
+
+def test_splits_of_other_names_are_not_taken_for_classes(folder, tmp_path):
+  (folder / 'train').rename(folder / 'training')
+  with pytest.raises(UserError, match=r'/training has folders of images, but no image: .*train_split=FOLDER'):
+    open_divided_folder(folder, 'train', 'test', 0.2)
+  single = write_image_folder(tmp_path / 'single', ('cat', 'dog'), images=1)
+  with pytest.raises(UserError, match=r'no class of .* has two images'):
+    open_divided_folder(single / 'images', 'train', 'test', 0.2)
 
 
 def test_a_million_names_are_one_array(folder):

@@ -237,8 +237,8 @@ def refusal(arguments, capsys):
     (['{folder}/half', '--output={output}'], 'half: damaged'),
     (['{folder}/headless', '--output={output}'], 'headless: only models with a head'),
     (['{folder}/no_mean', '--output={output}'], 'no_mean: only models with a head, and the mean'),
-    (['{folder}/torch.pth', '--output={output}'], 'torch.pth: was not made by convert_torch_weights.py'),
-    (['{folder}/other', '--output={output}'], 'other: was not made by convert_torch_weights.py'),
+    (['{folder}/torch.pth', '--output={output}'], 'torch.pth: is no weight file of this package'),
+    (['{folder}/other', '--output={output}'], 'other: is no weight file of this package'),
   ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line(arguments, says, performer, tmp_path, capsys):

@@ -3,11 +3,15 @@
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.image_folder import write_image_folder
 from tests.imagenet_tars import write_imagenet_tars
@@ -92,6 +96,12 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
     assert 'and saved; the same command continues from there' in errors
     assert 'top-1' not in rest
 
+  code, output, errors = run(tmp_path, '--export=stopped')  # with another config, and no data
+  assert code == 0, errors
+  assert re.fullmatch(
+    r'weights of step \d+ \(moving average\): stopped/weights/model\.safetensors, with a model card\n', output
+  )
+
   results = []
   for workdir in ('stopped', 'straight'):
     code, output, errors = run(tmp_path, f'--workdir={workdir}', *arguments)
@@ -99,7 +109,11 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
     assert ('continuing from the checkpoint of step ' in output) == (workdir == 'stopped')
     rows = [json.loads(row) for row in (tmp_path / workdir / 'metrics.jsonl').read_text().splitlines()]
     results.append((output.splitlines()[-1], [row for row in rows if row['kind'] == 'test'][-1]))
+    assert f'weights of step 40 (moving average): {workdir}/weights/model.safetensors' in output
   assert results[0] == results[1]
+  for name in ('model', 'model_raw'):
+    weights = [load_file(tmp_path / workdir / 'weights' / f'{name}.safetensors') for workdir in ('stopped', 'straight')]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
   assert results[0][0].startswith('test top-1 ')
 
 

@@ -57,7 +57,7 @@ def test_dry_run(name, stand_ins, weights, monkeypatch, capsys):
   config.data.eval_split = 'val'
   dry_run(config)
   output = capsys.readouterr().out
-  assert output.startswith(f'model: {config.model.name}, ')
+  assert output.startswith(f'model: {config.model.name or "t2t_vit_14"}, ')  # as the weight file says
   assert f' of {config.data.batch_size} images' in output
   assert output.endswith('dry run: nothing was trained, nothing written\n')
   assert sorted(weights.iterdir()) == before

@@ -1,5 +1,6 @@
 """Evaluation counts each image once: the same sums for every batch size and number of processes."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 import pytest
 
 from configs import digits
+from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.run import build_run
 from tests.image_folder import write_image_folder
 from tests.processes import free_port
@@ -74,3 +76,22 @@ def test_sums_do_not_depend_on_batches_and_processes(tmp_path):
       for sums in results.values():
         assert (sums['count'], sums['correct'], sums['correct_top5'], sums['unreadable']) == (23, top1, top5, 0)
         assert sums['loss_sum'] == pytest.approx(loss, rel=1e-6)
+
+
+def test_classes_are_listed_for_people_and_for_programs():
+  names = ('cat', 'dog, big', 'emu\n', 'ü')
+  accuracy = Accuracy(7, 9, 12, 1.0, class_correct=(4, 1, 0, 2), class_count=(4, 3, 0, 5), class_names=names)
+  assert accuracy.class_table() == [
+    'accuracy of each class, the worst first:',
+    '  dog, big   33.33 % (1/3)',
+    '  ü          40.00 % (2/5)',
+    '  cat       100.00 % (4/4)',
+    '  emu\\n     no image',
+  ]
+  assert accuracy.class_csv() == (
+    'label,class,images,correct,top1\n0,cat,4,4,1.0000\n1,"dog, big",3,1,0.3333\n2,emu\\n,0,0,\n3,ü,5,2,0.4000\n'
+  )
+  assert 'class_count' not in accuracy.as_dict()
+  many = dataclasses.replace(accuracy, class_names=names * 6, class_correct=(1,) * 24, class_count=(1,) * 24)
+  assert many.class_table() == []
+  assert Accuracy.from_dict(accuracy.as_dict()).class_table() == []

@@ -1,14 +1,24 @@
 """Training that starts from a weight file."""
 
+import csv
+import hashlib
+import importlib
+import math
+
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.training import loop
+from t2t_vit_jax.training.init_from import completed, with_data_fields
 from t2t_vit_jax.training.run import build_run
 from tests import golden
+from tests.image_folder import write_image_folder
 
 
 @pytest.fixture(name='config')
@@ -63,3 +73,108 @@ def test_another_model_is_refused(config, weights):
   config.model.num_heads = 8
   with pytest.raises(UserError, match='num_heads=4, not 8'):
     build_run(config).fresh_state()
+
+
+def finetuning(weights, **changes):
+  config = importlib.import_module('configs.finetune').get_config()
+  config.update_from_flattened_dict({'init_from': str(weights), **changes})
+  return config
+
+
+def test_the_weight_file_decides_what_the_config_leaves_open(weights, tmp_path):
+  config = completed(finetuning(weights))
+  assert config.model.name is None
+  assert {field: config.model[field] for field in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'token_dim')} == {
+    field: golden.TINY[field] for field in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'token_dim')
+  }
+  assert (config.data.image_size, config.data.crop_fraction, config.data.interpolation) == (64, 0.9, 'bicubic')
+  assert (config.data.mean, config.data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+  config = completed(finetuning(weights, **{'data.image_size': 96, 'data.mean': (0.5, 0.5, 0.5)}))
+  assert (config.data.image_size, config.data.mean, config.data.crop_fraction) == (96, (0.5, 0.5, 0.5), 0.9)
+  # A checkpoint of torch, whose head counts tensors do not show.
+  config = completed(finetuning(golden.DATA / 'official_tiny_performer.pth.tar', **{'model.num_heads': 4}))
+  assert (config.model.depth, config.data.image_size) == (golden.TINY['depth'], 64)
+
+
+def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
+  config.init_from = 'nowhere.safetensors'
+  assert completed(config) is config
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'init_from': 'nowhere'}, 'init_from: nowhere: no such file'),
+    ({'init_from': None}, r'data\.image_size, .*model\.name must be set: .* --config\.init_from=FILE'),
+    (
+      {'model.name': 't2t_vit_14'},
+      r'init_from: .*weights\.safetensors: is a weight file with model=None, not t2t_vit_14',
+    ),
+    (
+      {'init_from': str(golden.DATA / 'official_tiny_performer.pth.tar')},
+      r'init_from: .* number of attention heads: add --config\.model\.num_heads=N',
+    ),
+  ],
+)
+def test_what_does_not_fit_gets_one_line(weights, changes, message):
+  with pytest.raises(UserError, match=message) as caught:
+    completed(finetuning(weights, **changes))
+  assert '\n' not in str(caught.value)
+
+
+def test_data_fields_that_make_no_sense_are_refused(weights):
+  for data in ({}, {'image_size': (64, 96)}, {'image_size': 64, 'crop_fraction': 'all'}):
+    with pytest.raises(UserError, match=r'^file has no data\.(image_size|crop_fraction) that fits here: set --config'):
+      with_data_fields(finetuning(weights), data, 'file')
+
+
+@pytest.mark.slow
+def test_finetuning_on_a_folder_without_splits_from_one_file_to_another(weights, tmp_path, capsys):
+  classes = ('a b', 'c, d', 'ü')
+  folder = write_image_folder(tmp_path / 'data', classes, photos=25) / 'photos'
+  config = finetuning(weights, **{
+    'data.source': 'folder', 'data.path': str(folder), 'schedule.max_steps': 3, 'schedule.warmup_epochs': 0,
+    'model.dtype': 'float32', 'logging.every_steps': 1,
+  })  # fmt: skip
+  accuracy = loop.train(config, tmp_path / 'run')
+  output = capsys.readouterr().out
+  # 60 images on two devices: 64, 32, 16 and 8 are halved until an epoch has 8 steps.
+  assert 'steps: 3 of 4 images, 15 an epoch, on 2 cpu device(s)' in output
+  assert 'step 3/3 epoch 0.2' in output
+  assert ' lr 3.12e-03 ' in output  # 0.05 * 4 / 64
+
+  # The file alone, in the hands of somebody else: the held-out images, prepared as its header says.
+  path = tmp_path / 'run' / 'weights' / 'model.safetensors'
+  model, variables = load_pretrained(path)
+  found = load(path, Options())[0]
+  assert found.class_names == classes
+  data, counts, apply = found.data, [], jax.jit(model.apply)
+  for label, name in enumerate(classes):
+    files = sorted(
+      (folder / name).iterdir(), key=lambda p: hashlib.sha256(f'{p.parent.name}/{p.name}'.encode()).digest()
+    )
+    images = np.stack([prepared(file, data) for file in files[:5]])
+    counts.append(int((apply(variables, images).argmax(axis=1) == label).sum()))
+  assert (sum(counts), 15) == (accuracy.correct, accuracy.count)
+  with (tmp_path / 'run' / 'per_class.csv').open(newline='', encoding='utf-8') as file:
+    rows = list(csv.DictReader(file))
+  assert [(row['class'], int(row['images']), int(row['correct'])) for row in rows] == [
+    (name, 5, correct) for name, correct in zip(classes, counts, strict=True)
+  ]
+  table = output.split('accuracy of each class, the worst first:\n')[1].splitlines()[:3]
+  assert sorted(table) == sorted(
+    f'  {name:<4}  {20 * correct:6.2f} % ({correct}/5)' for name, correct in zip(classes, counts, strict=True)
+  )
+  assert [line.split('(')[1] for line in table] == sorted(line.split('(')[1] for line in table)
+  assert output.splitlines()[-1] == f'validation top-1 {100 * sum(counts) / 15:.2f} % ({sum(counts)}/15)'
+
+
+def prepared(file, data):
+  """An image as evaluation prepares it: float32 (H, W, 3)."""
+  image, side = Image.open(file), data['image_size']
+  scale = math.floor(side / data['crop_fraction']) / min(image.size)
+  size = [int(scale * length) for length in image.size]
+  image = image.resize(size, Image.Resampling[data['interpolation'].upper()])
+  left, top = (round((length - side) / 2) for length in size)
+  pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+  return ((pixels / 255 - np.array(data['mean'])) / np.array(data['std'])).astype(np.float32)

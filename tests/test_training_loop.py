@@ -240,7 +240,7 @@ def test_every_config_field_is_read_by_something(data_dir, tmp_path):
 
 def test_the_run_leaves_checkpoints_and_metrics(four_steps):
   names = {path.name for path in Path(four_steps).iterdir()}
-  assert names == {'checkpoints', 'lock', 'metrics.jsonl', 'report.png', 'tensorboard'}
+  assert names == {'checkpoints', 'lock', 'metrics.jsonl', 'per_class.csv', 'report.png', 'tensorboard', 'weights'}
   with Image.open(four_steps / 'report.png') as page:
     assert page.width > 1000
     assert len(np.unique(page.convert('L').resize((64, 64)))) > 20  # curves and images, no blank page

@@ -17,6 +17,7 @@ import pytest
 from configs import digits
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.training.weight_files import export_checkpoint
 from tests.image_folder import write_image_folder
 from tests.processes import ROOT, finish, losses, run, start
 
@@ -86,6 +87,13 @@ def test_every_layout_trains_alike(alone, data_dir, tmp_path, processes, devices
   assert evaluations(workdir) == evaluations(alone / 'run')
   there, here = final_state(workdir, data_dir), final_state(alone / 'run', data_dir)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), there.params, here.params)
+  # The weight files that all of them wrote are, byte for byte, what this process makes of their last checkpoint.
+  written = {path.name: path.read_bytes() for path in (workdir / 'weights').iterdir()}
+  shutil.rmtree(workdir / 'weights')
+  export_checkpoint(digits.get_config(), str(workdir))
+  assert written == {path.name: path.read_bytes() for path in (workdir / 'weights').iterdir()}
+  assert len(written) == 3
+  assert (workdir / 'per_class.csv').read_text() == (alone / 'run' / 'per_class.csv').read_text()
 
 
 @pytest.fixture(scope='module')

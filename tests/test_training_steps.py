@@ -203,3 +203,6 @@ def test_evaluation_sums_ignore_padding_and_batch_size(model):
     (found,) = evaluate(eval_step, {'raw': variables}, batches, mesh).values()
     assert (found.correct, found.correct_top5, found.count) == (expected.correct, expected.correct_top5, 23)
     assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+    right = order[:, 0] == data['label']
+    assert found.class_count == tuple(np.bincount(data['label'], minlength=model.num_classes))
+    assert found.class_correct == tuple(np.bincount(data['label'], right, minlength=model.num_classes))

@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+from t2t_vit_jax.conversion.convert import read_header
 from tests.processes import finish, free_port, run, start_process
 
 BUCKET = 'somewhere'
@@ -91,6 +92,12 @@ def test_a_run_in_a_bucket(bucket, data_dir):
   with urllib.request.urlopen(found['runs/digits/metrics.jsonl']) as file:
     rows = [json.loads(line) for line in file]
   assert [row['step'] for row in rows if row['kind'] == 'train'] == list(range(1, 34))
+
+  for name in ('model', 'model_raw'):
+    with urllib.request.urlopen(found[f'runs/digits/weights/{name}.safetensors']) as file:
+      header = read_header(file)
+    assert (header['source']['run'], header['source']['step']) == ('digits', 33)
+  assert 'runs/digits/weights/README.md' in found
 
   evaluated = run(1, *flags, f'--evaluate={workdir}', **bucket)
   assert evaluated.splitlines()[-1] == output.splitlines()[-1]

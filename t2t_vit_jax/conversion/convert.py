@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -60,11 +60,16 @@ class Weights:
   channels: int  # of the images
   data: dict[str, Any]  # fields of `DataDefaults`
   class_names: tuple[str, ...] | None
-  source: dict[str, Any]  # the checkpoint's file name, SHA-256, and which of its weights
+  source: dict[str, Any]  # where they come from, and which `weights` of there: 'ema', 'raw' or None
 
   def metadata(self) -> dict[str, Any]:
     """Everything but the arrays."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != 'arrays'}
+
+  def build(self) -> tuple[T2TViT, dict[str, Any]]:
+    """The model, float32, and its variables as JAX arrays."""
+    variables = unflatten_dict({key: jnp.asarray(array) for key, array in self.arrays.items()}, sep='/')
+    return T2TViT(**self.arguments), variables
 
 
 def load_pretrained(
@@ -91,8 +96,7 @@ def load_pretrained(
   found, notes = load(path, Options(num_classes=num_classes, image_size=image_size, **options))
   for note in notes:
     logging.log(logging.WARNING if note.startswith(_CHANGES) else logging.INFO, '%s: %s', path, note)
-  variables = unflatten_dict({key: jnp.asarray(array) for key, array in found.arrays.items()}, sep='/')
-  return T2TViT(**found.arguments), variables
+  return found.build()
 
 
 def convert(
@@ -115,6 +119,29 @@ def convert(
   files.write_file(output, lambda temporary: (_write_torch if reverse else _write)(found, temporary))
   numbers = sum(array.size for array in found.arrays.values())
   return [*notes, f'wrote {output}: {len(found.arrays)} tensors, {numbers:,} numbers']
+
+
+def write_weights(found: Weights, path: Path) -> None:
+  """Writes a safetensors file of this package: whole or not at all, in place of one that is there.
+
+  Raises:
+    UserError: `path` can't be written.
+  """
+  files.write_file(path, lambda temporary: _write(found, temporary))
+
+
+def read_header(file: BinaryIO) -> dict[str, Any] | None:
+  """What an open file of `write_weights` says of its weights: the fields of `Weights` but the arrays, and `version`.
+
+  Returns:
+    None for any other file.
+  """
+  try:
+    length = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(min(length, files.MAX_SAFETENSORS_HEADER)))
+    return dict(_from_json(json.loads(header['__metadata__'][METADATA_KEY])))
+  except (ValueError, KeyError, TypeError):
+    return None
 
 
 def parse_image_size(text: str) -> ImageSize:
@@ -151,7 +178,7 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
       found = _read(path)
       _check_agreement(found, options)
     elif only_converted:
-      raise UserError('was not made by convert_torch_weights.py: convert it first')
+      raise UserError('is no weight file of this package: convert it with convert_torch_weights.py first')
     else:
       found, notes = _import(path, kind, options)
     found, changes = _adapt(found, options)
@@ -280,12 +307,12 @@ def _read(path: Path) -> Weights:
 
 
 def _check_agreement(found: Weights, options: Options) -> None:
-  """Raises a UserError if the user says of a converted file what it contradicts."""
+  """Raises a UserError if the user says of a file of this package what it contradicts."""
   said = {'model': options.model_name, 'weights': options.weights, **options.settings}
   known = {'model': found.model, 'weights': found.source['weights'], **found.arguments}
   wrong = [f'{field}={known[field]}, not {value}' for field, value in said.items() if value not in (None, known[field])]
   if wrong:
-    raise UserError(f'is a converted file with {", ".join(wrong)}')
+    raise UserError(f'is a weight file with {", ".join(wrong)}')
 
 
 def _from_json(value: Any) -> Any:

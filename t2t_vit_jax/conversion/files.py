@@ -22,19 +22,19 @@ import zipfile
 import numpy as np
 import safetensors
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, printable
 
 Format = Literal['zip', 'legacy', 'safetensors']
 
 _ZIP_START = b'PK\x03\x04'
 _LEGACY_START = bytes.fromhex('80028a0a6cfc9c46f9206aa850192e')  # the pickled number that torch wrote first until 1.5
-_MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the format's own limit
 _SAFETENSORS_FLOATS = ('F32', 'F16', 'BF16')
 
 
 def problem(path: Path, text: str) -> UserError:
   """An error about a file, on one line whatever names it contains."""
-  return UserError(''.join(c if c.isprintable() else repr(c)[1:-1] for c in f'{path}: {text}'))
+  return UserError(printable(f'{path}: {text}'))
 
 
 def file_format(path: Path) -> Format:
@@ -56,7 +56,7 @@ def file_format(path: Path) -> Format:
     return 'zip'
   if start.startswith(_LEGACY_START):
     return 'legacy'
-  if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= _MAX_SAFETENSORS_HEADER:
+  if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= MAX_SAFETENSORS_HEADER:
     return 'safetensors'
   if start[257:262] == b'ustar':
     raise UserError('is a real tar archive, which .pth.tar files are not: unpack it first')
@@ -202,7 +202,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
   """
   temporary = path.with_name(f'.{os.getpid()}.tmp')  # short: the name itself may be as long as names can be
   try:
+    temporary.touch()
+    mode = temporary.stat().st_mode
     write(temporary)
+    temporary.chmod(mode)  # of safetensors' files, their owner alone could read them
     with temporary.open('rb') as file:
       os.fsync(file.fileno())
     temporary.replace(path)

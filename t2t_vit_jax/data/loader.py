@@ -65,7 +65,9 @@ class TrainOrder:
 
   def __post_init__(self) -> None:
     if self.num_records < self.batch_size:
-      raise UserError(f'a batch of {self.batch_size} is more than the {self.num_records} training images')
+      raise UserError(
+        f'a batch of {self.batch_size} is more than the {self.num_records} training images: set data.batch_size to less'
+      )
 
   @property
   def steps_per_epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 import shlex
@@ -44,11 +45,13 @@ class Source:
     records: the examples.
     class_names: one per label.
     description: what and where, for messages.
+    part: which part of a folder's images, where a share is held out.
   """
 
   records: Records
   class_names: tuple[str, ...]
   description: str
+  part: str = ''
 
   def __len__(self) -> int:
     return len(self.records)
@@ -116,7 +119,60 @@ def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str
   Raises:
     UserError: folders are missing, a class is unknown or has no image.
   """
-  folder = _split_folder(Path(path).expanduser(), split)
+  return _open_classes(_split_folder(Path(path).expanduser(), split), class_names)
+
+
+def open_divided_folder(
+  path: str | os.PathLike[str], train_split: str, eval_split: str, eval_fraction: float
+) -> tuple[Source, Source] | None:
+  """Training and evaluation images of a folder without a folder for evaluation: a share of each class is held out.
+
+  The images are those of `path/train_split/<class>/...`, or of `path/<class>/...` without such a folder. Which of them
+  are held out follows from their names alone, by hash. A class with a single image keeps it for training.
+
+  Returns:
+    None if there is a folder for evaluation.
+
+  Raises:
+    UserError: what looks like classes are folders of folders, a class has no image, or none has two.
+  """
+  folder = Path(path).expanduser()
+  if not folder.is_dir() or _find_split(folder, eval_split):
+    return None
+  split_folder = _find_split(folder, train_split)
+  whole = _open_classes(split_folder or folder, None)
+  records = whole.records
+  assert isinstance(records, _FolderRecords)
+  if split_folder is None:
+    for label, name in enumerate(whole.class_names):
+      if not any(os.fsdecode(image).count(os.sep) == 1 for image in records.names[records.labels == label]):
+        raise UserError(
+          f'{folder / name} has folders of images, but no image: if it is a split, name both with '
+          '--config.data.train_split=FOLDER --config.data.eval_split=FOLDER; classes are expected as '
+          f'{folder}/CLASS/IMAGE'
+        )
+  held_out = np.zeros(len(records), bool)
+  for label in range(len(whole.class_names)):
+    (members,) = np.nonzero(records.labels == label)
+    by_hash = sorted(members, key=lambda index: hashlib.sha256(bytes(records.names[index])).digest())
+    held_out[by_hash[: min(max(1, round(eval_fraction * len(members))), len(members) - 1)]] = True
+  if not held_out.any():
+    raise UserError(f'no class of {whole.description} has two images, so none can be held out for evaluation')
+  return (
+    _part(whole, ~held_out, f'all but the held-out {eval_fraction:.0%} of each class'),
+    _part(whole, held_out, f'{eval_fraction:.0%} of each class, held out'),
+  )
+
+
+def _part(source: Source, chosen: np.ndarray, part: str) -> Source:
+  records = source.records
+  assert isinstance(records, _FolderRecords)
+  records = _FolderRecords(records.folder, records.names[chosen], records.labels[chosen])
+  return dataclasses.replace(source, records=records, description=f'{source.description} ({part})', part=part)
+
+
+def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
+  """`folder/<class>/...`; see `open_folder`."""
   found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
   if not found:
     raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
@@ -134,11 +190,14 @@ def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str
   return Source(records, class_names, os.fspath(folder))
 
 
+def _find_split(path: Path, split: str) -> Path | None:
+  return next((path / name for name in SPLIT_FOLDERS.get(split, (split,)) if (path / name).is_dir()), None)
+
+
 def _split_folder(path: Path, split: str) -> Path:
+  if folder := _find_split(path, split):
+    return folder
   candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
-  for folder in candidates:
-    if folder.is_dir():
-      return folder
   what = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
   raise UserError(f'{path} {what}: images are expected as {candidates[0]}/CLASS/IMAGE')
 

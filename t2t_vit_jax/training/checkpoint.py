@@ -107,6 +107,12 @@ class Checkpoints:
     latest = self._checkpointer.latest
     return None if latest is None else latest.metrics
 
+  @property
+  def best(self) -> tuple[int, dict[str, Any]] | None:
+    """Step and metrics of the kept checkpoint with the best top-1 accuracy; None if none was evaluated."""
+    evaluated = [(each.step, each.metrics) for each in self._checkpointer.checkpoints if each.metrics]
+    return max(evaluated, key=lambda found: found[1][BEST_METRIC], default=None)
+
   def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
     """Starts saving `state` under its step; `run` (JSON: model, config) travels with it.
 
@@ -203,8 +209,9 @@ class Checkpoints:
       raise UserError(f'there is no checkpoint in {self.folder}')
     try:
       stored = self._checkpointer.metadata()
-      wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in stored.metadata}
-      wanted['fingerprint'] = {name: stored.metadata['fingerprint'][name] for name in wanted}
+      saved = stored.metadata['fingerprint']  # none of an average that the run does not keep
+      wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in saved}
+      wanted['fingerprint'] = {name: saved[name] for name in wanted}
       wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
       context = ocp.Context()
       context.pytree.loading.partial_load = True

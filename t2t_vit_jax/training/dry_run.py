@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from t2t_vit_jax.training.console import say
 from t2t_vit_jax.training.distributed import check_agreement, together
+from t2t_vit_jax.training.init_from import completed
 from t2t_vit_jax.training.programs import abstract_batch
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.sharding import bytes_per_device
@@ -19,6 +20,7 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would.
   """
+  config = together(lambda: completed(config))
   check_agreement(config)
   run = together(lambda: build_run(config))
   if config.init_from is not None:

@@ -1,13 +1,15 @@
 """Evaluation of weights that exist: a weight file's, or those of a run's newest checkpoint."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from t2t_vit_jax.conversion import load_pretrained
+from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.checkpoint import Checkpoints
@@ -15,6 +17,7 @@ from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.console import warn
 from t2t_vit_jax.training.distributed import check_agreement, together
 from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.init_from import with_data_fields
 from t2t_vit_jax.training.programs import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.training.run import make_evaluator
 
@@ -22,7 +25,8 @@ from t2t_vit_jax.training.run import make_evaluator
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
   """Evaluates the weights in `path` on the evaluation split of `config.data`, at its image size.
 
-  Architecture and number of classes are those of the weights; of `config.model` only `dtype` is used.
+  Architecture and number of classes are those of the weights; of `config.model` only `dtype` is used. How images are
+  prepared is what `config.data` says, and where it says nothing what belongs to the weights.
 
   Args:
     config: a `ConfigDict`; `configs/default.py` explains every field.
@@ -35,7 +39,6 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     UserError: weights, config and data don't fit together, or one of them can't be read.
   """
   check_agreement(config)
-  check_ranges(config)
   mesh = sharding.make_mesh(config.mesh)
   folder = epath.Path(path)
   together(lambda: _check_exists(folder))
@@ -43,10 +46,13 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
       description, weights = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
-    model = build_model(ConfigDict(description['config']), num_classes)
+    model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
   else:
-    model, variables = together(lambda: load_pretrained(path))
+    found, _ = together(lambda: load(Path(path), Options()))
+    (model, variables), data = found.build(), found.data
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
+  config = together(lambda: with_data_fields(config, data, os.fspath(path)))
+  check_ranges(config)
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   source = together(lambda: inputs.open_eval_source(config.data))

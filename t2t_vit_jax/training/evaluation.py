@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 import contextlib
+import csv
 import dataclasses
+import io
 import itertools
 from typing import Any, Self
 
@@ -14,10 +16,12 @@ from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
+from t2t_vit_jax.errors import printable
 from t2t_vit_jax.training.sharding import to_devices
 
 # Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
 MAX_BATCHES_IN_FLIGHT = 2
+MAX_CLASSES_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Accuracy:
   count: int
   loss_sum: float  # cross entropy, without label smoothing
   unreadable: int = 0  # images that could not be read: counted as wrong, with the loss of an even guess
+  class_correct: tuple[int, ...] = ()  # by label, of the images that could be read; not part of `as_dict`
+  class_count: tuple[int, ...] = ()
+  class_names: tuple[str, ...] = ()
 
   @property
   def top1(self) -> float:
@@ -52,7 +59,33 @@ class Accuracy:
 
   def as_dict(self) -> dict[str, Any]:
     """The sums and the figures that follow from them, for JSON."""
-    return {**dataclasses.asdict(self), 'top1': self.top1, 'top5': self.top5, 'loss': self.loss}
+    sums = {name: value for name, value in dataclasses.asdict(self).items() if not name.startswith('class_')}
+    return {**sums, 'top1': self.top1, 'top5': self.top5, 'loss': self.loss}
+
+  def class_table(self) -> list[str]:
+    """Lines for people, the worst class first and those without an image last; none if they would fill a screen."""
+    if not 0 < len(self.class_names) <= MAX_CLASSES_SHOWN:
+      return []
+    rows = sorted(
+      zip(self.class_names, self.class_correct, self.class_count, strict=True),
+      key=lambda row: (not row[2], row[1] / max(row[2], 1)),
+    )
+    names = [printable(name) for name, _, _ in rows]
+    width = max(map(len, names))
+    return ['accuracy of each class, the worst first:'] + [
+      f'  {name:<{width}}  ' + (f'{100 * correct / count:6.2f} % ({correct}/{count})' if count else 'no image')
+      for name, (_, correct, count) in zip(names, rows, strict=True)
+    ]
+
+  def class_csv(self) -> str:
+    """All of them for programs, in the order of the labels: label, class, images, correct, top1."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(('label', 'class', 'images', 'correct', 'top1'))
+    rows = zip(self.class_names, self.class_correct, self.class_count, strict=True)
+    for label, (name, correct, count) in enumerate(rows):
+      writer.writerow((label, printable(name), count, correct, f'{correct / count:.4f}' if count else ''))
+    return text.getvalue()
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -93,7 +126,8 @@ class Evaluator:
     faults = Faults(self.source, warn, 'it counts as wrong')
     with contextlib.closing(eval_batches(self.source, self.transform, self.share, self.workers)) as batches:
       until_stop = itertools.takewhile(lambda _: not stop(), faults.check(batches))
-      return evaluate(self.step, weights, until_stop, self.mesh)
+      found = evaluate(self.step, weights, until_stop, self.mesh)
+    return {kind: dataclasses.replace(each, class_names=self.source.class_names) for kind, each in found.items()}
 
 
 def evaluate(
@@ -128,4 +162,11 @@ def _total(rows: list[dict[str, np.ndarray]]) -> Accuracy:
     count=sum(int(row['count']) for row in rows),
     loss_sum=float(sum(np.float64(row['loss']) for row in rows)),
     unreadable=sum(int(row['unreadable']) for row in rows),
+    class_correct=_by_class(rows, 'class_top1'),
+    class_count=_by_class(rows, 'class_count'),
   )
+
+
+def _by_class(rows: list[dict[str, np.ndarray]], name: str) -> tuple[int, ...]:
+  sums = np.sum([row[name] for row in rows], axis=0, dtype=np.int64)
+  return tuple(int(number) for number in np.atleast_1d(sums)) if rows else ()

@@ -5,7 +5,7 @@ from typing import Any
 
 from t2t_vit_jax.data import transforms
 from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, open_folder, open_tfds
+from t2t_vit_jax.data.sources import Source, open_divided_folder, open_folder, open_tfds
 from t2t_vit_jax.errors import UserError
 
 
@@ -15,6 +15,8 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
+  if divided := _divided(data):
+    return divided
   train = _open_split(data, data.train_split)
   return train, _open_split(data, data.eval_split, train.class_names)
 
@@ -25,9 +27,18 @@ def open_eval_source(data: Any) -> Source:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
+  if divided := _divided(data):
+    return divided[1]
   if data.source == 'folder' and data.path is not None and (Path(data.path).expanduser() / data.train_split).is_dir():
     return open_sources(data)[1]  # the training split decides which label a folder has
   return _open_split(data, data.eval_split)
+
+
+def _divided(data: Any) -> tuple[Source, Source] | None:
+  """Both splits of an image folder that has none for evaluation, if `data.eval_fraction` says what to do then."""
+  if data.source != 'folder' or data.path is None or not data.eval_fraction:
+    return None
+  return open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
 
 
 def _open_split(data: Any, split: str, class_names: tuple[str, ...] | None = None) -> Source:

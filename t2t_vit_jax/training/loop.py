@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from t2t_vit_jax.errors import DataError
-from t2t_vit_jax.training import sharding
+from t2t_vit_jax.training import sharding, weight_files
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.console import say, warn
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
 from t2t_vit_jax.training.distributed import check_agreement, lost_process, together
 from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.training.init_from import completed
 from t2t_vit_jax.training.reporting import Reporter
 from t2t_vit_jax.training.run import Run, build_run
 from t2t_vit_jax.training.state import TrainState
@@ -49,6 +50,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       way that the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
+  config = together(lambda: completed(config))
   check_agreement(config)
   run = together(lambda: build_run(config))
   with (
@@ -58,17 +60,22 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     ) as checkpoints,
   ):
     state, notes = _initial_state(run, checkpoints)
-    if int(state.step) >= run.total_steps and checkpoints.latest_metrics:
-      accuracy = Accuracy.from_dict(checkpoints.latest_metrics)
-      split = checkpoints.latest_metrics['split']
+    metrics = checkpoints.latest_metrics
+    if int(state.step) >= run.total_steps and metrics:
       say(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
+      written = weight_files.are_written(folder.root, checkpoints, with_ema=bool(config.ema.decay))
     else:
-      split = config.data.eval_split
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
           say(note)
-        accuracy = _train(run, state, checkpoints, reporter)
-  say(accuracy.last_line(split))
+        metrics = _train(run, state, checkpoints, reporter)
+      checkpoints.wait()  # whatever becomes of the weight files, this is safe
+      written = False
+    if not written:  # or an earlier run was killed before they were
+      for line in weight_files.write_weight_files(folder.root, checkpoints, run.mesh, metrics):
+        say(line)
+  accuracy = Accuracy.from_dict(metrics)
+  say(accuracy.last_line(metrics['split']))
   return accuracy
 
 
@@ -96,8 +103,8 @@ def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
   return reporter
 
 
-def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> Accuracy:
-  """The steps from `state` to the end of the run, and the accuracy there."""
+def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> dict[str, Any]:
+  """The steps from `state` to the end of the run, and what the evaluation there found; see `_evaluate`."""
   config = run.config
   evaluate_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
   save_every = config.checkpoint.every_steps or run.total_steps
@@ -128,15 +135,12 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
         if stop:
           break
         if evaluate:
-          accuracy = _evaluate(run, state, reporter, stop)
-          found = {**accuracy.as_dict(), 'split': config.data.eval_split}
+          found = _evaluate(run, state, reporter, stop)
           checkpoints.save(state, metrics=found, run=run.description)
           reporter.start_clock()
           if step == run.total_steps:
-            reporter.page(
-              run.pictures(sample, first_step + 1), f'{config.model.name}, {config.data.eval_split} {accuracy}'
-            )
-            return accuracy
+            reporter.page(run.pictures(sample, first_step + 1), run.title(Accuracy.from_dict(found)))
+            return found
         elif save:
           checkpoints.save(state, metrics=None, run=run.description)
         if save:
@@ -157,8 +161,11 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Repo
     return _evaluate(run, state, reporter, stop)  # an earlier run was stopped before its last evaluation
 
 
-def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest) -> Accuracy:
-  """Evaluates, reports, and returns the accuracy that counts: the moving average's if the run keeps one.
+def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
+  """Evaluates, reports, and returns what is saved with a checkpoint, as JSON.
+
+  It is the accuracy that counts, which is the moving average's if the run keeps one, the split, and under `every` the
+  accuracy of each kind of weights.
 
   Raises:
     InterruptedError: the run is to `stop`.
@@ -170,4 +177,6 @@ def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest
   start = run.config.ema.decay ** int(state.step)
   if 'ema' in accuracies and start > 0.01:
     say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
-  return accuracies.get('ema', accuracies['raw'])
+  accuracy, split, last = accuracies.get('ema', accuracies['raw']), run.config.data.eval_split, run.total_steps
+  reporter.classes(accuracy, show=int(state.step) == last)
+  return {**accuracy.as_dict(), 'split': split, 'every': {kind: each.as_dict() for kind, each in accuracies.items()}}

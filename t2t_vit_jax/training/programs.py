@@ -1,6 +1,7 @@
 """The computations of a run, built from its config alone: without data, and for devices that need not be there."""
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -56,6 +57,7 @@ def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_image
   """
   check_ranges(config)
   sharding.check_batch_size(config.data.batch_size, mesh)
+  config = with_fitting_batch(config, mesh, num_train_images)
   model = build_model(config, num_classes)
   order = TrainOrder(num_train_images, config.data.batch_size, config.seed)
   backbone_factor = config.schedule.backbone_factor
@@ -102,6 +104,21 @@ def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_image
   )
 
 
+def with_fitting_batch(config: Any, mesh: Mesh, num_train_images: int) -> Any:
+  """`config` with `data.batch_size` halved until an epoch has `data.min_steps_per_epoch`, as far as devices divide it.
+
+  The learning rate, which is linear in the batch, follows.
+  """
+  batch_size = config.data.batch_size
+  while num_train_images < batch_size * config.data.min_steps_per_epoch and batch_size % (2 * mesh.size) == 0:
+    batch_size //= 2
+  if batch_size == config.data.batch_size:
+    return config
+  config = copy.deepcopy(config)
+  config.data.batch_size = batch_size
+  return config
+
+
 def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped:
   """The jitted `steps.make_eval_step` for images with the values of `config.data`."""
   step = steps.make_eval_step(model, normalization=normalization(config))
@@ -129,16 +146,17 @@ def normalization(config: Any) -> Normalization:
 
 
 def build_model(config: Any, num_classes: int) -> T2TViT:
-  """The model of `config.model`; fields that are None stay as the named variant has them.
+  """The model of `config.model`; fields that are None stay as the named variant has them, or `T2TViT` without a name.
 
   Raises:
     UserError: unknown model, dtype or argument.
   """
   arguments = {field: value for field, value in config.model.items() if value is not None}
-  name = arguments.pop('name')
+  name = arguments.pop('name', None)
   arguments.setdefault('num_classes', num_classes)
   arguments['dtype'] = compute_dtype(config)
-  return create_model(name, image_size=config.data.image_size, **arguments)
+  arguments['image_size'] = config.data.image_size
+  return T2TViT(**arguments) if name is None else create_model(name, **arguments)
 
 
 def compute_dtype(config: Any) -> Any:

@@ -156,6 +156,17 @@ class Reporter:
       say(f'step {step} {split} {weights}: {accuracy}')
       self._write(step, split, weights=weights, **accuracy.as_dict())
 
+  def classes(self, accuracy: Accuracy, *, show: bool) -> None:
+    """Writes the accuracy of each class to `per_class.csv`; to `show` it prints that, and a short table too."""
+    if self._silent:
+      return
+    file = self._workdir.logs / 'per_class.csv'
+    file.write_text(accuracy.class_csv(), 'utf-8')
+    if show:
+      for line in accuracy.class_table():
+        say(line)
+      say(f'each class in a file: {self._workdir.root / file.name}')
+
   def publish(self) -> None:
     """Copies what was written to a workdir in a bucket."""
     self._workdir.publish()

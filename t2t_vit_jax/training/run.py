@@ -21,6 +21,7 @@ from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.distributed import together
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.training.programs import Programs, build_programs, eval_batch_size, pretrained_variables
+from t2t_vit_jax.training.provenance import provenance
 from t2t_vit_jax.training.state import TrainState
 
 SAMPLE_IMAGES = 32
@@ -33,6 +34,7 @@ class Run(Programs):
   train_source: Source
   train_transform: transforms.TrainTransform
   evaluator: Evaluator
+  notes: tuple[str, ...] = ()  # in what it differs from its config, for the user
 
   @functools.cached_property
   def rng(self) -> jax.Array:
@@ -94,7 +96,7 @@ class Run(Programs):
     """What the run is, a line for each part."""
     evaluated = self.evaluator.source
     return [
-      f'model: {self.config.model.name}, {self.num_parameters:,} trained parameters, {self.config.model.dtype}',
+      f'model: {_model_name(self.config)}, {self.num_parameters:,} trained parameters, {self.config.model.dtype}',
       f'train: {self.train_source.description}, {len(self.train_source):,} images',
       f'evaluation: {evaluated.description}, {len(evaluated):,} images',
       f'steps: {self.total_steps:,} of {self.order.batch_size} images, {self.order.steps_per_epoch:,} an epoch, '
@@ -103,7 +105,12 @@ class Run(Programs):
       f'{self.images_per_device} images of a batch and '
       f'{sharding.bytes_per_device(self.abstract_state) / 1e6:,.1f} MB of state',
       *self.mixing_note(),
+      *self.notes,
     ]
+
+  def title(self, accuracy: Accuracy) -> str:
+    """Of a page about the run's result."""
+    return f'{_model_name(self.config)}, {self.config.data.eval_split} {accuracy}'
 
   def mixing_note(self) -> list[str]:
     """A line about what it costs if images are mixed with some on other devices."""
@@ -120,9 +127,12 @@ class Run(Programs):
   def description(self) -> dict[str, Any]:
     """What is saved with each checkpoint, as JSON."""
     return {
-      'model': self.config.model.name,
+      'model': _model_name(self.config),
       'config': self.config.to_dict(),
       'train_images': len(self.train_source),
+      'eval_part': self.evaluator.source.part,
+      'class_names': self.train_source.class_names,
+      'provenance': provenance(),
     }
 
   def evaluate(
@@ -146,11 +156,13 @@ def build_run(config: Any) -> Run:
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
   programs = build_programs(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
+  asked, found = config.data.batch_size, programs.order.batch_size
   return Run(
     **vars(programs),
+    notes=() if found == asked else (f'batch: {found} images, not {asked}, so that an epoch has more steps',),
     train_source=train_source,
-    train_transform=inputs.train_transform(config),
-    evaluator=make_evaluator(config, mesh, programs.model, programs.eval_step, eval_source),
+    train_transform=inputs.train_transform(programs.config),
+    evaluator=make_evaluator(programs.config, mesh, programs.model, programs.eval_step, eval_source),
   )
 
 
@@ -174,6 +186,10 @@ def make_evaluator(
     workers=_workers(config),
     mesh=mesh,
   )
+
+
+def _model_name(config: Any) -> str:
+  return config.model.name or 'a model without a name'
 
 
 def _share(batch_size: int) -> loader.Share:

@@ -94,6 +94,8 @@ def make_eval_step(
 ) -> Callable[[dict[str, Tree], Batch], dict[str, Array]]:
   """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count.
 
+  `class_top1` and `class_count`, (num_classes,), are top-1 and count of each class's images.
+
   A negative label stands for an image that could not be read: no guess is right, and it has the loss of an even guess.
   """
 
@@ -105,12 +107,15 @@ def make_eval_step(
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
     hits = best == batch['label'][:, None]  # (B, 5), best guess first
     mask = batch['mask']
+    members = mask[:, None] * jax.nn.one_hot(batch['label'], model.num_classes)  # (B, classes), 0 for unreadable ones
     return {
       'loss': jnp.sum(mask * losses),
       'top1': jnp.sum(mask * hits[:, 0]),
       'top5': jnp.sum(mask * hits.any(axis=1)),
       'count': jnp.sum(mask),
       'unreadable': jnp.sum(mask * unreadable),
+      'class_top1': jnp.sum(members * hits[:, :1], axis=0),
+      'class_count': jnp.sum(members, axis=0),
     }
 
   return eval_step

@@ -43,7 +43,7 @@ class Workdir:
     if jax.process_index() != 0 or not is_bucket(self.root):
       return
     try:
-      _copy_to_bucket(epath.Path(self.logs), self.root)
+      copy_to_bucket(epath.Path(self.logs), self.root)
     except Exception as error:  # of the bucket's client, whichever that is
       warn(f'metrics could not be copied to {self.root}: {type(error).__name__}: {error}'.splitlines()[0])
 
@@ -83,15 +83,15 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
   if not is_bucket(source):
     source.rename(target)
     return
-  _copy_to_bucket(source, target)
+  copy_to_bucket(source, target)
   source.rmtree()
 
 
-def _copy_to_bucket(source: epath.Path, target: epath.Path) -> None:
-  """Copies the files of a folder; a bucket needs no folders made."""
-  for path in source.iterdir():
+def copy_to_bucket(source: epath.Path, target: epath.Path) -> None:
+  """Copies the files of a folder, by their names; a bucket needs no folders made."""
+  for path in sorted(source.iterdir()):
     if path.is_dir():
-      _copy_to_bucket(path, target / path.name)
+      copy_to_bucket(path, target / path.name)
     else:
       (target / path.name).write_bytes(path.read_bytes())
 

@@ -1,0 +1,218 @@
+"""The README.md beside a run's weights, in Hugging Face's model-card format."""
+
+import copy
+import math
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from t2t_vit_jax import __version__
+from t2t_vit_jax.conversion.convert import Weights
+from t2t_vit_jax.errors import printable
+from t2t_vit_jax.training.evaluation import Accuracy
+
+KINDS = {'ema': 'moving average of the weights', 'raw': 'weights of the last step'}
+HUB_DATASETS = {  # names of tfds -> of Hugging Face's hub
+  'imagenet2012': 'ILSVRC/imagenet-1k',
+  'cifar10': 'uoft-cs/cifar10',
+  'cifar100': 'uoft-cs/cifar100',
+}
+MAX_CLASSES_NAMED = 20
+Config = dict[str, Any]  # of `configs/default.py`, as nested dicts
+
+
+def model_card(
+  weights: Weights,
+  description: dict[str, Any],
+  step: int,
+  metrics: dict[str, Any] | None,
+  best: tuple[int, dict[str, Any]] | None,
+) -> str:
+  """The card, Markdown after a YAML header (https://huggingface.co/docs/hub/model-cards).
+
+  Args:
+    weights: of `model.safetensors`.
+    description: what `Run.description` says of the run. Folders are left out: a card is there to be shown.
+    step: optimizer steps done.
+    metrics: of these weights; None if they were not evaluated.
+    best: step and metrics of the best checkpoint that is kept.
+  """
+  config = _without_folders(description['config'])
+  name = weights.model or 't2t_vit'
+  parts = [
+    f'---\n{yaml.safe_dump(_header(name, config, metrics), sort_keys=False, allow_unicode=True)}---',
+    f'# {name}',
+    *_model(weights, config),
+    '## Accuracy',
+    *_accuracy(metrics, step, best),
+    '## Data',
+    *_data(weights, config, description),
+    '## Recipe',
+    *_recipe(config, description.get('train_images'), step),
+    '## Config',
+    f'```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```',
+    '## Versions',
+    *_versions(description.get('provenance')),
+  ]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _without_folders(config: Config) -> Config:
+  """A copy in plain YAML types whose paths are mere names."""
+  config = _plain(copy.deepcopy(config))
+  for group, field in ((config, 'init_from'), (config['data'], 'data_dir'), (config['data'], 'path')):
+    if group.get(field) is not None:
+      path = PurePath(group[field])
+      # All runs' files have the same names: the run's folder says which it is.
+      group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name]))
+  return config
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _dataset(config: Config) -> tuple[str, str]:
+  """Hub's type of the data, and a name for people."""
+  data = config['data']
+  if data['source'] == 'folder':
+    return 'imagefolder', str(data['path'])
+  return HUB_DATASETS.get(data['name'], data['name']), data['name']
+
+
+def _header(name: str, config: Config, metrics: dict[str, Any] | None) -> dict[str, Any]:
+  kind, dataset = _dataset(config)
+  header: dict[str, Any] = {
+    'library_name': 't2t_vit_jax',
+    'pipeline_tag': 'image-classification',
+    'tags': ['t2t-vit', 'vision-transformer', 'image-classification', 'jax', 'flax'],
+  }
+  if kind != 'imagefolder':  # which is no dataset of the hub
+    header['datasets'] = [kind]
+  header['metrics'] = ['accuracy']
+  if metrics:
+    accuracy = Accuracy.from_dict(metrics)
+    found = [('top-1', accuracy.top1), ('top-5', accuracy.top5)]
+    header['model-index'] = [
+      {
+        'name': name,
+        'results': [
+          {
+            'task': {'type': 'image-classification', 'name': 'Image classification'},
+            'dataset': {'type': kind, 'name': dataset, 'split': metrics['split']},
+            'metrics': [
+              {'type': 'accuracy', 'name': f'{label} of {accuracy.count} images', 'value': round(value, 6)}
+              for label, value in found
+            ],
+          }
+        ],
+      }
+    ]
+  return header
+
+
+def _model(weights: Weights, config: Config) -> list[str]:
+  trained = sum(array.size for path, array in weights.arrays.items() if path.startswith('params/'))
+  size = weights.arguments['image_size']
+  example = f"""```python
+import t2t_vit_jax
+
+model, variables = t2t_vit_jax.load_pretrained('model.safetensors')
+logits = model.apply(variables, images)  # (B, {size}, {size}, 3), normalised as below
+```"""
+  files = '`model.safetensors` holds the ' + KINDS[weights.source['weights']]
+  if weights.source['weights'] == 'ema':
+    files += f', `model_raw.safetensors` the {KINDS["raw"]}'
+  start = f' Training began with the weights of `{config["init_from"]}`.' if config['init_from'] else ''
+  return [
+    f'[T2T-ViT](https://arxiv.org/abs/2101.11986) in JAX and Flax: an image classifier with {trained:,} trained '
+    f'parameters and {weights.arguments["num_classes"]} classes, for images of {size} x {size} px.{start}',
+    f'{files}.',
+    example,
+    '```bash\npython -m t2t_vit_jax.predict model.safetensors IMAGE\n```',
+  ]
+
+
+def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[str, Any]] | None) -> list[str]:
+  if metrics is None:
+    lines = ['These weights were not evaluated.']
+  else:
+    every = metrics.get('every', {})
+    rows = [
+      f'| {KINDS[kind]} | {found.top1:.2%} | {found.top5:.2%} | {found.loss:.4f} | {found.count} |'
+      for kind, found in ((kind, Accuracy.from_dict(values)) for kind, values in every.items())
+    ]
+    lines = [f'{Accuracy.from_dict(metrics).last_line(metrics["split"])}, after step {step}, the last.']
+    lines += (
+      ['\n'.join(['| weights | top-1 | top-5 | loss | images |', '|---|---|---|---|---|', *rows])] if rows else []
+    )
+    if unreadable := metrics.get('unreadable'):
+      lines.append(f'{unreadable} of the images could not be read and count as wrong.')
+  if best and best[0] != step:
+    other = Accuracy.from_dict(best[1])
+    lines.append(
+      f'The best evaluation of a kept checkpoint: {other.last_line(best[1]["split"])} after step {best[0]}. These are '
+      'not its weights: to choose those would be to choose by the evaluated images.'
+    )
+  return lines
+
+
+def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list[str]:
+  kind, dataset = _dataset(config)
+  where = 'an image folder' if kind == 'imagefolder' else 'TensorFlow Datasets'
+  count = f', {description["train_images"]:,} images' if 'train_images' in description else ''
+  share = f' ({description["eval_part"]})' if description.get('eval_part') else ''
+  data, size = weights.data, weights.data['image_size']
+  names = weights.class_names or ()
+  shown = ', '.join(printable(name) for name in names[:MAX_CLASSES_NAMED])
+  more = f' and {len(names) - MAX_CLASSES_NAMED} more' if len(names) > MAX_CLASSES_NAMED else ''
+  return [
+    f'`{dataset}` ({where}): trained on `{config["data"]["train_split"]}`{count}; evaluated on '
+    f'`{config["data"]["eval_split"]}`{share}.',
+    f'Images are resized ({data["interpolation"]}) so that the short side is '
+    f'{math.floor(size / data["crop_fraction"])} px, cut to {size} x {size} in the middle, scaled to [0, 1] and '
+    f'normalised with mean {_numbers(data["mean"])} and deviation {_numbers(data["std"])}.',
+    *([f'Classes: {shown}{more}.'] if shown else []),
+  ]
+
+
+def _recipe(config: Config, train_images: int | None, step: int) -> list[str]:
+  schedule, optimizer, augment = config['schedule'], config['optimizer'], config['augment']
+  batch = config['data']['batch_size']
+  rate = schedule['base_learning_rate'] * batch / schedule['base_batch_size']
+  backbone = schedule['backbone_factor']
+  rates = f'{rate:.3g}' if backbone == 1 else f'{rate:.3g} for the head and {backbone * rate:.3g} for the rest'
+  epochs = '' if train_images is None else f' ({step * batch / train_images:.1f} epochs)'
+  used = {
+    'random resized crops': augment['crop'] == 'resized',
+    'padded crops': augment['crop'] == 'padded',
+    'flips': augment['horizontal_flip_probability'],
+    'RandAugment': augment['randaugment_operations'],
+    'mixup': augment['mixup_alpha'] and augment['cutmix_probability'] < 1,
+    'cutmix': augment['cutmix_alpha'] and augment['cutmix_probability'],
+    'random erasing': augment['random_erasing_probability'],
+    'label smoothing': augment['label_smoothing'],
+  }
+  ema = f'; moving average with decay {config["ema"]["decay"]}' if config['ema']['decay'] else ''
+  return [
+    f'{step:,} steps of {batch} images{epochs}, {optimizer["name"]}, weight decay {optimizer["weight_decay"]:g}, peak '
+    f'learning rate {rates}, cosine schedule over {schedule["epochs"]} epochs with {schedule["warmup_epochs"]} of '
+    f'warmup{ema}; computed in {config["model"]["dtype"]}.',
+    f'Augmentation: {", ".join(name for name, on in used.items() if on)}.',
+  ]
+
+
+def _versions(provenance: dict[str, Any] | None) -> list[str]:
+  lines = [f'Written by t2t_vit_jax {__version__}.']
+  if provenance is None:
+    return lines
+  commit = f', commit {provenance["commit"]}' if provenance['commit'] else ''
+  versions = ', '.join(f'{name} {version}' for name, version in provenance['versions'].items())
+  return [*lines, f'Trained on {provenance["devices"]} with {versions}; code {provenance["code"]}{commit}.']
+
+
+def _numbers(values: Any) -> str:
+  return ', '.join(f'{value:g}' for value in values)

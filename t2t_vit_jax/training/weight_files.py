@@ -1,0 +1,151 @@
+"""A run's weights as files that leave its workdir: safetensors for `load_pretrained`, beside them a model card."""
+
+import contextlib
+from pathlib import Path
+import tempfile
+from typing import Any
+
+from etils import epath
+from flax.traverse_util import flatten_dict
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from t2t_vit_jax.conversion.convert import Weights, read_header, write_weights
+from t2t_vit_jax.conversion.files import write_file
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.variants import create_model
+from t2t_vit_jax.training import sharding
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.distributed import check_agreement, together
+from t2t_vit_jax.training.init_from import DATA_FIELDS
+from t2t_vit_jax.training.model_card import model_card
+from t2t_vit_jax.training.programs import ARCHITECTURE, build_model
+from t2t_vit_jax.training.workdir import copy_to_bucket, is_bucket
+
+FOLDER = 'weights'  # in the workdir
+MODEL, RAW, CARD = 'model.safetensors', 'model_raw.safetensors', 'README.md'
+
+
+def export_checkpoint(config: Any, workdir: str) -> list[str]:
+  """Writes the weights of a workdir's newest checkpoint; needs neither data nor the run's config.
+
+  Args:
+    config: any; its mesh is used.
+    workdir: of a run that is going on, was stopped or is complete.
+
+  Returns:
+    Lines for the user.
+
+  Raises:
+    UserError: there is no checkpoint, or no room.
+  """
+  check_agreement(config)
+  folder = epath.Path(workdir)
+  with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
+    return write_weight_files(folder, checkpoints, sharding.make_mesh(config.mesh), checkpoints.latest_metrics)
+
+
+def write_weight_files(
+  workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh, metrics: dict[str, Any] | None
+) -> list[str]:
+  """Writes the weights of the newest checkpoint into the workdir's folder `weights`; all processes call this.
+
+  `model.safetensors` are the weights that count: the moving average if the run keeps one; `model_raw.safetensors` are
+  then the others. Each file appears whole or not at all.
+
+  Args:
+    workdir: on a disk or in a bucket.
+    checkpoints: of the run.
+    mesh: devices that each hold all weights for a moment.
+    metrics: what an evaluation of this checkpoint found; see `loop`.
+
+  Returns:
+    Lines for the user.
+
+  Raises:
+    UserError: the checkpoint can't be read, or the files can't be written.
+  """
+  description, weights = checkpoints.load_weights(sharding.replicated(mesh))
+  step = checkpoints.latest_step
+  assert step is not None
+  run = checkpoints.folder.parent.name
+  found = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
+  card = model_card(found[_main(weights)], description, step, metrics, checkpoints.best)
+  together(lambda: _write(workdir, found, card))
+  shown = 'moving average' if 'ema' in weights else 'no moving average'
+  return [f'weights of step {step} ({shown}): {workdir / FOLDER / MODEL}, with a model card']
+
+
+def are_written(workdir: epath.Path, checkpoints: Checkpoints, *, with_ema: bool) -> bool:
+  """Whether all files of the newest checkpoint's weights are there; all processes call this and get one answer."""
+  folder = workdir / FOLDER
+  steps = {_step_of(folder / name) for name in ([MODEL, RAW] if with_ema else [MODEL])}
+  found = (folder / CARD).exists() and steps == {checkpoints.latest_step}
+  return bool(multihost_utils.process_allgather(np.array(found)).all())
+
+
+def _step_of(path: epath.Path) -> int | None:
+  if not path.exists():
+    return None
+  with path.open('rb') as file:  # of which only the start is read
+    header = read_header(file)
+  return header['source'].get('step') if header else None
+
+
+def _main(weights: dict[str, Any]) -> str:
+  return 'ema' if 'ema' in weights else 'raw'
+
+
+def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, run: str) -> Weights:
+  """Variables of a checkpoint, on every device, with what its description says."""
+  config = ConfigDict(description['config'])
+  arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
+  model = build_model(config, arrays['params/head/bias'].size)
+  dense = model.block_type == 'dense'
+  fields = [field for field in ARCHITECTURE if dense or field not in ('dense_stages', 'growth_rate')]
+  name = config.model.name
+  named = name and all(getattr(create_model(name), field) == getattr(model, field) for field in fields)
+  class_names = description.get('class_names')
+  provenance = description.get('provenance', {})
+  sizes = dict(num_classes=model.num_classes, image_size=model.image_size)
+  return Weights(
+    arrays=arrays,
+    model=name if named else None,  # one with other widths is another model
+    arguments={**sizes, **{field: getattr(model, field) for field in fields}},
+    channels=3,
+    data={**{field: config.data[field] for field in DATA_FIELDS}, 'num_classes': model.num_classes},
+    class_names=tuple(class_names) if class_names and len(class_names) == model.num_classes else None,
+    source=dict(
+      run=run, step=step, weights=kind, **{name: provenance[name] for name in ('commit', 'code') if name in provenance}
+    ),
+  )
+
+
+def _write_text(path: Path, text: str) -> None:
+  path.write_text(text, 'utf-8')
+
+
+def _write(workdir: epath.Path, found: dict[str, Weights], card: str) -> None:
+  if jax.process_index() != 0:
+    return
+  with contextlib.ExitStack() as stack:
+    target = workdir / FOLDER
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if is_bucket(workdir) else target)
+    try:
+      folder.mkdir(exist_ok=True)
+      for leftover in folder.glob('.*.tmp'):  # of a process that was killed while it wrote
+        leftover.unlink()
+      write_file(folder / CARD, lambda temporary: _write_text(temporary, card))
+      write_weights(found[_main(found)], folder / MODEL)
+      if 'ema' in found:
+        write_weights(found['raw'], folder / RAW)
+      if is_bucket(workdir):
+        copy_to_bucket(epath.Path(folder), target)
+    except Exception as error:  # of a disk, or of a bucket's client, whichever that is
+      reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'.splitlines()[0]
+      raise UserError(
+        f'the weights could not be written ({reason}); the checkpoint is intact, and the same command writes them'
+      ) from error

@@ -1,0 +1,185 @@
+"""Weight files of a run: the numbers of its last step, with everything that `load_pretrained` and readers need."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+import safetensors
+import torch
+import yaml
+
+from configs import digits
+from t2t_vit_jax import UserError, create_model, load_pretrained
+from t2t_vit_jax.conversion import Options, convert
+from t2t_vit_jax.conversion.convert import read_header
+from t2t_vit_jax.training import loop, weight_files
+from t2t_vit_jax.training.checkpoint import Checkpoints
+from t2t_vit_jax.training.model_card import model_card
+from t2t_vit_jax.training.run import build_run
+from tests.test_training_loop import small_config
+
+STEPS = 3
+CHANGES = {'schedule.max_steps': STEPS, 'data.eval_split': 'test[:100]', 'ema.decay': 0.5}
+
+
+@pytest.fixture(scope='module', name='config')
+def fixture_config(data_dir):
+  return small_config(data_dir, **CHANGES)
+
+
+@pytest.fixture(scope='module', name='workdir')
+def fixture_workdir(config, tmp_path_factory):
+  """Of a run of three steps with a moving average, on two devices that divide nothing."""
+  workdir = tmp_path_factory.mktemp('digits')
+  loop.train(config, workdir)
+  return workdir
+
+
+def metadata_of(path):
+  with safetensors.safe_open(path, framework='np') as file:
+    return json.loads(file.metadata()['t2t_vit_jax'])
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_files_are_the_last_states_weights_bit_for_bit(config, workdir):
+  run = build_run(config)
+  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+    state = jax.device_get(checkpoints.restore(run.abstract_state, run.description)[0])
+  assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True))
+  images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+  for name, params in (('model', state.ema), ('model_raw', state.params)):
+    model, variables = load_pretrained(workdir / 'weights' / f'{name}.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, variables, state.variables(params))
+    assert model == dataclasses.replace(run.model, stochastic_depth_rate=0.0)
+    np.testing.assert_array_equal(model.apply(variables, images), run.model.apply(state.variables(params), images))
+
+
+def test_the_header_says_what_the_weights_are(workdir):
+  for name, kind in (('model', 'ema'), ('model_raw', 'raw')):
+    path = workdir / 'weights' / f'{name}.safetensors'
+    metadata = metadata_of(path)
+    assert metadata['model'] is None  # t2t_vit_tiny has other widths
+    assert metadata['channels'] == 3
+    assert metadata['class_names'] == [str(digit) for digit in range(10)]
+    assert metadata['data'] == dict(
+      image_size=16, num_classes=10, crop_fraction=1.0, interpolation='bilinear', mean=[0.3] * 3, std=[0.35] * 3
+    )
+    source = metadata['source']
+    assert (source['run'], source['step'], source['weights']) == (workdir.name, STEPS, kind)
+    assert len(source['code']) == 12
+    assert source['commit'] is None or re.fullmatch('[0-9a-f]{40}(-dirty)?', source['commit'])
+    with path.open('rb') as file:
+      assert json.loads(json.dumps(read_header(file))) == metadata
+  assert (workdir / 'weights' / 'README.md').stat().st_mode == path.stat().st_mode
+
+
+def test_to_torch_and_back_is_bit_exact(workdir, tmp_path):
+  path = workdir / 'weights' / 'model.safetensors'
+  convert(path, tmp_path / 'model.pth', Options(), reverse=True)
+  convert(tmp_path / 'model.pth', tmp_path / 'back', Options(settings={'num_heads': 4, 'image_size': 16}))
+  there, back = load_pretrained(path)[1], load_pretrained(tmp_path / 'back')[1]
+  jax.tree.map(np.testing.assert_array_equal, there, back)
+  assert torch.load(tmp_path / 'model.pth', weights_only=True)['pos_embed'].shape == (1, 2, 32)
+
+
+def test_the_card_has_the_accuracy_of_the_last_line(config, workdir, capsys):
+  loop.train(config, workdir)
+  last_line = capsys.readouterr().out.splitlines()[-1]
+  card = (workdir / 'weights' / 'README.md').read_text('utf-8')
+  _, header, text = card.split('---\n', 2)
+  assert f'\n{last_line}, after step {STEPS}, the last.\n' in text
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  rows = {row['weights']: row for row in rows if 'weights' in row}
+  assert f'| moving average of the weights | {rows["ema"]["top1"]:.2%} | {rows["ema"]["top5"]:.2%} |' in text
+  assert f'| weights of the last step | {rows["raw"]["top1"]:.2%} | {rows["raw"]["top5"]:.2%} |' in text
+  header = yaml.safe_load(header)
+  assert (header['library_name'], header['pipeline_tag']) == ('t2t_vit_jax', 'image-classification')
+  (result,) = header['model-index'][0]['results']
+  assert result['dataset'] == {'type': 'digits', 'name': 'digits', 'split': 'test[:100]'}
+  assert result['metrics'][0] == {'type': 'accuracy', 'name': 'top-1 of 100 images', 'value': rows['ema']['top1']}
+  assert f'jax {jax.__version__}, ' in text
+  # The config is there, but no folder of this machine.
+  saved = yaml.safe_load(text.split('```yaml\n')[1].split('```')[0])
+  assert saved['schedule'] == config.schedule.to_dict()
+  assert config.data.data_dir not in card
+  assert saved['data']['data_dir'] == config.data.data_dir.rsplit('/', 1)[1]
+
+
+def test_files_that_are_missing_or_of_an_earlier_step_are_written_when_a_complete_run_starts_again(
+  config, workdir, tmp_path
+):
+  run, expected = tmp_path / workdir.name, contents(workdir / 'weights')
+  shutil.copytree(workdir, run)
+  (run / 'weights' / 'model_raw.safetensors').unlink()
+  (run / 'weights' / '.1234.tmp').write_text('half a file of a killed process')
+  loop.train(config, run)
+  assert contents(run / 'weights') == expected
+  assert len(expected) == 3
+  # A longer run that was killed after its last checkpoint, before it wrote its weights.
+  longer = config.copy_and_resolve_references()
+  longer.schedule.max_steps = STEPS + 1
+  loop.train(longer, run)
+  final = contents(run / 'weights')
+  assert final['model.safetensors'] != expected['model.safetensors']
+  shutil.copytree(workdir / 'weights', run / 'weights', dirs_exist_ok=True)
+  loop.train(longer, run)
+  assert contents(run / 'weights') == final
+
+
+def test_a_checkpoint_is_exported_without_data_and_config(workdir, tmp_path):
+  """By devices that divide the state, from a copy in which there is nothing but the checkpoint."""
+  expected = contents(workdir / 'weights')
+  shutil.copytree(workdir / 'checkpoints', tmp_path / workdir.name / 'checkpoints')
+  anything = small_config('/nowhere', **{'mesh.fsdp': 2, 'model.depth': 3})
+  (line,) = weight_files.export_checkpoint(anything, str(tmp_path / workdir.name))
+  assert f'weights of step {STEPS} (moving average): {tmp_path / workdir.name}/weights/model.safetensors' in line
+  assert contents(tmp_path / workdir.name / 'weights') == expected
+  with pytest.raises(UserError, match='there is no checkpoint in'):
+    weight_files.export_checkpoint(anything, str(tmp_path))
+
+
+def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp_path, monkeypatch):
+  shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('weights'))
+  before = {path: path.read_bytes() for path in (tmp_path / 'run' / 'checkpoints').rglob('*') if path.is_file()}
+  (tmp_path / 'run' / 'weights').mkdir()
+
+  def full(*unused):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr('safetensors.numpy.save_file', full)
+    with pytest.raises(UserError, match=r'weights could not be written \(.*No space left.*same command') as caught:
+      loop.train(config, tmp_path / 'run')
+  assert '\n' not in str(caught.value)
+  assert before == {path: path.read_bytes() for path in before}
+  assert not list((tmp_path / 'run' / 'weights').glob('*.safetensors'))
+  loop.train(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'weights' / 'model.safetensors').exists()
+
+
+def test_named_models_keep_their_names_and_old_checkpoints_have_no_class_names():
+  config = digits.get_config()
+  model = create_model('t2t_vit_tiny', num_classes=10)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  weights = weight_files._weights({'config': config.to_dict()}, variables, 'raw', 7, 'old')
+  assert (weights.model, weights.class_names) == ('t2t_vit_tiny', None)
+  assert weights.source == {'run': 'old', 'step': 7, 'weights': 'raw'}
+  assert weights.build()[0] == model
+  card = model_card(weights, {'config': config.to_dict()}, 7, None, None)
+  assert 'These weights were not evaluated.' in card
+  assert 'model-index' not in card
+
+
+def test_a_workdir_without_weights_is_said_to_lack_them(workdir, tmp_path):
+  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+    assert weight_files.are_written(epath.Path(workdir), checkpoints, with_ema=True)
+    assert not weight_files.are_written(epath.Path(tmp_path), checkpoints, with_ema=True)
