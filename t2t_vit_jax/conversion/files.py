@@ -34,7 +34,12 @@ _SAFETENSORS_FLOATS = ('F32', 'F16', 'BF16')
 
 def problem(path: Path, text: str) -> UserError:
   """An error about a file, on one line whatever names it contains."""
-  return UserError(''.join(c if c.isprintable() else repr(c)[1:-1] for c in f'{path}: {text}'))
+  return UserError(printable(f'{path}: {text}'))
+
+
+def printable(text: str) -> str:
+  """The text on one line, whatever names it contains."""
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def file_format(path: Path) -> Format:
