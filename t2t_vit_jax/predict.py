@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flax.traverse_util import unflatten_dict
 import jax
@@ -126,7 +126,9 @@ def _classify(
   model: T2TViT, normalize: Normalization, top: int, variables: dict[str, Any], images: Array
 ) -> tuple[Array, Array]:
   """Probabilities and labels of the likeliest classes, each (B, top), of uint8 images."""
-  return jax.lax.top_k(jax.nn.softmax(model.apply(variables, normalize(images))), top)
+  logits = cast(Array, model.apply(variables, normalize(images)))
+  probabilities, labels = jax.lax.top_k(jax.nn.softmax(logits), top)
+  return probabilities, labels
 
 
 @contextlib.contextmanager
