@@ -28,15 +28,26 @@ class Parser(argparse.ArgumentParser):
 def run_tool(tool: Callable[[], int]) -> int:
   """For the `main` of such a tool: its exit code, or 2 after a line that says what the user can correct."""
   try:
-    return tool()
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+    code = tool()
+    sys.stdout.flush()
+    return code
   except KeyboardInterrupt:
     return 130  # as shells have it
+  except UserError as error:
+    message = str(error)
   except BrokenPipeError:  # whoever reads the output has seen enough, such as `head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left of it
+    _drop_output()
     return 141
+  except OSError as error:  # such as a full disk under the output
+    _drop_output()
+    message = str(error)
+  print(f'error: {message}', file=sys.stderr)
+  return 2
+
+
+def _drop_output() -> None:
+  """What is left of standard output goes nowhere: Python would fail again when it ends."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -108,10 +108,10 @@ def predict(
   # Every batch has the same size, the last one filled up: the program is compiled once.
   share = Share(min(batch_size, len(images)))
   workers = Workers(num_threads=os.cpu_count() or 1)
-  classify = jax.jit(functools.partial(_classify, classifier.model, classifier.normalize, top))
   for batch in eval_batches(source, classifier.prepare, share, workers):
     with _explaining_memory(share.batch_size):
-      probabilities, labels = jax.device_get(classify(classifier.variables, batch['image']))
+      outputs = _classify(classifier.model, classifier.normalize, top, classifier.variables, batch['image'])
+      probabilities, labels = jax.device_get(outputs)
     for row in range(int(batch['mask'].sum())):
       index = int(batch['index'][row])
       if batch['bad'][row]:
@@ -122,6 +122,7 @@ def predict(
       yield Prediction(images[index], tuple(named))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _classify(
   model: T2TViT, normalize: Normalization, top: int, variables: dict[str, Any], images: Array
 ) -> tuple[Array, Array]:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from pathlib import Path
 import sys
-import textwrap
 from typing import Any
 
 import jax
@@ -215,8 +214,9 @@ def draw(inside: Inside, title: str, blocks: Sequence[str], heads: Sequence[int 
     bar = page.axes(MARGIN + label + columns * (panel_width + GAP), top, 0.1, panel_height)
     bar.set_facecolor('0.5')  # as the backdrop, on average
     page.figure.colorbar(drawn, cax=bar, ticks=drawn.get_clim())
-    for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):
-      tick.set(text=f'{100 * tick.get_position()[1]:.2g} %', va=align, size=8)
+    bar.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.2g} %')
+    for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):  # not into the next row
+      tick.set(va=align, size=8)
   return page.figure
 
 
@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
   blocks = [f'blocks_{block}' for block in _chosen(arguments, 'blocks', [block_number(x) for x in known_blocks])]
   heads = _chosen(arguments, 'heads', [MEAN, *range(num_heads)])
   name, probability = inside.guess
-  title = f'{files.printable(arguments.image.name)}: {textwrap.shorten(name, 60)}, {100 * probability:.2f} %'
+  title = f'{_short(arguments.image.name)}: {_short(name)}, {100 * probability:.2f} %'
   figure = draw(inside, title, blocks, heads)
   files.write_file(output, lambda temporary: figure.savefig(temporary, format=form, dpi=100))
   print(f'wrote {output}: {title}; {len(blocks)} blocks, {len(heads)} attention maps each')
@@ -254,6 +254,12 @@ def _read(path: Path) -> Image.Image:
     raise files.problem(path, f'cannot be read: {error.strerror}') from error
   except BadImage as error:
     raise files.problem(path, f'cannot be read: {error}') from error
+
+
+def _short(text: str) -> str:
+  """For a title: at most 40 printable characters."""
+  text = files.printable(text)
+  return text if len(text) <= 40 else f'{text[:39]}…'
 
 
 def _chosen(arguments: argparse.Namespace, option: str, known: list[Any]) -> list[Any]:
