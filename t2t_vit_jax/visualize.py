@@ -29,10 +29,16 @@ from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.predict import Classifier, open_classifier
 
 Array = jax.Array
+Size = tuple[float, float]  # (width, height), inches
 
 MEAN = 'mean'  # of all heads, beside their numbers
-# Inches; of panels, the longer side.
-PANEL, STAGE_PANEL, GAP, LABEL, BAR, MARGIN = 1.4, 2.3, 0.08, 0.3, 0.8, 0.25
+# Inches.
+STAGE_SIDE, MAP_SIDE = 2.3, 1.4  # the longer sides of pictures
+STAGE_COLUMN, MAP_COLUMN = 1.7, 0.6  # least distances between columns, for the words above them
+GAP, MARGIN = 0.08, 0.25
+HEADING = 0.75  # above a row of pictures: a line about all of them, and their titles
+BLOCK_NAME, BAR = 0.75, 0.8  # left and right of a row of attention maps
+LEAST_WIDTH = 9.0  # for the longest lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +92,8 @@ def _run(
   grid = features.tokens.shape[1:3]
   attention = {block: outputs[layer][:, :, 0, 1:] for block, layer in layers.items()}
   attention = {block: rows.reshape(*rows.shape[:2], *grid) for block, rows in attention.items()}
-  return features.cls @ head['kernel'] + head['bias'], {layer: outputs[layer] for layer in stages}, attention
+  logits = features.cls @ head['kernel'] + head['bias'][None]
+  return logits, {layer: outputs[layer] for layer in stages}, attention
 
 
 def stage_layers(model: T2TViT) -> dict[str, str]:
@@ -135,7 +142,8 @@ def principal_colors(features: np.ndarray) -> np.ndarray:
   components = np.zeros((len(points), 3))
   components[:, : len(directions[:3])] = points @ directions[:3].T
   low, high = np.percentile(components, [1, 99], axis=0)
-  return np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(height, width, 3)
+  spread = np.maximum(high - low, 1e-6 * max(high - low) + 1e-12)  # rounding errors are no component
+  return np.clip((components - low) / spread, 0, 1).reshape(height, width, 3)
 
 
 class _Page:
@@ -150,8 +158,8 @@ class _Page:
     rectangle = (left / self._width, bottom / self._height, width / self._width, height / self._height)
     return self.figure.add_axes(rectangle)
 
-  def picture(self, left: float, top: float, width: float, height: float, pixels: np.ndarray) -> Axes:
-    axes = self.axes(left, top, width, height)
+  def picture(self, left: float, top: float, size: Size, pixels: np.ndarray) -> Axes:
+    axes = self.axes(left, top, *size)
     axes.imshow(pixels, cmap='gray', vmin=0, vmax=255, aspect='auto', interpolation='nearest')
     axes.set_xticks([])
     axes.set_yticks([])
@@ -169,55 +177,68 @@ def draw(inside: Inside, title: str, blocks: Sequence[str], heads: Sequence[int 
 
   Args:
     inside: from `look_inside`.
-    title: of the page.
+    title: of the page, up to two lines.
     blocks: names, keys of `inside.attention`.
     heads: numbers of heads, and `MEAN`.
   """
   height, width = inside.image.shape[:2]
-  shape = np.array([width, height]) / max(width, height)
-  (panel_width, panel_height), (stage_width, stage_height) = PANEL * shape, STAGE_PANEL * shape
-  label = 0.75
-  columns, rows = len(heads), len(blocks)
-  strip_width = (1 + len(inside.stages)) * (stage_width + 2 * GAP)
-  grid_width = label + columns * (panel_width + GAP) + BAR
-  strip_top = MARGIN + 3 * LABEL
-  grid_top = strip_top + stage_height + 3.2 * LABEL
-  page_width = max(strip_width, grid_width, 9.5) + 2 * MARGIN
-  page = _Page(page_width, grid_top + rows * (panel_height + GAP) + MARGIN)
-
+  stage_size, map_size = (
+    (side * width / max(width, height), side * height / max(width, height)) for side in (STAGE_SIDE, MAP_SIDE)
+  )
+  stage_column, map_column = max(stage_size[0] + 2 * GAP, STAGE_COLUMN), max(map_size[0] + GAP, MAP_COLUMN)
+  stages_top = MARGIN + 0.6 + HEADING
+  maps_top = stages_top + stage_size[1] + 0.2 + HEADING
+  stages_width = (1 + len(inside.stages)) * stage_column
+  maps_width = BLOCK_NAME + len(heads) * map_column + BAR
+  page = _Page(
+    max(stages_width, maps_width, LEAST_WIDTH) + 2 * MARGIN, maps_top + len(blocks) * (map_size[1] + GAP) + MARGIN
+  )
   page.text(MARGIN, MARGIN, title, size=13)
-  page.text(MARGIN, strip_top - 2 * LABEL + 0.08, 'Features: first three principal components as red, green, blue')
+  page.text(MARGIN, stages_top - HEADING, 'Features: first three principal components as red, green, blue')
+  _draw_stages(page, inside, stages_top, stage_size, stage_column)
+  explanation = "Attention of the class token: its share for each token, on a scale of each block's own"
+  page.text(MARGIN, maps_top - HEADING, explanation)
+  for column, head in enumerate(heads):
+    middle = MARGIN + BLOCK_NAME + column * map_column + map_size[0] / 2
+    page.text(middle, maps_top - 0.04, head if head == MEAN else f'head {head}', va='bottom', ha='center', size=9)
+  for row, block in enumerate(blocks):
+    weights = inside.attention[block]
+    maps = [weights.mean(axis=0) if head == MEAN else weights[int(head)] for head in heads]
+    top = maps_top + row * (map_size[1] + GAP)
+    page.text(MARGIN + BLOCK_NAME - GAP, top + map_size[1] / 2, block, va='center', ha='right', size=9)
+    _draw_maps(page, inside.image, maps, top, map_size, map_column)
+  return page.figure
+
+
+def _draw_stages(page: _Page, inside: Inside, top: float, size: Size, column_width: float) -> None:
+  """The image and the stages' principal components."""
+  height, width = inside.image.shape[:2]
   pictures = {f'image, {height} x {width} px': inside.image}
   pictures |= {f'{name}, {x.shape[0]} x {x.shape[1]}': principal_colors(x) for name, x in inside.stages.items()}
   for column, (name, pixels) in enumerate(pictures.items()):
-    left = MARGIN + column * (stage_width + 2 * GAP)
-    page.picture(left, strip_top, stage_width, stage_height, pixels)
-    page.text(left, strip_top - 0.04, name, va='bottom', size=9)
+    left = MARGIN + column * column_width
+    page.picture(left, top, size, pixels)
+    page.text(left, top - 0.04, name, va='bottom', size=9)
 
-  explanation = "Attention of the class token: its share for each token, on a scale of each block's own"
-  page.text(MARGIN, grid_top - 2 * LABEL + 0.08, explanation)
+
+def _draw_maps(
+  page: _Page, image: np.ndarray, maps: Sequence[np.ndarray], top: float, size: Size, column_width: float
+) -> None:
+  """One block's attention maps (H, W) over the image, and their scale."""
   # With little contrast, so that what is light or dark is the attention.
-  backdrop = np.asarray(Image.fromarray(inside.image).convert('L')) * 0.4 + 76
-  for column, head in enumerate(heads):
-    left = MARGIN + label + column * (panel_width + GAP) + panel_width / 2
-    page.text(left, grid_top - 0.04, head if head == MEAN else f'head {head}', va='bottom', ha='center', size=9)
-  for row, block in enumerate(blocks):
-    top = grid_top + row * (panel_height + GAP)
-    page.text(MARGIN + label - GAP, top + panel_height / 2, block, va='center', ha='right', size=9)
-    weights = inside.attention[block]
-    maps = [weights.mean(axis=0) if head == MEAN else weights[int(head)] for head in heads]
-    overlay: dict[str, Any] = dict(cmap='inferno', vmin=0, vmax=max(x.max() for x in maps), alpha=0.65)
-    for column, attention in enumerate(maps):
-      axes = page.picture(MARGIN + label + column * (panel_width + GAP), top, panel_width, panel_height, backdrop)
-      extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-      drawn = axes.imshow(attention, **overlay, extent=extent, aspect='auto', interpolation='nearest')
-    bar = page.axes(MARGIN + label + columns * (panel_width + GAP), top, 0.1, panel_height)
-    bar.set_facecolor('0.5')  # as the backdrop, on average
-    page.figure.colorbar(drawn, cax=bar, ticks=drawn.get_clim())
-    bar.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.2g} %')
-    for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):  # not into the next row
-      tick.set(va=align, size=8)
-  return page.figure
+  backdrop = np.asarray(Image.fromarray(image).convert('L')) * 0.4 + 76
+  height, width = image.shape[:2]
+  overlay: dict[str, Any] = dict(cmap='inferno', vmin=0, vmax=max(x.max() for x in maps), alpha=0.65)
+  overlay.update(extent=(-0.5, width - 0.5, height - 0.5, -0.5), aspect='auto', interpolation='nearest')
+  for column, attention in enumerate(maps):
+    axes = page.picture(MARGIN + BLOCK_NAME + column * column_width, top, size, backdrop)
+    drawn = axes.imshow(attention, **overlay)
+  bar = page.axes(MARGIN + BLOCK_NAME + len(maps) * column_width, top, 0.1, size[1])
+  bar.set_facecolor('0.5')  # as the backdrop, on average
+  page.figure.colorbar(drawn, cax=bar, ticks=drawn.get_clim())
+  bar.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.2g} %')
+  for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):  # not into the next row
+    tick.set(va=align, size=8)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -240,10 +261,10 @@ def run(arguments: argparse.Namespace) -> int:
   blocks = [f'blocks_{block}' for block in _chosen(arguments, 'blocks', [block_number(x) for x in known_blocks])]
   heads = _chosen(arguments, 'heads', [MEAN, *range(num_heads)])
   name, probability = inside.guess
-  title = f'{_short(arguments.image.name)}: {_short(name)}, {100 * probability:.2f} %'
-  figure = draw(inside, title, blocks, heads)
+  guess = f'{100 * probability:.2f} % {_short(name)}'
+  figure = draw(inside, f'{_short(arguments.image.name)}\n{guess}', blocks, heads)
   files.write_file(output, lambda temporary: figure.savefig(temporary, format=form, dpi=100))
-  print(f'wrote {output}: {title}; {len(blocks)} blocks, {len(heads)} attention maps each')
+  print(f'wrote {output}: {guess}; blocks: {len(blocks)}, attention maps of each: {len(heads)}')
   return 0
 
 
