@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = Parser(
     prog='python -m t2t_vit_jax.predict',
     description='Classifies images with a weight file.',
-    epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if nothing was done.',
+    epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if it failed.',
   )
   parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='.safetensors file of this package')
   parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='folders are searched with all below them')
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--batch_size', metavar='N', type=_positive, default=32, help='images computed at a time (default: %(default)s)'
   )
-  parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')
+  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))
 

@@ -36,7 +36,7 @@ MEAN = 'mean'  # of all heads, beside their numbers
 STAGE_SIDE, MAP_SIDE = 2.3, 1.4  # the longer sides of pictures
 STAGE_COLUMN, MAP_COLUMN = 1.7, 0.6  # least distances between columns, for the words above them
 GAP, MARGIN = 0.08, 0.25
-HEADING = 0.75  # above a row of pictures: a line about all of them, and their titles
+HEADING = 0.6  # above a row of pictures: a line about all of them, and their titles
 BLOCK_NAME, BAR = 0.75, 0.8  # left and right of a row of attention maps
 LEAST_WIDTH = 9.0  # for the longest lines
 
@@ -187,7 +187,7 @@ def draw(inside: Inside, title: str, blocks: Sequence[str], heads: Sequence[int 
   )
   stage_column, map_column = max(stage_size[0] + 2 * GAP, STAGE_COLUMN), max(map_size[0] + GAP, MAP_COLUMN)
   stages_top = MARGIN + 0.6 + HEADING
-  maps_top = stages_top + stage_size[1] + 0.2 + HEADING
+  maps_top = stages_top + stage_size[1] + 0.35 + HEADING
   stages_width = (1 + len(inside.stages)) * stage_column
   maps_width = BLOCK_NAME + len(heads) * map_column + BAR
   page = _Page(
@@ -225,18 +225,23 @@ def _draw_maps(
   page: _Page, image: np.ndarray, maps: Sequence[np.ndarray], top: float, size: Size, column_width: float
 ) -> None:
   """One block's attention maps (H, W) over the image, and their scale."""
-  # With little contrast, so that what is light or dark is the attention.
-  backdrop = np.asarray(Image.fromarray(image).convert('L')) * 0.4 + 76
+  backdrop = np.asarray(Image.fromarray(image).convert('L')) * 0.6 + 50  # so that only attention is very light or dark
   height, width = image.shape[:2]
-  overlay: dict[str, Any] = dict(cmap='inferno', vmin=0, vmax=max(x.max() for x in maps), alpha=0.65)
-  overlay.update(extent=(-0.5, width - 0.5, height - 0.5, -0.5), aspect='auto', interpolation='nearest')
-  for column, attention in enumerate(maps):
+  largest = max(x.max() for x in maps) or 1.0
+
+  def overlay(axes: Axes, shares: np.ndarray, **more: Any) -> None:
+    """The less attention, the more of what is below shows through."""
+    alpha = 0.2 + 0.6 * shares / largest
+    axes.imshow(shares, cmap='inferno', vmin=0, vmax=largest, alpha=alpha, aspect='auto', **more)
+
+  for column, shares in enumerate(maps):
     axes = page.picture(MARGIN + BLOCK_NAME + column * column_width, top, size, backdrop)
-    drawn = axes.imshow(attention, **overlay)
+    overlay(axes, shares, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
   bar = page.axes(MARGIN + BLOCK_NAME + len(maps) * column_width, top, 0.1, size[1])
   bar.set_facecolor('0.5')  # as the backdrop, on average
-  page.figure.colorbar(drawn, cax=bar, ticks=drawn.get_clim())
-  bar.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.2g} %')
+  overlay(bar, np.linspace(0, largest, 256)[:, None], extent=(0, 1, 0, largest), origin='lower')
+  bar.yaxis.tick_right()
+  bar.set(xticks=[], yticks=[0, largest], yticklabels=['0 %', f'{100 * largest:.2g} %'])
   for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):  # not into the next row
     tick.set(va=align, size=8)
 
@@ -309,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--blocks', metavar='N,N', help='encoder blocks to show, such as 0,6,13 (default: all)')
   parser.add_argument('--heads', metavar='N,N', help='heads to show, numbers and "mean" (default: mean and all heads)')
   parser.add_argument('--whole', action='store_true', help='the whole image, not the middle that predict classifies')
-  parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')
+  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))
 

@@ -5,7 +5,9 @@ import io
 import json
 import os
 from pathlib import Path
+import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ from PIL import Image
 import pytest
 import safetensors.numpy
 
-from t2t_vit_jax import UserError, load_pretrained
+from t2t_vit_jax import UserError, load_pretrained, visualize
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.predict import main, open_classifier, predict
@@ -247,3 +249,45 @@ def test_the_reader_may_go_away_and_the_disk_be_full(weights, photos):
       [*command[:5], '--json'], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
     )
   assert (result.returncode, result.stderr) == (2, 'error: [Errno 28] No space left on device\n')
+
+
+DOCUMENT = (Path(__file__).parents[1] / 'docs' / 'predict.md').read_text()
+
+
+@pytest.mark.slow
+def test_the_documented_python_runs(weights, photos, tmp_path, monkeypatch, capsys):
+  shutil.copy(weights, tmp_path / 't2t_vit_14.safetensors')
+  shutil.copytree(photos, tmp_path / 'photos')
+  monkeypatch.chdir(tmp_path)
+  code = (
+    '\n'.join(re.findall(r'```python\n(.*?)```', DOCUMENT, re.DOTALL)) + '\nlast = last_attention(variables, images)'
+  )
+  # A smaller model in its place, with two blocks and 4 x 4 tokens.
+  for documented, here in (('224', '64'), ('blocks_13', 'blocks_1'), ('14, 14)', '4, 4)')):
+    assert documented in code
+    code = code.replace(documented, here)
+  names: dict[str, object] = {}
+  exec(code, names)
+  assert len(capsys.readouterr().out.splitlines()) == 6
+  np.testing.assert_allclose(names['last'], names['weights'], atol=1e-6)
+  np.testing.assert_array_equal(names['to_tokens'][2, 3, 1, 2], names['weights'][2, 3, 0, 1 + 4 + 2])
+
+
+def test_the_documented_commands_and_options_exist(weights, photos, tmp_path, monkeypatch, capsys):
+  shutil.copy(weights, tmp_path / 't2t_vit_14.safetensors')
+  shutil.copytree(photos, tmp_path / 'photos')
+  (tmp_path / 'cat.jpg').write_bytes((photos / 'a.jpg').read_bytes())
+  monkeypatch.chdir(tmp_path)
+  tools = {'predict': main, 'visualize': visualize.main}
+  commands = re.findall(r'^python -m t2t_vit_jax\.(\w+) (t2t_vit_14.*)$', DOCUMENT, re.MULTILINE)
+  assert [(tool, tools[tool](arguments.split())) for tool, arguments in commands] == [('predict', 1), ('visualize', 0)]
+  assert (tmp_path / 'cat.png').is_file()
+  capsys.readouterr()
+  for tool, section in zip(tools, DOCUMENT.split('\n## Pictures\n'), strict=True):
+    with pytest.raises(SystemExit) as end:
+      tools[tool](['--help'])
+    assert end.value.code == 0
+    documented = set(
+      re.findall(r'`(--\w+)', '\n'.join(line for line in section.splitlines() if line.startswith('| `--')))
+    )
+    assert documented == set(re.findall(r'--\w+', capsys.readouterr().out)) - {'--help'}
