@@ -219,6 +219,8 @@ def run(arguments: argparse.Namespace) -> int:
   unreadable: list[str] = []
   predictions = predict(classifier, images, top=arguments.top, batch_size=arguments.batch_size)
   _write(FORMS[form](_counted(predictions, unreadable, len(images))), arguments.output)
+  if arguments.output:
+    print(f'wrote {arguments.output}: predictions for {len(images) - len(unreadable):,} images')
   if unreadable:
     warn(f'{len(unreadable):,} of {len(images):,} images cannot be read; the others were classified')
   return 1 if unreadable else 0

@@ -128,7 +128,7 @@ def test_text_json_and_csv_say_the_same(weights, photos, expected, tmp_path, cap
   assert lines[1:3] == [f'{100 * best[label]:7.2f} %  class {label}' for label in (first, second)]
 
   output = tmp_path / 'predictions.json'
-  assert main([str(weights), '.', '--output', str(output)]) == 1
+  assert run(weights, '.', '--output', output, capsys=capsys)[:2] == (1, f'wrote {output}: predictions for 5 images\n')
   entries = json.loads(output.read_text())
   assert [entry['image'] for entry in entries] == NAMES
   assert [entry['error'] for entry in entries] == [None, None, 'no image file', None, None, None]
@@ -138,7 +138,6 @@ def test_text_json_and_csv_say_the_same(weights, photos, expected, tmp_path, cap
       assert guess['probability'] == pytest.approx(expected[str(photos / entry['image'])][guess['label']], abs=1e-6)
       assert guess['name'] == f'class {guess["label"]}'
 
-  capsys.readouterr()
   code, text, _ = run(weights, 'a.jpg', 'c', '--csv', '--top=99', capsys=capsys)
   assert code == 1
   rows = list(csv.DictReader(io.StringIO(text)))
