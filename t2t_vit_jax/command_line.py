@@ -1,16 +1,53 @@
-"""Command lines with --config=FILE and --config.FIELD=VALUE: what is wrong with one is said in one line."""
+"""Command lines, with and without --config=FILE and --config.FIELD=VALUE: what is wrong is said in one line."""
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Callable, Iterator
 import contextlib
+import os
 from pathlib import Path
 import re
 import runpy
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from t2t_vit_jax.errors import did_you_mean
+from t2t_vit_jax.errors import UserError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+  """For tools without a config: raises a UserError for wrong arguments, and knows no abbreviations of flags."""
+
+  def __init__(self, **options: Any):
+    super().__init__(allow_abbrev=False, **options)
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def run_tool(tool: Callable[[], int]) -> int:
+  """For the `main` of such a tool: its exit code, or 2 after a line that says what the user can correct."""
+  try:
+    code = tool()
+    sys.stdout.flush()
+    return code
+  except KeyboardInterrupt:
+    return 130  # as shells have it
+  except UserError as error:
+    message = str(error)
+  except BrokenPipeError:  # whoever reads the output has seen enough, such as `head`
+    _drop_output()
+    return 141
+  except OSError as error:  # such as a full disk under the output
+    _drop_output()
+    message = str(error)
+  print(f'error: {message}', file=sys.stderr)
+  return 2
+
+
+def _drop_output() -> None:
+  """What is left of standard output goes nowhere: Python would fail again when it ends."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -5,13 +5,12 @@ python -m t2t_vit_jax.export WEIGHTS --output FILE
 docs/export.md shows the few lines that load it.
 """
 
-import argparse
 from collections.abc import Iterator
 import contextlib
 import json
 from pathlib import Path
 import sys
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from flax.traverse_util import unflatten_dict
 import jax
@@ -21,9 +20,9 @@ import jaxlib
 import numpy as np
 
 from t2t_vit_jax import __version__
-from t2t_vit_jax.conversion import Options, files, parse_image_size
-from t2t_vit_jax.conversion.convert import ImageSize, Weights, load
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.conversion import files, parse_image_size
+from t2t_vit_jax.conversion.convert import ImageSize, Weights, load_classifier
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.training.augment import Normalization
 
@@ -54,10 +53,7 @@ def export_weights(
     UserError: one line that names the file at fault. No file was written.
   """
   files.check_output(output, force=force)
-  found, notes = load(path, Options(image_size=image_size), only_converted=True)
-  colours = [found.channels, *(len(found.data.get(field, ())) for field in ('mean', 'std'))]
-  if colours != [3, 3, 3] or not found.arguments['num_classes']:
-    raise files.problem(path, 'only models with a head, and the mean and deviation of RGB images, can be exported')
+  found, notes = load_classifier(path, image_size)
   program = export_forward(found, dtype)
   metadata = json.dumps(_metadata(found, dtype, program))
   serialized = np.frombuffer(program.serialize(), np.uint8)
@@ -123,16 +119,9 @@ def _no_source_paths() -> Iterator[None]:
     jax.config.update(option, frames)
 
 
-class _Parser(argparse.ArgumentParser):
-  """Refuses wrong arguments in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
-  parser = _Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+  parser = Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0])
   parser.add_argument(
     'weights', metavar='WEIGHTS', type=Path, help='file of convert_torch_weights.py or of a training run'
   )
@@ -140,16 +129,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
   parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')
   parser.add_argument('--force', action='store_true', help='overwrite the output')
-  try:
+
+  def run() -> int:
     arguments = parser.parse_args(argv)
     size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
     options = dict(dtype=arguments.dtype, image_size=size, force=arguments.force)
     for line in export_weights(arguments.weights, arguments.output, **options):
       print(line)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
+    return 0
+
+  return run_tool(run)
 
 
 if __name__ == '__main__':

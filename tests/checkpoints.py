@@ -10,6 +10,7 @@ import zipfile
 
 import torch
 
+from t2t_vit_jax import conversion
 from tests import golden
 
 
@@ -268,3 +269,15 @@ def save_bad(damage, path):
     warnings.simplefilter('ignore')  # sparse, quantised and scripted tensors are beta or deprecated
     make(path)
   return says
+
+
+def converted(name, folder, **options):
+  """A golden model as a file of this package; `options` are those of `conversion.Options`."""
+  settings = {
+    key: golden.TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in golden.TINY_MODELS[name]
+  }
+  path = folder / f'{name}.safetensors'
+  conversion.convert(
+    golden.DATA / f'official_tiny_{name}.pth.tar', path, conversion.Options(settings=settings, **options)
+  )
+  return path

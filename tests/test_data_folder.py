@@ -2,13 +2,14 @@
 
 import hashlib
 import shutil
+import os
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data.sources import open_divided_folder, open_folder
+from t2t_vit_jax.data.sources import find_images, open_divided_folder, open_folder, open_images
 from tests.image_folder import write_image_folder
 
 CLASSES = ('n02', 'n10', 'n1')  # sorted as text: n02, n1, n10
@@ -137,3 +138,38 @@ def test_a_million_names_are_one_array(folder):
   records = open_folder(folder, 'train').records
   assert isinstance(records.names, np.ndarray)
   assert records.names.dtype.kind == 'S'
+
+
+def test_images_below_folders_come_in_the_order_of_their_paths(folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  (folder / 'val' / 'a.png').write_bytes(b'a')
+  (folder / 'val' / 'notes').write_bytes(b'no name of an image')
+  found = find_images(['val/notes', 'val', folder / 'val' / 'n1', 'val/a.png'])
+  assert found[:2] == ['val/notes', 'val/a.png']  # a file is taken whatever its name is
+  assert found[2:8] == [f'val/{name}/{i}.JPEG' for name in ('n02', 'n1', 'n10') for i in range(2)]
+  assert found[8:] == [*(str(folder / 'val' / 'n1' / f'{i}.JPEG') for i in range(2)), 'val/a.png']
+  source = open_images(found)
+  assert [source[i].id for i in range(len(source))] == found
+  assert source[8].image == (folder / 'val' / 'n1' / '0.JPEG').read_bytes()
+
+
+def test_paths_without_images_are_refused(folder):
+  (folder / 'empty').mkdir()
+  with pytest.raises(UserError, match=r'empty has no images \(\.bmp, '):
+    find_images([folder / 'val', folder / 'empty'])
+  with pytest.raises(UserError, match=r'there is no image and no folder .*typo'):
+    find_images([folder / 'val', folder / 'typo'])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_not_left_out(folder, monkeypatch):
+  real = os.scandir
+
+  def scandir(path):
+    if os.fspath(path).endswith('n10'):
+      raise PermissionError(13, 'Permission denied', path)
+    return real(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  for find in (lambda: find_images([folder]), lambda: open_folder(folder, 'train')):
+    with pytest.raises(UserError, match='n10 cannot be read: Permission denied'):
+      find()

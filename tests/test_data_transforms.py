@@ -29,6 +29,40 @@ def test_evaluation_crop_equals_timms_pixel_for_pixel(name, size):
   np.testing.assert_array_equal(np.asarray(crop), expected)
 
 
+def test_an_evaluation_crop_of_other_proportions_keeps_the_middle_of_the_side_that_is_left_over():
+  # A ramp from 0 to 239: as wide as 120 px of its height, of which the middle 60 stay.
+  ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[:, None, None], (240, 120, 3))
+  crop = np.asarray(
+    transforms.ResizeCenterCrop((60, 120), crop_fraction=1.0, interpolation='bilinear')(Image.fromarray(ramp))
+  )
+  np.testing.assert_array_equal(crop, ramp[90:150])
+  rows, columns = (
+    np.asarray(transforms.ResizeCenterCrop(size, crop_fraction=0.5, interpolation='bilinear')(Image.fromarray(image)))
+    for size, image in (((30, 60), ramp), ((60, 30), ramp.swapaxes(0, 1)))
+  )
+  assert rows.shape == (30, 60, 3)
+  np.testing.assert_array_equal(columns, rows.swapaxes(0, 1))
+  np.testing.assert_array_equal(rows[:, 0, 0], np.arange(105, 135))  # half of each side of 60 x 120
+
+
+@pytest.mark.parametrize('orientation', range(9))  # 0 is no orientation: EXIF begins with 1
+def test_photographs_are_turned_as_their_exif_says(orientation):
+  pixels = np.zeros((16, 24, 3), np.uint8)
+  pixels[:8, :8] = 255  # upper left
+  image, exif = Image.fromarray(pixels), Image.Exif()
+  exif[0x0112] = orientation
+  turned = transforms.upright(transforms.decode(encoded(image, 'PNG', exif=exif)))
+  assert turned.size == ((16, 24) if orientation >= 5 else (24, 16))
+  corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+  assert np.asarray(turned)[corners.get(orientation, (0, 0))].tolist() == [255, 255, 255]
+
+
+def test_exif_that_is_damaged_changes_nothing():
+  image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+  damaged = transforms.decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'))
+  np.testing.assert_array_equal(np.asarray(transforms.upright(damaged)), np.asarray(image))
+
+
 def test_random_resized_crop_has_the_published_distribution():
   crop = transforms.RandomResizedCrop(32)
   rng = np.random.default_rng(0)

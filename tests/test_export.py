@@ -20,7 +20,7 @@ from t2t_vit_jax import load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.export import export_weights, main
-from tests import checkpoints, golden
+from tests import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ATOL = 1e-5
@@ -32,20 +32,10 @@ def random_images(batch, height=64, width=64):
   return np.random.default_rng(batch).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
 
 
-def converted(name, folder, **options):
-  """A converted golden file."""
-  settings = {
-    key: golden.TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in golden.TINY_MODELS[name]
-  }
-  path = folder / f'{name}.safetensors'
-  convert(golden.DATA / f'official_tiny_{name}.pth.tar', path, Options(settings=settings, **options))
-  return path
-
-
 @pytest.fixture(scope='module')
 def performer(tmp_path_factory):
   """The golden performer, converted."""
-  return converted('performer', tmp_path_factory.mktemp('weights'))
+  return checkpoints.converted('performer', tmp_path_factory.mktemp('weights'))
 
 
 def exported(weights, **options):
@@ -75,7 +65,7 @@ def logits_of_model(weights, images, mean=MEAN, std=STD, dtype=jnp.float32, **op
   ],
 )
 def test_logits_equal_the_models_for_any_batch(name, batches, tmp_path):
-  weights = converted(name, tmp_path)
+  weights = checkpoints.converted(name, tmp_path)
   program, arrays, _ = exported(weights)
   images = random_images(8)
   expected = logits_of_model(weights, images)
@@ -235,8 +225,8 @@ def refusal(arguments, capsys):
     (['{folder}/missing', '--output={output}'], 'missing: no such file'),
     (['{folder}/text', '--output={output}'], 'text: is neither'),
     (['{folder}/half', '--output={output}'], 'half: damaged'),
-    (['{folder}/headless', '--output={output}'], 'headless: only models with a head'),
-    (['{folder}/no_mean', '--output={output}'], 'no_mean: only models with a head, and the mean'),
+    (['{folder}/headless', '--output={output}'], 'headless: holds no model with a head'),
+    (['{folder}/no_mean', '--output={output}'], 'no_mean: holds no model with a head, and the mean'),
     (['{folder}/torch.pth', '--output={output}'], 'torch.pth: is no weight file of this package'),
     (['{folder}/other', '--output={output}'], 'other: is no weight file of this package'),
   ],

@@ -11,6 +11,7 @@ import pytest
   [
     't2t_vit_jax',
     't2t_vit_jax.export',
+    't2t_vit_jax.visualize',
     't2t_vit_jax.training.loop',
     't2t_vit_jax.data.loader',
     't2t_vit_jax.data.prepare',

@@ -187,6 +187,26 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
   return found, [*notes, *changes]
 
 
+def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
+  """Reads a converted file of a model that can classify pictures: it has a head, and knows how to prepare RGB images.
+
+  Args:
+    path: the file.
+    image_size: px, if not the weights'.
+
+  Returns:
+    As `load`.
+
+  Raises:
+    UserError: as `load`, or the file is of another kind.
+  """
+  found, notes = load(path, Options(image_size=image_size), only_converted=True)
+  colours = [found.channels, *(len(found.data.get(field, ())) for field in ('mean', 'std'))]
+  if colours != [3, 3, 3] or not found.arguments['num_classes']:
+    raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB images')
+  return found, notes
+
+
 def _import(path: Path, kind: files.Format, options: Options) -> tuple[Weights, list[str]]:
   """A checkpoint's weights under our paths."""
   checkpoint = read_checkpoint(path, kind, options.weights)

@@ -60,7 +60,7 @@ class Faults:
     if index in self._bad:
       return
     self._bad.add(index)
-    name, reason = self._reason(index)
+    name, reason = explain(self._source, index)
     if self.num_bad <= MAX_NAMED:
       self._warn(f'image {name} cannot be read ({reason}); {self._consequence}')
     if self.num_bad > self._max_bad_fraction * len(self._source):
@@ -69,13 +69,14 @@ class Faults:
         f'more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; the last is {name} ({reason})'
       )
 
-  def _reason(self, index: int) -> tuple[str, str]:
-    """The image's id, and what reading it again runs into: workers don't send that along."""
-    name = f'{index} of {self._source.description}'
-    try:
-      record = self._source[index]
-      name = record.id
-      decode(record.image)
-    except BadImage as error:
-      return name, str(error)
-    return name, 'at a second try it could be'
+
+def explain(source: Source, index: int) -> tuple[str, str]:
+  """Id of a record that could not be read, and what reading it again runs into: workers don't send that along."""
+  name = f'{index} of {source.description}'
+  try:
+    record = source[index]
+    name = record.id
+    decode(record.image)
+  except BadImage as error:
+    return name, str(error)
+  return name, 'at a second try it could be'

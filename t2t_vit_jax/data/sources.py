@@ -1,6 +1,6 @@
 """Where images come from: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import os
@@ -181,7 +181,7 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
     raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
   names, labels = [], []
   for label, class_name in enumerate(class_names):
-    images = sorted(_images_below(folder, class_name))
+    images = sorted(_images_below(folder, class_name)) if class_name in found else []
     if not images and class_name in found:
       raise UserError(f'{folder / class_name} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
     names += images
@@ -202,13 +202,47 @@ def _split_folder(path: Path, split: str) -> Path:
   raise UserError(f'{path} {what}: images are expected as {candidates[0]}/CLASS/IMAGE')
 
 
-def _images_below(folder: Path, class_name: str) -> Iterator[bytes]:
-  """Names of a class's image files, relative to `folder`."""
-  for parent, _, files in os.walk(folder / class_name, followlinks=True):
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+  """Paths of image files, and of the images below folders.
+
+  A file is taken whatever its name is. In folders, names decide (`IMAGE_SUFFIXES`); their images come in the order of
+  their paths.
+
+  Raises:
+    UserError: there is no such file or folder, a folder cannot be read or has no images.
+  """
+  found: list[str] = []
+  for path in map(Path, paths):
+    if path.is_dir():
+      below = sorted(_images_below(path))
+      if not below:
+        raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
+      found += [os.fspath(path / os.fsdecode(name)) for name in below]
+    elif path.exists():
+      found.append(os.fspath(path))
+    else:
+      raise UserError(f'there is no image and no folder {path}')
+  return found
+
+
+def open_images(files: Sequence[str]) -> Source:
+  """Opens image files, which have no labels, in this order."""
+  names = np.array([os.fsencode(file) for file in files])
+  records = _FolderRecords(Path(), names, np.zeros(len(files), np.int32))
+  return Source(records, ('',), 'the given images')
+
+
+def _images_below(folder: Path, subfolder: str = '') -> Iterator[bytes]:
+  """Names of the image files in a folder or its subfolder and below, relative to `folder`."""
+
+  def refuse(error: OSError) -> None:
+    raise UserError(f'{error.filename} cannot be read: {error.strerror}')
+
+  for parent, _, files in os.walk(folder / subfolder, onerror=refuse, followlinks=True):
     relative = os.path.relpath(parent, folder)
     for name in files:
       if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.'):
-        yield os.fsencode(os.path.join(relative, name))
+        yield os.fsencode(name if relative == '.' else os.path.join(relative, name))
 
 
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:

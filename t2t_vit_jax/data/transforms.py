@@ -11,7 +11,7 @@ import struct
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2t_vit_jax.errors import UserError
 
@@ -120,30 +120,43 @@ TrainTransform = Callable[[EncodedImage, np.random.Generator], Image.Image]  # b
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
-def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-  """Resizes to `size` px on the short side; the long side is rounded down."""
-  width, height = image.size
-  short = min(width, height)
-  return image.resize((int(size * width / short), int(size * height / short)), INTERPOLATIONS[interpolation])
+def upright(image: Image.Image) -> Image.Image:
+  """Turns a decoded image as its EXIF orientation says, if that can be understood: photographs of a phone need it."""
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception:  # EXIF is full of surprises, and none of them harms the pixels
+    return image
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-  """Cuts the middle `size` x `size` px."""
-  left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-  return image.crop((left, top, left + size, top + size))
+def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+  """Resizes to at least (height, width) px: to one of them exactly, and the other side is rounded down."""
+  height, width = size
+  if width * image.height >= height * image.width:
+    height = int(width * image.height / image.width)
+  else:
+    width = int(height * image.width / image.height)
+  return image.resize((width, height), INTERPOLATIONS[interpolation])
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """Cuts (height, width) px from the middle."""
+  height, width = size
+  left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+  return image.crop((left, top, left + width, top + height))
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeCenterCrop:
   """timm's evaluation transform: the crop keeps `crop_fraction` of the resized short side."""
 
-  size: int  # px
+  size: int | tuple[int, int]  # px, one side or (height, width)
   crop_fraction: float
   interpolation: str = 'bicubic'
 
   def __call__(self, image: Image.Image) -> Image.Image:
-    resized = resize_short_side(image, math.floor(self.size / self.crop_fraction), self.interpolation)
-    return center_crop(resized, self.size)
+    height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+    larger = math.floor(height / self.crop_fraction), math.floor(width / self.crop_fraction)
+    return center_crop(resize_to_cover(image, larger, self.interpolation), (height, width))
 
 
 @dataclasses.dataclass(frozen=True)

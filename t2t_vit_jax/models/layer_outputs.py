@@ -1,0 +1,82 @@
+"""What layers compute inside a model: their outputs, and the attention weights, by name.
+
+A layer's name is its path in the parameters, such as 'blocks_3', 'blocks_3/mlp/fc1' or 'tokens_to_token/attention1'.
+Attention weights are called after the layer that forms them: 'blocks_3/attn/attention', (B, num_heads, T, T) with
+T = 1 + H * W tokens, the class token first, and 'tokens_to_token/attention1/attention', (B, T, T) for the T tokens of
+that stage row by row. Each row of weights is a query's and sums to 1; a performer's sums to less where its kernel is so
+small that the 1e-8 in its denominator counts.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, cast
+
+from flax.traverse_util import flatten_dict
+import jax
+
+from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.models.t2t_vit import Features, T2TViT
+
+Array = jax.Array
+
+
+def layer_outputs(
+  model: T2TViT, variables: Any, images: Array, layers: Sequence[str]
+) -> tuple[Features, dict[str, Array]]:
+  """Features of a batch, and what the named layers compute on the way to them, in one pass.
+
+  Nothing else is computed or kept. A model with `scan_blocks` runs block by block here.
+
+  >>> features, found = layer_outputs(model, variables, images, ['blocks_3', 'blocks_3/attn/attention'])
+
+  Args:
+    model: of any kind.
+    variables: the model's.
+    images: (B, height, width, C), normalised; any size.
+    layers: names, as `layer_shapes` lists them.
+
+  Returns:
+    `Features`, and outputs by name. Encoder blocks have (B, 1 + H * W, D), the class token first, and the stages of
+    the tokens-to-token module (B, H', W', D).
+
+  Raises:
+    UserError: the model has no such layer; the message names the nearest.
+  """
+  return _layer_outputs(model, tuple(layers), variables, images)
+
+
+def layer_shapes(model: T2TViT, variables: Any, images: Any) -> dict[str, tuple[int, ...]]:
+  """Every name that `layer_outputs` knows, and the shape that it gives; computes nothing.
+
+  Parameters without an output of their own, such as those of 'qkv', are used by their parent and not listed.
+
+  Args:
+    model: of any kind.
+    variables: the model's, or their shapes.
+    images: (B, height, width, C), or a `jax.ShapeDtypeStruct` of them.
+  """
+  _, outputs = jax.eval_shape(functools.partial(_all_outputs, model), variables, images)
+  return {name: output.shape for name, output in outputs.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer_outputs(
+  model: T2TViT, layers: tuple[str, ...], variables: Any, images: Array
+) -> tuple[Features, dict[str, Array]]:
+  features, outputs = _all_outputs(model, variables, images)
+  for layer in layers:
+    if layer not in outputs:
+      raise UserError(f'the model has no layer {layer!r} with an output of its own: {did_you_mean(layer, outputs)}')
+  return features, {layer: outputs[layer] for layer in layers}  # jit drops what only the others need
+
+
+def _all_outputs(model: T2TViT, variables: Any, images: Array) -> tuple[Features, dict[str, Array]]:
+  """Features, and every output by name: to be traced only, since attention weights alone may take gigabytes."""
+  features, state = model.apply(variables, images, features=True, capture_intermediates=True, mutable=['intermediates'])
+  outputs = {
+    name.removesuffix('/__call__'): output
+    for name, (output, *_) in flatten_dict(dict(state['intermediates']), sep='/').items()
+    # Left out: parameters that the parent uses, features, and dropout, whose layers have names with capitals.
+    if isinstance(output, jax.Array) and name == name.lower()
+  }
+  return cast(Features, features), outputs

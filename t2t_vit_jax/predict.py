@@ -1,0 +1,264 @@
+"""Classifies images with a weight file: python -m t2t_vit_jax.predict WEIGHTS IMAGE_OR_FOLDER ...
+
+docs/predict.md describes what it prints.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+from pathlib import Path
+import sys
+from typing import Any, NamedTuple, cast
+
+from flax.traverse_util import unflatten_dict
+import jax
+from PIL import Image
+from tqdm import tqdm
+
+from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.conversion import files, parse_image_size
+from t2t_vit_jax.conversion.convert import ImageSize, load_classifier
+from t2t_vit_jax.data import faults, sources
+from t2t_vit_jax.data.class_names import readable_names
+from t2t_vit_jax.data.loader import Share, Workers, eval_batches
+from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop, upright
+from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.training.augment import Normalization
+from t2t_vit_jax.training.console import warn
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A model with what a weight file says of its use."""
+
+  model: T2TViT
+  variables: dict[str, Any]
+  prepare: EvalTransform  # a decoded image -> one of the model's size
+  normalize: Normalization  # uint8 images (B, height, width, 3) -> what the model takes
+  class_names: tuple[str, ...]  # for people to read
+
+
+class Guess(NamedTuple):
+  """One of the classes that an image may belong to."""
+
+  label: int
+  name: str
+  probability: float
+
+
+class Prediction(NamedTuple):
+  """What is said of one image: guesses, the likeliest first, or why it cannot be read."""
+
+  image: str
+  guesses: tuple[Guess, ...]
+  error: str | None = None
+
+
+def open_classifier(path: Path, image_size: ImageSize | None = None) -> Classifier:
+  """Opens a weight file and prepares images as its data defaults say, but also turns them as their EXIF says.
+
+  Raises:
+    UserError: the file can't be read, or holds no model that classifies pictures.
+  """
+  found, _ = load_classifier(path, image_size)
+  crop_fraction, interpolation = found.data.get('crop_fraction'), found.data.get('interpolation')
+  if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
+    raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
+  crop = ResizeCenterCrop(found.arguments['image_size'], crop_fraction, interpolation)
+  return Classifier(
+    model=T2TViT(**found.arguments),
+    variables=jax.device_put(unflatten_dict(found.arrays, sep='/')),
+    prepare=functools.partial(_prepare, crop),
+    normalize=Normalization(found.data['mean'], found.data['std']),
+    class_names=readable_names(found.class_names, found.arguments['num_classes']),
+  )
+
+
+def _prepare(crop: EvalTransform, image: Image.Image) -> Image.Image:
+  return crop(upright(image))
+
+
+def predict(
+  classifier: Classifier, images: Sequence[str], *, top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+  """Classifies image files one after the other; threads read the next ones while the device computes.
+
+  >>> for prediction in predict(open_classifier(Path('weights.safetensors')), find_images(['photos'])): ...
+
+  Args:
+    classifier: from `open_classifier`.
+    images: files, such as `sources.find_images` finds them.
+    top: number of guesses; at most all classes are named.
+    batch_size: images that are computed at a time.
+
+  Raises:
+    UserError: a batch does not fit into memory.
+  """
+  source = sources.open_images(images)
+  top = min(top, len(classifier.class_names))
+  # Every batch has the same size, the last one filled up: the program is compiled once.
+  share = Share(min(batch_size, len(images)))
+  workers = Workers(num_threads=os.cpu_count() or 1)
+  for batch in eval_batches(source, classifier.prepare, share, workers):
+    with _explaining_memory(share.batch_size):
+      outputs = _classify(classifier.model, classifier.normalize, top, classifier.variables, batch['image'])
+      probabilities, labels = jax.device_get(outputs)
+    for row in range(int(batch['mask'].sum())):
+      index = int(batch['index'][row])
+      if batch['bad'][row]:
+        yield Prediction(images[index], (), faults.explain(source, index)[1])
+        continue
+      guesses = zip(labels[row].tolist(), probabilities[row].tolist(), strict=True)
+      named = (Guess(label, classifier.class_names[label], probability) for label, probability in guesses)
+      yield Prediction(images[index], tuple(named))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _classify(
+  model: T2TViT, normalize: Normalization, top: int, variables: dict[str, Any], images: Array
+) -> tuple[Array, Array]:
+  """Probabilities and labels of the likeliest classes, each (B, top), of uint8 images."""
+  logits = cast(Array, model.apply(variables, normalize(images)))
+  probabilities, labels = jax.lax.top_k(jax.nn.softmax(logits), top)
+  return probabilities, labels
+
+
+@contextlib.contextmanager
+def _explaining_memory(batch_size: int) -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UserError(f'a batch of {batch_size} images does not fit into memory: set a smaller --batch_size') from error
+
+
+def _as_text(predictions: Iterable[Prediction]) -> Iterator[str]:
+  """Each image's path, and its guesses below; unreadable ones are left out."""
+  for image, guesses, error in predictions:
+    if not error:
+      lines = (f'{100 * guess.probability:7.2f} %  {guess.name}' for guess in guesses)
+      yield '\n'.join([printable(image), *lines, ''])
+
+
+def _as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
+  """One list, with an image on each line: {"image", "predictions": [{"label", "name", "probability"}], "error"}."""
+  yield '['
+  separator = '\n'
+  for image, guesses, error in predictions:
+    entry = {'image': image, 'predictions': [guess._asdict() for guess in guesses], 'error': error}
+    yield separator + json.dumps(entry)
+    separator = ',\n'
+  yield '\n]\n'
+
+
+def _as_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
+  """One line for each guess; an unreadable image has one that gives the reason."""
+  yield _csv_line('image', 'rank', *Guess._fields, 'error')
+  for image, guesses, error in predictions:
+    for rank, guess in enumerate(guesses, start=1):
+      yield _csv_line(image, rank, *guess, '')
+    if error:
+      yield _csv_line(image, '', '', '', '', error)
+
+
+def _csv_line(*values: Any) -> str:
+  text = io.StringIO()
+  csv.writer(text, lineterminator='\n').writerow(values)
+  return text.getvalue()
+
+
+FORMS: dict[str, Callable[[Iterable[Prediction]], Iterator[str]]] = {'text': _as_text, 'json': _as_json, 'csv': _as_csv}
+
+
+def _counted(predictions: Iterable[Prediction], unreadable: list[str], num_images: int) -> Iterator[Prediction]:
+  """Passes predictions on, shows progress, and names and collects the images that cannot be read."""
+  with tqdm(total=num_images, unit='image', disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    for prediction in predictions:
+      if prediction.error:
+        unreadable.append(prediction.image)
+        warn(f'{printable(prediction.image)} cannot be read ({prediction.error})')
+      yield prediction
+      bar.update()
+
+
+def _write(text: Iterable[str], output: Path | None) -> None:
+  """Writes to a file, which appears when it is complete, or to standard output as it comes."""
+  if output is None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      sys.stdout.reconfigure(errors='backslashreplace')  # for paths that are not in its encoding
+    for part in text:
+      tqdm.write(part, file=sys.stdout, end='')
+    return
+
+  def write(temporary: Path) -> None:
+    with temporary.open('w', encoding='utf-8', errors='backslashreplace', newline='') as file:
+      file.writelines(text)
+
+  files.write_file(output, write)
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
+  ending = arguments.output.suffix[1:] if arguments.output else ''
+  form = arguments.form or (ending if ending in FORMS else 'text')
+  if arguments.output:
+    files.check_output(arguments.output, force=arguments.force)
+  images = sources.find_images(arguments.images)
+  size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
+  classifier = open_classifier(arguments.weights, size)
+  unreadable: list[str] = []
+  predictions = predict(classifier, images, top=arguments.top, batch_size=arguments.batch_size)
+  _write(FORMS[form](_counted(predictions, unreadable, len(images))), arguments.output)
+  if arguments.output:
+    print(f'wrote {arguments.output}: predictions for {len(images) - len(unreadable):,} images')
+  if unreadable:
+    warn(f'{len(unreadable):,} of {len(images):,} images cannot be read; the others were classified')
+  return 1 if unreadable else 0
+
+
+def _positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise ValueError
+  return number
+
+
+_positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    prog='python -m t2t_vit_jax.predict',
+    description='Classifies images with a weight file.',
+    epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if it failed.',
+  )
+  parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='.safetensors file of this package')
+  parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='folders are searched with all below them')
+  forms = parser.add_mutually_exclusive_group()
+  for form in ('json', 'csv'):
+    forms.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form.upper()}')
+  parser.add_argument(
+    '--output', metavar='FILE', type=Path, help='write there instead; .json and .csv say the form too'
+  )
+  parser.add_argument('--top', metavar='N', type=_positive, default=5, help='classes to name (default: %(default)s)')
+  parser.add_argument(
+    '--batch_size', metavar='N', type=_positive, default=32, help='images computed at a time (default: %(default)s)'
+  )
+  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument('--force', action='store_true', help='overwrite the output')
+  return run_tool(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

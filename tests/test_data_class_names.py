@@ -1,0 +1,53 @@
+"""Names of ImageNet's classes: their order, their source, and where they are used."""
+
+import tensorflow_datasets as tfds
+
+from docs.imagenet_names import class_names
+from t2t_vit_jax.data.class_names import imagenet_names, readable_names
+
+
+def test_names_have_the_ids_and_the_order_of_tfds():
+  synsets = tfds.core.tfds_path('datasets/imagenet2012/labels.txt').read_text().split()
+  assert list(imagenet_names()) == synsets
+
+
+def test_names_are_those_that_everyone_knows_by_their_label():
+  names = readable_names(None, 1000)
+  assert names[0] == 'tench, Tinca tinca'
+  assert names[207] == 'golden retriever'
+  assert names[999] == 'toilet tissue, toilet paper, bathroom tissue'
+  assert len(set(names)) == 1000
+  assert [name for name in names if name.startswith('crane')] == ['crane (wading bird)', 'crane (lifting device)']
+
+
+def test_ids_become_words_and_other_names_stay():
+  assert readable_names(('n02102040', 'n01440764', 'Oma'), 3) == (
+    'English springer, English springer spaniel',
+    'tench, Tinca tinca',
+    'Oma',
+  )
+  assert readable_names(None, 3) == ('class 0', 'class 1', 'class 2')
+  thousand = tuple(f'sort {i}' for i in range(1000))
+  assert readable_names(thousand, 1000) == thousand
+
+
+def test_names_are_read_from_wordnets_file():
+  file = '  1 licence  \n'
+  starts = {}
+
+  def add(key, words, hypernym):
+    """Appends an entry: number of words, and after each of them its sense, in hexadecimal digits."""
+    nonlocal file
+    starts[key] = f'n{len(file):08d}'
+    senses = ' '.join(f'{word} 0' for word in words)
+    pointers = f'003 #m 00000001 n 0000 @ {starts[hypernym][1:] if hypernym else "00000000"} n 0000 ~ 00000002 n 0000'
+    file += f'{len(file):08d} 05 n {len(words):02x} {senses} {pointers} | a gloss; "with @ | and more"  \n'
+
+  add('bird', ['wading_bird', 'wader'], None)
+  add('crane', ['crane'], 'bird')
+  add('device', ['lifting_device'], None)
+  add('machine', ['crane'], 'device')
+  add('eleven', [f'word_{i}' for i in range(11)], 'device')
+  ids = [starts[key] for key in ('crane', 'machine', 'eleven')]
+  expected = ['crane (wading bird)', 'crane (lifting device)', ', '.join(f'word {i}' for i in range(11))]
+  assert class_names(ids, file.encode()) == expected
