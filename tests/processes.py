@@ -1,5 +1,6 @@
 """Runs of `train.py` in one or several processes on this machine, each with some virtual devices."""
 
+from concurrent.futures import ThreadPoolExecutor
 import json
 import os
 from pathlib import Path
@@ -47,13 +48,23 @@ def start(count, *flags, **options):
 
 
 def finish(processes, timeout=600):
-  """(exit code, standard output, standard error) of each."""
+  """(exit code, standard output, standard error) of each.
+
+  All are read at once: one whose pipe is full stands still, and the others may wait for it.
+  """
   try:
-    found = [process.communicate(timeout=timeout) for process in processes]
+    with ThreadPoolExecutor(len(processes)) as readers:
+      found = list(readers.map(lambda process: process.communicate(timeout=timeout), processes))
   finally:
     for process in processes:
-      process.kill()
+      end(process)
   return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def end(process):
+  """Kills it if it still runs, and closes its pipes."""
+  with process:
+    process.kill()
 
 
 def run(count, *flags, **options):
