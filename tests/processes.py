@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 ROOT = Path(__file__).parents[1]
+started = []  # by the test that runs
 
 
 def free_port():
@@ -18,8 +19,8 @@ def free_port():
 
 
 def start_process(*flags, devices=1, root=ROOT, **environment):
-  """`python train.py FLAGS` with so many virtual devices."""
-  return subprocess.Popen(
+  """`python train.py FLAGS` with so many virtual devices. It ends with the test at the latest."""
+  process = subprocess.Popen(
     [sys.executable, str(root / 'train.py'), *flags],
     env={
       **os.environ,
@@ -32,6 +33,8 @@ def start_process(*flags, devices=1, root=ROOT, **environment):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
   )
+  started.append(process)
+  return process
 
 
 def process_flags(count):
@@ -59,6 +62,12 @@ def finish(processes, timeout=600):
     for process in processes:
       end(process)
   return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def end_all():
+  """Ends what a test that failed has left behind."""
+  while started:
+    end(started.pop())
 
 
 def end(process):

@@ -203,5 +203,5 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
-  moments = kill_and_compare(tmp_path, kills=3, seed=0, longest_wait=2.0, **{'schedule.epochs': 15})
+  moments = kill_and_compare(tmp_path, kills=3, seed=0, longest_wait=1.0, **{'schedule.epochs': 9})
   assert sum('while saving' in moment for moment in moments) >= 1

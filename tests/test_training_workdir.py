@@ -15,6 +15,8 @@ from tests.processes import finish, free_port, run, start, start_process
 
 BUCKET = 'somewhere'
 
+pytestmark = pytest.mark.several_processes
+
 
 @pytest.fixture
 def bucket():
