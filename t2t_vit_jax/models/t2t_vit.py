@@ -164,7 +164,6 @@ class T2TViT(nn.Module):
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
-
     block_class: Any = EncoderBlock
     if self.remat != 'none':  # argument 2 is `train`
       block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2,))
@@ -211,7 +210,7 @@ class T2TViT(nn.Module):
     rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth) if self.stochastic_depth_rate else None
     keys = jax.random.split(self.make_rng('dropout'), self.depth) if train and self.has_rng('dropout') else None
 
-    def body(x: Array, block: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
+    def body(x: Array, block: tuple[Any, Array | None, Array | None]) -> tuple[Any, None]:
       params, rate, key = block
       module = self._block(EncoderBlock, 0.0 if rate is None else rate, parent=None)
       return module.apply({'params': params}, x, train, rngs={} if key is None else {'dropout': key}), None
