@@ -64,7 +64,6 @@ def test_sums_do_not_depend_on_batches_and_processes(tmp_path):
     'data.path': str(folder),
     'data.eval_split': 'validation',
     'data.batch_size': 8,
-    'data.image_size': 16,
     'model.depth': 1,
     'ema.decay': 0.0,
   }
