@@ -142,7 +142,8 @@ def build_run(config: Any) -> Run:
     UserError: a field is out of range, data is missing, or the parts don't fit together.
   """
   check_ranges(config)
-  build_model(config, num_classes=1)  # says that there is no such model before data is prepared
+  if config.model.name:
+    build_model(config, num_classes=1)  # says that there is no such model before data is prepared
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
