@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
+import pickle
+import zipfile
 
 from flax.traverse_util import unflatten_dict
 import numpy as np
-import torch
 
 from t2t_vit_jax.conversion import names
 
@@ -58,13 +59,43 @@ def load_numbers(name):
 
 def load_state_dict(name):
   """Torch tensors of the golden model `official_tiny_<name>.pth.tar` (its EMA weights) by their names."""
+  import torch
+
   with torch.serialization.safe_globals([argparse.Namespace]):
     return torch.load(DATA / f'official_tiny_{name}.pth.tar', weights_only=True)['state_dict_ema']
 
 
+class _ArrayReader(pickle.Unpickler):
+  """Reads a file of `torch.save` with float32 tensors as one with arrays, where torch is not installed too."""
+
+  def __init__(self, archive):
+    self._archive, (self._root,) = archive, {name.split('/')[0] for name in archive.namelist()}
+    super().__init__(archive.open(f'{self._root}/data.pkl'))
+
+  def find_class(self, module, name):
+    known = {
+      'OrderedDict': dict,
+      'Namespace': argparse.Namespace,
+      'FloatStorage': '<f4',
+      '_rebuild_tensor_v2': self.array,
+    }
+    return known[name]
+
+  def persistent_load(self, reference):
+    _, dtype, key, _, _ = reference
+    return np.frombuffer(self._archive.read(f'{self._root}/data/{key}'), dtype)
+
+  @staticmethod
+  def array(storage, offset, shape, strides, *unused):
+    return np.lib.stride_tricks.as_strided(
+      storage[offset:], shape, [step * storage.itemsize for step in strides]
+    ).copy()
+
+
 def load_variables(name):
   """The same as variables `{'params': ..., 'frozen': ...}` of `T2TViT`."""
-  return to_variables({key: tensor.numpy() for key, tensor in load_state_dict(name).items()})
+  with zipfile.ZipFile(DATA / f'official_tiny_{name}.pth.tar') as archive:
+    return to_variables(_ArrayReader(archive).load()['state_dict_ema'])
 
 
 def to_variables(tensors):

@@ -1,5 +1,6 @@
 """Runs of `train.py` in one or several processes on this machine, each with some virtual devices."""
 
+from concurrent.futures import ThreadPoolExecutor
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 ROOT = Path(__file__).parents[1]
+started = []  # by the test that runs
 
 
 def free_port():
@@ -17,8 +19,8 @@ def free_port():
 
 
 def start_process(*flags, devices=1, root=ROOT, **environment):
-  """`python train.py FLAGS` with so many virtual devices."""
-  return subprocess.Popen(
+  """`python train.py FLAGS` with so many virtual devices. It ends with the test at the latest."""
+  process = subprocess.Popen(
     [sys.executable, str(root / 'train.py'), *flags],
     env={
       **os.environ,
@@ -31,6 +33,8 @@ def start_process(*flags, devices=1, root=ROOT, **environment):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
   )
+  started.append(process)
+  return process
 
 
 def process_flags(count):
@@ -47,13 +51,29 @@ def start(count, *flags, **options):
 
 
 def finish(processes, timeout=600):
-  """(exit code, standard output, standard error) of each."""
+  """(exit code, standard output, standard error) of each.
+
+  All are read at once: one whose pipe is full stands still, and the others may wait for it.
+  """
   try:
-    found = [process.communicate(timeout=timeout) for process in processes]
+    with ThreadPoolExecutor(len(processes)) as readers:
+      found = list(readers.map(lambda process: process.communicate(timeout=timeout), processes))
   finally:
     for process in processes:
-      process.kill()
+      end(process)
   return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def end_all():
+  """Ends what a test that failed has left behind."""
+  while started:
+    end(started.pop())
+
+
+def end(process):
+  """Kills it if it still runs, and closes its pipes."""
+  with process:
+    process.kill()
 
 
 def run(count, *flags, **options):

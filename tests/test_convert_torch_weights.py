@@ -4,10 +4,12 @@ from pathlib import Path
 import subprocess
 import sys
 
+from absl.testing import flagsaver
 import pytest
 import torch
 
 from t2t_vit_jax import load_pretrained
+from t2t_vit_jax.conversion.__main__ import main, parse_flags
 from tests import checkpoints, golden
 
 pytestmark = pytest.mark.slow
@@ -69,10 +71,14 @@ def test_other_classes_and_sizes(tmp_path):
     (['--output={}', '--model=t2t_vit_14'], 'is not t2t_vit_14'),
   ],
 )
-def test_bad_flags_are_one_line(flags, says, tmp_path):
+def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
+  """In this process: each of its own would load torch."""
   output = tmp_path / 'weights.safetensors'
-  source = golden.DATA / 'official_tiny_performer.pth.tar'
-  assert_error(program(source, *(flag.format(output) for flag in flags)), says)
+  source = str(golden.DATA / 'official_tiny_performer.pth.tar')
+  command = ['program', source, *(flag.format(output) for flag in flags)]
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+    main(parse_flags(command))
+  assert_error(subprocess.CompletedProcess(command, caught.value.code, *capsys.readouterr()), says)
   assert not list(tmp_path.iterdir())
 
 

@@ -1,8 +1,8 @@
 """Image folders: classes, labels, ids, and what is said about folders that are none."""
 
 import hashlib
-import shutil
 import os
+import shutil
 
 import numpy as np
 import pytest

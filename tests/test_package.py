@@ -1,9 +1,19 @@
-"""What importing costs, and what it must not load."""
+"""What importing costs, and what it must not load; the wheel."""
 
+import os
+from pathlib import Path
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import zipfile
 
 import pytest
+
+import t2t_vit_jax
+from tests import golden
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -21,3 +31,73 @@ def test_import_loads_neither_torch_nor_tensorflow(module):
   code = f'import sys, {module}; print([name for name in ("torch", "tensorflow") if name in sys.modules])'
   output = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
   assert output.strip() == '[]'
+
+
+def run(*command, cwd):
+  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+  done = subprocess.run(
+    list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+  """A folder with the sdist, and the wheel that was built from it."""
+  folder = tmp_path_factory.mktemp('dist')
+  run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, ROOT, cwd=folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def installed(built, tmp_path_factory):
+  """The Python of an environment with the wheel, and with the other packages of this one."""
+  environment = tmp_path_factory.mktemp('wheel') / 'venv'
+  run(sys.executable, '-m', 'venv', '--without-pip', environment, cwd=built)
+  python = environment / 'bin' / 'python'
+  (wheel,) = built.glob('*.whl')
+  run(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '--no-index', wheel, cwd=built)
+  packages = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', cwd=built).strip())
+  # As a path it brings no link to the checkout.
+  (packages / 'others.pth').write_text(sysconfig.get_path('purelib') + '\n')
+  return python
+
+
+@pytest.mark.slow
+def test_what_is_released(built):
+  version = t2t_vit_jax.__version__
+  with zipfile.ZipFile(built / f't2t_vit_jax-{version}-py3-none-any.whl') as wheel:
+    names = wheel.namelist()
+    assert f'\nVersion: {version}\n' in wheel.read(f't2t_vit_jax-{version}.dist-info/METADATA').decode()
+  assert {name.split('/')[0] for name in names} == {'t2t_vit_jax', f't2t_vit_jax-{version}.dist-info'}
+  assert 't2t_vit_jax/py.typed' in names
+  with tarfile.open(built / f't2t_vit_jax-{version}.tar.gz') as sdist:
+    files = {name.split('/', 1)[1] for name in sdist.getnames()}
+  assert {'train.py', 'configs/default.py', 'docs/training.md', 'LICENSE', 'CHANGELOG.md'} <= files
+  assert not [name for name in files if name.startswith('tests/')]
+
+
+@pytest.mark.slow
+def test_the_wheel_computes_the_references_logits(installed, tmp_path):
+  """From a converted checkpoint, in a folder without the checkout."""
+  checkpoint = golden.DATA / 'official_tiny_performer.pth.tar'
+  run(
+    installed, '-m', 't2t_vit_jax.conversion', checkpoint, '--output=w.safetensors', '--set=num_heads=4', cwd=tmp_path
+  )
+  code = f"""if True:
+    import jax, numpy as np, t2t_vit_jax
+    print(t2t_vit_jax.__file__)
+    numbers = np.load({str(golden.DATA / 'official_tiny_performer.npz')!r})
+    model, variables = t2t_vit_jax.load_pretrained('w.safetensors')
+    print(abs(model.apply(variables, numbers['images_nhwc']) - numbers['logits']).max())
+    fresh = t2t_vit_jax.create_model('t2t_vit_7', num_classes=5, depth=1)
+    images = np.zeros((2, 64, 64, 3), np.float32)
+    print(fresh.apply(fresh.init(jax.random.key(0), images), images).shape)
+  """
+  file, difference, shape = run(installed, '-c', code, cwd=tmp_path).splitlines()
+  assert Path(file).is_relative_to(installed.parents[1])
+  assert float(difference) <= 1e-5
+  assert shape == '(2, 5)'
+  run(installed, '-m', 't2t_vit_jax.export', 'w.safetensors', '--output=model.npz', cwd=tmp_path)
+  assert (tmp_path / 'model.npz').stat().st_size > 100_000

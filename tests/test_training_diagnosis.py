@@ -135,8 +135,8 @@ def test_too_little_memory_gets_one_line(tmp_path, data_dir):
       f'--workdir={tmp_path}/run',
       f'--config.data.data_dir={data_dir}',
       '--config.model.tokens_type=transformer',
-      '--config.data.image_size=512',
-      '--config.data.batch_size=16',
+      '--config.data.image_size=256',
+      '--config.data.batch_size=256',
     ],
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
@@ -145,5 +145,5 @@ def test_too_little_memory_gets_one_line(tmp_path, data_dir):
   )
   assert process.returncode == 2, process.stderr
   last = process.stderr.splitlines()[-1]
-  assert last.startswith('error: out of memory with a batch of 16 images of 512 px (')
+  assert last.startswith('error: out of memory with a batch of 256 images of 256 px (')
   assert 'accumulate_steps' in last

@@ -12,9 +12,11 @@ import urllib.request
 import pytest
 
 from t2t_vit_jax.conversion.convert import read_header
-from tests.processes import finish, free_port, run, start_process
+from tests.processes import finish, free_port, run, start, start_process
 
 BUCKET = 'somewhere'
+
+pytestmark = pytest.mark.several_processes
 
 
 @pytest.fixture
@@ -81,8 +83,11 @@ def test_a_run_in_a_bucket(bucket, data_dir):
   for name in objects(bucket):
     if name.startswith(f'runs/digits/checkpoints/{stopped}/state/d/'):
       damage(bucket, name)
-  output = run(2, *flags, f'--workdir={workdir}', **bucket)
-  assert f'The checkpoint {workdir}/checkpoints/{stopped} is damaged' in output
+  results = finish(start(2, *flags, f'--workdir={workdir}', **bucket))
+  assert [code for code, _, _ in results] == [0, 0], results
+  assert not any('Traceback' in error for _, _, error in results)  # of each array that could not be read
+  output = results[0][1]
+  assert f'The checkpoint {workdir}/checkpoints/{stopped} is damaged (ValueError: OUT_OF_RANGE: ' in output
   assert f'and was moved to {workdir}/damaged/{stopped}' in output
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
   assert begun == (stopped - 1) // 5 * 5

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import gc
 import json
+import logging
 import os
 import shutil
+import sys
 from typing import Any, Self
 
 from etils import epath
@@ -170,21 +173,27 @@ class Checkpoints:
     set_aside: list[str] = []
     while self.latest_step is not None:
       failure = None
-      try:
-        state, changes = self._load_newest(abstract_state, run)
-      except UserError:
-        raise
-      except Exception as error:
-        if any(text in str(error) for text in NOT_DAMAGE):
-          raise UserError(f'cannot read {self.folder}: {_first_line(error)}') from error
-        failure = _first_line(error)
-      if multihost_utils.process_allgather(np.array(failure is None)).all():
+      with _silence() as logged:
+        try:
+          state, changes = self._load_newest(abstract_state, run, logged)
+        except UserError:
+          raise
+        except Exception as error:
+          if any(text in str(_cause(error)) for text in NOT_DAMAGE):
+            raise UserError(f'cannot read {self.folder}: {_first_line(error)}') from error
+          failure = _first_line(error)
+        whole = multihost_utils.process_allgather(np.array(failure is None)).all()
+        if failure:
+          gc.collect()  # asyncio logs what nobody asked for when it is deleted
+      if whole:
         return state, changes, set_aside
       set_aside.append(self._set_aside(failure or 'another process could not read it'))
     raise UserError(f'no checkpoint can be read. {" ".join(set_aside)} The same command starts anew')
 
-  def _load_newest(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str]]:
-    stored = self._checkpointer.metadata()
+  def _load_newest(
+    self, abstract_state: TrainState, run: dict[str, Any], logged: Sequence[logging.LogRecord]
+  ) -> tuple[TrainState, list[str]]:
+    stored = self._description(logged)
     wanted = serialization.to_state_dict(abstract_state)
     wanted['fingerprint'] = _abstract_fingerprints(wanted)
     self._check_shapes(stored, wanted, run['model'])
@@ -208,15 +217,16 @@ class Checkpoints:
     if self.latest_step is None:
       raise UserError(f'there is no checkpoint in {self.folder}')
     try:
-      stored = self._checkpointer.metadata()
-      saved = stored.metadata['fingerprint']  # none of an average that the run does not keep
-      wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in saved}
-      wanted['fingerprint'] = {name: saved[name] for name in wanted}
-      wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-      context = ocp.Context()
-      context.pytree.loading.partial_load = True
-      with context:
-        restored = _verified(self._checkpointer.load(None, wanted))
+      with _silence() as logged:
+        stored = self._description(logged)
+        saved = stored.metadata['fingerprint']  # none of an average that the run does not keep
+        wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in saved}
+        wanted['fingerprint'] = {name: saved[name] for name in wanted}
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+          restored = _verified(self._checkpointer.load(None, wanted))
     except Exception as error:
       raise UserError(
         f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({_first_line(error)})'
@@ -224,6 +234,18 @@ class Checkpoints:
     frozen = restored.pop('frozen')
     names = {'params': 'raw', 'ema': 'ema'}
     return stored.custom_metadata, {names[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
+
+  def _description(self, logged: Sequence[logging.LogRecord]) -> Any:
+    """The newest checkpoint's shapes, dtypes and metrics, and the run that it belongs to.
+
+    Raises:
+      Exception: of orbax or the storage, which orbax itself has only `logged`.
+    """
+    stored = self._checkpointer.metadata()
+    if stored.metadata is None:
+      arguments = [argument for record in logged for argument in record.args or ()]
+      raise next((x for x in arguments if isinstance(x, Exception)), ValueError('it does not say what it holds'))
+    return stored
 
   def _set_aside(self, failure: str) -> str:
     """Moves the newest checkpoint out of the way and returns a line that says so."""
@@ -252,8 +274,46 @@ class Checkpoints:
       )
 
 
-def _first_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+@contextlib.contextmanager
+def _silence() -> Iterator[list[logging.LogRecord]]:
+  """Leaves it to one exception to say what is wrong with a checkpoint; yields what is logged meanwhile.
+
+  Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
+  its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
+  would stand still, and the others of its run wait for it.
+  """
+  logged: list[logging.LogRecord] = []
+
+  def keep(record: logging.LogRecord) -> bool:
+    logged.append(record)
+    return False
+
+  def pass_on(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+
+  report, sys.unraisablehook = sys.unraisablehook, pass_on
+  loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+  for logger in loggers:
+    logger.addFilter(keep)
+  try:
+    yield logged
+  finally:
+    for logger in loggers:
+      logger.removeFilter(keep)
+    sys.unraisablehook = report
+
+
+def _cause(error: BaseException) -> BaseException:
+  """What was raised first: orbax takes every failure to read for a wrong handler."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+def _first_line(error: BaseException) -> str:
+  cause = _cause(error)
+  return f'{type(cause).__name__}: {cause}'.splitlines()[0][:200]
 
 
 def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:

@@ -20,7 +20,7 @@ from t2t_vit_jax.training import inputs, sharding, steps
 from t2t_vit_jax.training.config_checks import check_ranges
 from t2t_vit_jax.training.distributed import together
 from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
-from t2t_vit_jax.training.programs import Programs, build_programs, eval_batch_size, pretrained_variables
+from t2t_vit_jax.training.programs import Programs, build_model, build_programs, eval_batch_size, pretrained_variables
 from t2t_vit_jax.training.provenance import provenance
 from t2t_vit_jax.training.state import TrainState
 
@@ -152,6 +152,8 @@ def build_run(config: Any) -> Run:
     UserError: a field is out of range, data is missing, or the parts don't fit together.
   """
   check_ranges(config)
+  if config.model.name:
+    build_model(config, num_classes=1)  # says that there is no such model before data is prepared
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
   train_source, eval_source = inputs.open_sources(config.data)
