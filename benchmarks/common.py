@@ -5,13 +5,13 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from pathlib import Path
 import platform
 import statistics
 import subprocess
-import time
 from typing import Any
 
 from t2t_vit_jax.command_line import fail
@@ -89,18 +89,16 @@ def forms(texts: Sequence[str] | None, defaults: Mapping[str, dict[str, Any]]) -
   return chosen
 
 
-def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-  """Seconds of each function in each round, in which all take their turn: other work on the machine meets all of them.
+def in_turn(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+  """What each measurement says in each round, in which all take their turn: other work on the machine meets all.
 
   Every second round runs backwards, so that none always follows the same one.
   """
-  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  results: dict[str, list[float]] = {name: [] for name in measurements}
   for number in range(rounds):
-    for name in list(functions)[:: -1 if number % 2 else 1]:
-      start = time.perf_counter()
-      functions[name]()
-      seconds[name].append(time.perf_counter() - start)
-  return seconds
+    for name in list(measurements)[:: -1 if number % 2 else 1]:
+      results[name].append(measurements[name]())
+  return results
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
@@ -115,6 +113,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   widths = [max(len(cells[i]) for cells in lines) for i in range(len(header))]
   lines.insert(1, ['-' * width for width in widths])
   return '\n'.join(f'| {" | ".join(map(str.ljust, cells, widths))} |' for cells in lines)
+
+
+def require(package: str, message: str) -> None:
+  """Raises UserError with `message` where a package is missing."""
+  if importlib.util.find_spec(package) is None:
+    raise UserError(message)
 
 
 def check_output(path: str | None) -> None:

@@ -80,8 +80,15 @@ def positive(text: str) -> int:
   return number
 
 
-def workloads(arguments: argparse.Namespace, default_forms: Mapping[str, dict[str, Any]]) -> dict[str, Workload]:
+def workloads(
+  arguments: argparse.Namespace, default_forms: Mapping[str, dict[str, Any]], *, check: bool = True
+) -> dict[str, Workload]:
   """The workloads that the arguments of `add_arguments` ask for, by the name of their form.
+
+  Args:
+    arguments: the command line.
+    default_forms: where it names none.
+    check: also that the models take such images, for which JAX needs its devices.
 
   Raises:
     UserError: something about one is unknown or does not fit together.
@@ -94,7 +101,9 @@ def workloads(arguments: argparse.Namespace, default_forms: Mapping[str, dict[st
       raise UserError(f'--form={name}: {did_you_mean(str(own["dtype"]), DTYPES)}')
     fields = {field: value for field, value in form.items() if field not in OWN_FIELDS}
     found[name] = Workload(**own, fields=fields)
-    variables_of(build_model(found[name]), found[name])  # says what is wrong before anything is measured
+    model = build_model(found[name])
+    if check:
+      variables_of(model, found[name])  # says what is wrong before anything is measured
   return found
 
 
