@@ -121,7 +121,7 @@ def require(package: str, message: str) -> None:
     raise UserError(message)
 
 
-def check_output(path: str | None) -> None:
+def check_output(path: str | None, option: str = '--output') -> None:
   """For the start of a benchmark, which may take long.
 
   Raises:
@@ -131,9 +131,9 @@ def check_output(path: str | None) -> None:
     return
   folder = Path(path).absolute().parent
   if not folder.is_dir():
-    raise UserError(f'--output: there is no folder {folder}')
+    raise UserError(f'{option}: there is no folder {folder}')
   if not os.access(folder, os.W_OK) or Path(path).is_dir():
-    raise UserError(f'--output: {path} is not a file that can be written')
+    raise UserError(f'{option}: {path} is not a file that can be written')
 
 
 def write_json(path: str | None, results: Mapping[str, Any]) -> None:

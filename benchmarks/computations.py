@@ -57,12 +57,14 @@ class Workload:
 OWN_FIELDS = ('model', 'batch_size', 'image_size', 'dtype')  # that a form may change as well
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int, dtype: str) -> None:
-  """Adds model, batch, image size, dtype and forms."""
+def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int, dtype: str, forms: bool = True) -> None:
+  """Adds model, batch, image size, dtype, and forms if there may be several."""
   parser.add_argument('--model', default='t2t_vit_14', help='default %(default)s')
   parser.add_argument('--batch-size', type=positive, default=batch_size, help='images (default %(default)s)')
   parser.add_argument('--image-size', type=positive, help="px, height and width (default: the model's)")
   parser.add_argument('--dtype', choices=DTYPES, default=dtype, help='of computation (default %(default)s)')
+  if not forms:
+    return
   parser.add_argument(
     '--form',
     action='append',

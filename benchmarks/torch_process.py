@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from typing import Any
+import warnings
 
 from benchmarks.processes import Computations, resident_growth
 
@@ -14,6 +15,7 @@ class TorchComputations(Computations):
   def __init__(self) -> None:
     # Compilation is to be seen: nothing may come from an earlier run.
     os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1')
+    warnings.filterwarnings('ignore', message='dynamo_pgo force disabled')  # which says just that
     import torch
 
     self._torch: Any = torch
