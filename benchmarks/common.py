@@ -61,7 +61,7 @@ def parse_form(text: str) -> tuple[str, dict[str, Any]]:
   name, _, fields = text.partition(':')
   try:
     call: Any = ast.parse(f'form({fields})', mode='eval').body
-    if call.args or not name.strip():
+    if not isinstance(call, ast.Call) or call.args or not name.strip():
       raise ValueError
     return name.strip(), {keyword.arg: _value(keyword.value) for keyword in call.keywords}
   except (SyntaxError, ValueError) as error:

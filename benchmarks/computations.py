@@ -177,6 +177,23 @@ def jitted(function: Any, model: Any, where: Any = None) -> Any:
   return jax.jit(functools.update_wrapper(named, function), out_shardings=where)
 
 
+def compile_to_count(function: Any, arguments: Any) -> Any:
+  """Compiles a program whose bytes and temporaries are to be read, for the present device or a described one.
+
+  For CPUs XLA hands parts of a program, such as a whole attention, to a library (YNNPACK), whose memory and traffic its
+  figures leave out. This program does without: its figures are of everything, whatever a library may save of it.
+  """
+  lowered = function.lower(*arguments)
+  if jax.default_backend() != 'cpu':
+    return lowered.compile()
+  try:
+    return lowered.compile(compiler_options={'xla_cpu_experimental_ynn_fusion_type': ''})
+  except jax.errors.JaxRuntimeError as error:
+    if 'No such compile option' not in str(error):
+      raise
+    return lowered.compile()  # a version of XLA without the library
+
+
 def training_programs(workload: Workload, mesh: Mesh) -> Programs:
   """A run of the published recipe, for ImageNet-1k, on `mesh`: its step has the loss, AdamW, EMA and augmentation.
 

@@ -7,7 +7,8 @@ tokens, the transformer quadratic; and the transformer with all scores in memory
                 (XLA's own count has the body of a loop once, such as that of the chunked attention)
   MB moved      operands and results of all operations of the program that was compiled for this device, loops as often
                 as they run; on a CPU caches keep some of it
-  temporaries   MB of memory beside arguments and results, by the compiler
+  temporaries   MB of memory beside arguments and results, by the compiler; for CPUs both are of a program without
+                YNNPACK, whose fusions hide what is inside of them
   ms            with --rounds: measured on the present device, all in turn; medians, with minimum and maximum
 """
 
@@ -134,11 +135,11 @@ def cost(point: Point, gradients: bool, compile_it: bool, time_it: bool) -> tupl
   costs = {'flops': count_flops(function, *arguments) / workload.batch_size}
   if not compile_it:
     return costs, None
-  compiled = function.lower(*arguments).compile()
+  compiled = computations.compile_to_count(function, arguments)
   moved = read_schedule(compiled.as_text()).hbm_bytes
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   costs |= {'moved': moved / workload.batch_size, 'temporaries': temporaries / workload.batch_size}
-  return costs, stopwatch(compiled, arguments) if time_it else None
+  return costs, stopwatch(function.lower(*arguments).compile(), arguments) if time_it else None
 
 
 def program(model: Any, workload: Workload, gradients: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -215,7 +216,6 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
 
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
-  from matplotlib.ticker import NullFormatter, ScalarFormatter
 
   known = [cost for cost in COSTS if cost in results[0]]
   sweeps = list(dict.fromkeys(result['sweep'] for result in results))
@@ -240,23 +240,23 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
     for column, name in enumerate(known):
       panel = axes[row][column]
       panel.grid(alpha=0.3)
-      panel.set_ylabel(f'{COSTS[name][0]} an image')
+      panel.set_ylabel(COSTS[name][0])
       if sweep == 'image size':
         panel.set(xscale='log', yscale='log', xlabel='tokens of the first attention (image size, px)')
         sizes = {x['tokens']: x['value'] for x in results if x['sweep'] == sweep}
         panel.set_xticks(list(sizes), [f'{tokens:,}\n({size})' for tokens, size in sizes.items()], fontsize=8)
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
         guides(panel)
       else:
-        panel.set(xlabel=sweep if sweep == 'batch size' else 'depth, blocks', ylim=(0, None))
-        if sweep == 'batch size':
-          panel.set_xscale('log', base=2)
-          panel.xaxis.set_major_formatter(ScalarFormatter())
-      if column == 0:
+        values = sorted({x['value'] for x in results if x['sweep'] == sweep})
+        panel.set(xlabel=sweep if sweep == 'batch size' else 'depth, blocks', ylim=(0, 1.1 * panel.get_ylim()[1]))
+        panel.set_xscale('log' if sweep == 'batch size' else 'linear')
+        panel.set_xticks(values, [f'{value:,}' for value in values])
+        panel.minorticks_off()
+      if column == 0 and sweep == 'image size':
         panel.legend(fontsize=7)
     axes[row][0].set_title(f'By {sweep}', loc='left', fontweight='bold')
-  figure.suptitle(title)
+  figure.suptitle(f'Cost of an image: {title}')
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
@@ -264,14 +264,9 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
 def guides(panel: Any) -> None:
   """Thin lines that grow with the tokens, and with their square."""
   (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
-  for power, style in ((1, ':'), (2, '-.')):
-    start = high / (right / left) ** power if power == 2 else low * 1.5
-    panel.plot([left, right], [start, start * (right / left) ** power], style, color='gray', lw=1, zorder=0)
-    panel.annotate(
-      'linear' if power == 1 else 'quadratic',
-      (right, start * (right / left) ** power),
-      fontsize=7, color='gray', ha='right', va='top', xytext=(-4, -8), textcoords='offset points',
-    )  # fmt: skip
+  growth = right / left
+  for power, style, label, start in ((1, ':', 'linear', low), (2, '-.', 'quadratic', high / growth**2)):
+    panel.plot([left, right], [start, start * growth**power], style, color='gray', lw=1, zorder=0, label=label)
   panel.set(xlim=(left, right), ylim=(low, high))
 
 
