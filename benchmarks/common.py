@@ -63,7 +63,7 @@ def parse_form(text: str) -> tuple[str, dict[str, Any]]:
     call: Any = ast.parse(f'form({fields})', mode='eval').body
     if not isinstance(call, ast.Call) or call.args or not name.strip():
       raise ValueError
-    return name.strip(), {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+    return name.strip(), {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
   except (SyntaxError, ValueError) as error:
     raise UserError(f'--form={text}: write NAME:FIELD=VALUE,FIELD=VALUE, such as small:depth=2,remat=none') from error
 

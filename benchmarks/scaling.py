@@ -216,13 +216,14 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
 
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
+  from matplotlib.ticker import NullFormatter
 
   known = [cost for cost in COSTS if cost in results[0]]
   sweeps = list(dict.fromkeys(result['sweep'] for result in results))
   figure, axes = plt.subplots(
     len(sweeps),
     len(known),
-    figsize=(4.4 * len(known) + 0.6, 3.4 * len(sweeps) + 1),
+    figsize=(4.4 * len(known) + 3, 3.4 * len(sweeps) + 1),
     squeeze=False,
     layout='constrained',
   )
@@ -246,6 +247,8 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
         sizes = {x['tokens']: x['value'] for x in results if x['sweep'] == sweep}
         panel.set_xticks(list(sizes), [f'{tokens:,}\n({size})' for tokens, size in sizes.items()], fontsize=8)
         panel.xaxis.minorticks_off()
+        panel.yaxis.set_major_formatter('{x:g}')
+        panel.yaxis.set_minor_formatter(NullFormatter())
         guides(panel)
       else:
         values = sorted({x['value'] for x in results if x['sweep'] == sweep})
@@ -253,9 +256,9 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
         panel.set_xscale('log' if sweep == 'batch size' else 'linear')
         panel.set_xticks(values, [f'{value:,}' for value in values])
         panel.minorticks_off()
-      if column == 0 and sweep == 'image size':
-        panel.legend(fontsize=7)
     axes[row][0].set_title(f'By {sweep}', loc='left', fontweight='bold')
+  lines = dict(pair[::-1] for panel in axes[:, 0] for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+  figure.legend(lines.values(), lines.keys(), loc='outside right upper', fontsize=9)
   figure.suptitle(f'Cost of an image: {title}')
   figure.savefig(path, dpi=110)
   plt.close(figure)
@@ -264,6 +267,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
 def guides(panel: Any) -> None:
   """Thin lines that grow with the tokens, and with their square."""
   (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+  low, high = low / 1.5, high * 1.5
   growth = right / left
   for power, style, label, start in ((1, ':', 'linear', low), (2, '-.', 'quadratic', high / growth**2)):
     panel.plot([left, right], [start, start * growth**power], style, color='gray', lw=1, zorder=0, label=label)
