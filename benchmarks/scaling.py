@@ -232,7 +232,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: str) -> None:
       panel = axes[sweeps.index(sweep)][column]
       xs = [x['tokens'] if sweep == 'image size' else x['value'] for x in group]
       ys = [middle(x, name) / COSTS[name][1] for x in group]
-      style = dict(linestyle='--') if curve.endswith('all scores') else {}
+      style = {'linestyle': '--'} if curve.endswith('all scores') else {'color': 'black'} if curve == 'model' else {}
       panel.plot(xs, ys, marker='o', markersize=4, label=curve, **style)
       if isinstance(group[0][name], list):
         low, high = ([bound(x[name]) / COSTS[name][1] for x in group] for bound in (min, max))

@@ -99,8 +99,9 @@ def place_and_pass(source: str) -> tuple[str, str]:
     which = 'recomputed'
   elif 'transpose(' in source:
     which = 'backward'
-  # Transformations are in brackets; what follows them are modules and einsums, then the primitive.
-  parts = [part for part in source.split('/') if '(' not in part]
+  # Of jvp(loss) and transpose(jvp(loss)) the scope counts; other brackets are functions. The primitive comes last.
+  parts = [re.sub(r'^(?:transpose\()?jvp\((\w+)\)+$', r'\1', part) for part in source.split('/')]
+  parts = [part for part in parts if '(' not in part]
   parts = [part for part in parts[:-1] if part not in CONTROL and part.split('.')[0] not in ('T2TViT', 'ViT')]
   places = [re.sub(r'^blocks_\d+$|^EncoderBlock$', 'blocks', part) for part in parts]
   places = [part for i, part in enumerate(places) if not (i and part.startswith(f'{places[i - 1]}.'))]  # a method
@@ -129,7 +130,7 @@ def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
   """Where a program's cycles go, and its largest operations."""
   if not result['fits']:
     return
-  print(f'\n{title}: M cycles by place; the place of a fusion is that of its last operation\n')
+  print(f'\n{title}: M cycles by the place of the last operation of a fusion\n')
   passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in found for found in result['profile'].values())]
   places = dict(list(result['profile'].items())[:num_rows])
   rest = list(result['profile'].values())[num_rows:]

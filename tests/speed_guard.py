@@ -1,4 +1,4 @@
-"""Figures of compiled programs that need no clock: `python -m tests.speed_guard` renews tests/data/speed_guard.json.
+"""Figures of compiled programs that need no clock: `python -m tests.speed_guard` renews tests/speed_guard.json.
 
 Run it after a change that makes a program cheaper, or dearer on purpose, and after an upgrade of JAX; the TPU part
 needs libtpu and stays as it is without. See `test_speed_guard` for what is compared.
@@ -17,7 +17,7 @@ from t2t_vit_jax.planning.compilation import compile_program, figures
 from t2t_vit_jax.planning.flops import count_flops
 from t2t_vit_jax.training import sharding
 
-GOLDEN = Path(__file__).parent / 'data' / 'speed_guard.json'
+GOLDEN = Path(__file__).with_suffix('.json')
 LITERAL = computations.FORMS['literal']
 # Few blocks: all are alike, and compiling takes long.
 CPU = {

@@ -92,6 +92,8 @@ def test_results_replace_a_file_whole(tmp_path):
       'recomputed',
     ),
     ('jit(train_step)/while/body/closed_call/vmap(jit(_where))/select_n', '(outside of modules)', 'forward'),
+    ('jit(train_step)/while/body/closed_call/transpose(jvp(loss))/mul', 'loss', 'backward'),
+    ('jit(train_step)/optimizer/add', 'optimizer', 'forward'),
   ],
 )
 def test_places_of_operations(source, place, which):

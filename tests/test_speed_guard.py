@@ -1,4 +1,4 @@
-"""Nothing may make programs dearer unnoticed: figures that need no clock, beside those in data/speed_guard.json.
+"""Nothing may make programs dearer unnoticed: figures that need no clock, beside those in speed_guard.json.
 
 With the versions that the file was made with, no figure may be more than 5 % above the file's: that much may differ
 between machines. With any versions, no figure's ratio to the literal form's, compiled in the same run, may be more than
