@@ -66,9 +66,10 @@ class Entry:
   rival: str
 
 
-def prepare(arguments: argparse.Namespace, workers: Mapping[str, Worker], notes: list[str]) -> dict[str, Entry]:
+def prepare(
+  arguments: argparse.Namespace, workloads: Mapping[str, Workload], workers: Mapping[str, Worker], notes: list[str]
+) -> dict[str, Entry]:
   """Compiles everything that is to be measured."""
-  workloads = computations.workloads(arguments, {'default': {}}, check=False)
   wanted = arguments.computation or COMPUTATIONS
   entries: dict[str, Entry] = {}
   rivals: dict[tuple[Any, ...], str] = {}
@@ -196,6 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
   """
   common.check_output(arguments.output)
   processors = choose_processors(arguments.threads)
+  workloads = computations.workloads(arguments, {'default': {}}, check=False)  # here JAX must not take the device
   if arguments.against:
     common.require('torch', "--against torch needs pip install 't2t-vit-jax[torch]'")
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')  # a GPU's memory is for both
@@ -207,7 +209,7 @@ def run(arguments: argparse.Namespace) -> None:
     for worker in workers.values():
       stack.callback(worker.close)
     devices = {name: worker('device') for name, worker in workers.items()}
-    entries = prepare(arguments, workers, notes)
+    entries = prepare(arguments, workloads, workers, notes)
     say(f'{arguments.rounds} rounds')
     seconds = common.in_turn({key: entry.seconds for key, entry in entries.items()}, arguments.rounds)
   facts = common.environment((*common.PACKAGES, 'torch')) | {
