@@ -100,7 +100,7 @@ def workloads(
     own = {field: form.get(field, getattr(arguments, field)) for field in OWN_FIELDS}
     own['image_size'] = own['image_size'] or get_variant(own['model']).data.image_size
     if own['dtype'] not in DTYPES:
-      raise UserError(f'--form={name}: {did_you_mean(str(own["dtype"]), DTYPES)}')
+      raise UserError(f'--form={name}: unknown dtype {own["dtype"]!r}: {did_you_mean(str(own["dtype"]), DTYPES)}')
     fields = {field: value for field, value in form.items() if field not in OWN_FIELDS}
     found[name] = Workload(**own, fields=fields)
     model = build_model(found[name])
