@@ -7,18 +7,15 @@ round all of them take their turn on the same images, and ratios are taken withi
 
 import argparse
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import os
 from pathlib import Path
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks import common
 from configs import default
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.randaugment import OPERATIONS
@@ -327,11 +325,6 @@ def difference(rivals: Rivals, num_crops: int) -> dict[str, float]:
   return {'crops': num_crops, 'mean': round(float(np.mean(means)), 4), 'max': max(maxima)}
 
 
-def spread(values: Iterable[float], digits: int = 2) -> str:
-  values = list(values)
-  return f'{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
-
-
 def print_tables(results: Results) -> None:
   rounds, stages = results
   print('\nWhole pipeline: median of the rounds (minimum to maximum)\n')
@@ -339,57 +332,38 @@ def print_tables(results: Results) -> None:
   for name in rounds[0]:
     cells = []
     for kind in (0, 1):
-      cells.append(spread((rates[name][kind] for rates in rounds), 0))
-      cells.append(spread(rates[name][kind] / rates[PLAIN_LOOP][kind] for rates in rounds))
+      cells.append(common.spread((rates[name][kind] for rates in rounds), 0))
+      cells.append(common.spread(rates[name][kind] / rates[PLAIN_LOOP][kind] for rates in rounds))
     if name != TF_DATA:
       print(f'| {name} | {" | ".join(cells)} |')
   for name in NAMES[1:]:
     gains = (rates[f'{name}, 2 worker(s)'][0] / rates[f'{name}, 1 worker(s)'][0] for rates in rounds)
-    print(f'\n2 workers against 1, {name}: {spread(gains)}')
+    print(f'\n2 workers against 1, {name}: {common.spread(gains)}')
   print('\nStages in one process, milliseconds an image\n')
   print(f'| stage | {" | ".join(NAMES)} |\n|---|{"---|" * len(NAMES)}')
   for stage in stages[0][NAMES[0]]:
-    print(f'| {stage} | {" | ".join(spread((x[name][stage] for x in stages), 3) for name in NAMES)} |')
+    print(f'| {stage} | {" | ".join(common.spread((x[name][stage] for x in stages), 3) for name in NAMES)} |')
   if TF_DATA in rounds[0]:
-    print(f'\n{TF_DATA}: {spread((rates[TF_DATA][0] for rates in rounds), 0)} images/s')
+    print(f'\n{TF_DATA}: {common.spread((rates[TF_DATA][0] for rates in rounds), 0)} images/s')
     for name in NAMES:
       own = [1e3 / sum(x[name][stage] for stage in CROP_STAGES) for x in stages]
       times = (rate / rates[TF_DATA][0] for rate, rates in zip(own, rounds, strict=True))
-      print(f'{name}, {", ".join(CROP_STAGES)}: {spread(own, 0)} images/s, {spread(times)} times tf.data')
+      print(f'{name}, {", ".join(CROP_STAGES)}: {common.spread(own, 0)} images/s, {common.spread(times)} times tf.data')
 
 
-def environment() -> dict[str, Any]:
-  """Versions and machine, for the JSON file."""
-  cpu = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line]
-  commit = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, check=False)
-  versions = {}
-  for package in PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[package] = importlib.metadata.version(package)
-  return {
-    'commit': commit.stdout.strip(),
-    'cpu': cpu[0],
-    'cores': os.cpu_count(),
-    'python': platform.python_version(),
-    'versions': versions,
-  }
+def run(arguments: argparse.Namespace) -> None:
+  """Measures, prints the tables, and writes the file.
 
-
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--path', help='image folder with a split "train" to read instead of images made for the purpose')
-  parser.add_argument('--images', type=int, default=300, help='number of images to make (default %(default)s)')
-  parser.add_argument('--rounds', type=int, default=7, help='default %(default)s')
-  parser.add_argument('--batches', type=int, default=8, help='that each takes in a round (default %(default)s)')
-  parser.add_argument('--batch-size', type=int, default=64, help='default %(default)s')
-  parser.add_argument('--json', help='file for the results of every round')
-  arguments = parser.parse_args()
+  Raises:
+    UserError: the images can't be read, or no file can be written.
+  """
+  common.check_output(arguments.output)
   with tempfile.TemporaryDirectory() as folder:
     if not arguments.path:
       write_images(Path(folder), arguments.images)
     source = open_folder(arguments.path or folder, 'train')
     sizes = [len(source[i].image) for i in range(min(len(source), 1000))]
-    facts = environment()
+    facts: dict[str, Any] = common.environment(PACKAGES)
     print(json.dumps(facts))
     print(f'{len(source)} JPEG files, {statistics.mean(sizes) / 1e3:.0f} KB on average')
     rivals = Rivals(
@@ -404,9 +378,22 @@ def main() -> None:
     )
     results = measure(rivals, arguments.rounds, arguments.batches)
   print_tables(results)
-  if arguments.json:
-    facts |= {'mean_bytes': statistics.mean(sizes), 'fast_difference': fast_difference, **results._asdict()}
-    Path(arguments.json).write_text(json.dumps(facts, indent=1))
+  facts |= {'mean_bytes': statistics.mean(sizes), 'fast_difference': fast_difference, **results._asdict()}
+  common.write_json(arguments.output, facts)
+
+
+def main() -> None:
+  """Command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--path', help='image folder with a split "train" to read instead of images made for the purpose')
+  parser.add_argument('--images', type=int, default=300, help='number of images to make (default %(default)s)')
+  parser.add_argument('--rounds', type=int, default=7, help='default %(default)s')
+  parser.add_argument('--batches', type=int, default=8, help='that each takes in a round (default %(default)s)')
+  parser.add_argument('--batch-size', type=int, default=64, help='default %(default)s')
+  common.add_output(parser)
+  arguments = parser.parse_args()
+  with common.one_line_errors():
+    run(arguments)
 
 
 if __name__ == '__main__':

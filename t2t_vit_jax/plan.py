@@ -11,7 +11,6 @@ import json
 import math
 from pathlib import Path
 import sys
-import time
 from typing import Any
 
 from absl import app, flags
@@ -22,17 +21,13 @@ from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusin
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.planning import report, tpu
-from t2t_vit_jax.planning.schedule import read_schedule
+from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
 from t2t_vit_jax.training import inputs, sharding
 from t2t_vit_jax.training.console import say
 from t2t_vit_jax.training.init_from import completed
 from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs, eval_batch_size
 
 IMAGENET_CLASSES = 1000
-
-
-class DoesNotFit(Exception):  # noqa: N818 (an answer, not an error)
-  """The compiler found no way to run a program in the memory of a chip; the text is what it says."""
 
 
 def make_plan(programs: Programs, where: tpu.Slice) -> dict[str, Any]:
@@ -102,40 +97,8 @@ def _answer(step: Callable[[Programs, tpu.Chip], dict[str, Any]], programs: Prog
 
 
 def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.Chip, parts: int) -> dict[str, Any]:
-  """Compiles a function that takes a batch in so many parts, one after the other."""
-  lowered = function.lower(*arguments)
-  start = time.perf_counter()
-  try:
-    compiled: Any = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    raise DoesNotFit(shortage(str(error))) from error
-  compile_s = time.perf_counter() - start
-  memory = compiled.memory_analysis()
-  schedule = read_schedule(compiled.as_text())
-  flops = compiled.cost_analysis()['flops'] * parts  # XLA counts a loop once; what follows it is a thousandth
-  sizes = {
-    'arguments': memory.argument_size_in_bytes,
-    'temporaries': memory.temp_size_in_bytes,
-    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # but those that take an argument's place
-    'program': memory.generated_code_size_in_bytes,
-  }
-  return {
-    'compile_s': compile_s,
-    'memory': sum(sizes.values()),
-    **sizes,
-    'flops': flops,
-    **dataclasses.asdict(schedule),
-    'roofline_ms': 1e3 * chip.roofline_s(flops, schedule.hbm_bytes),
-    'compiler_estimate_ms': 1e3 * schedule.cycles / chip.clock,
-  }
-
-
-def shortage(message: str) -> str:
-  """What the compiler says about memory, without the list of buffers that follows."""
-  paragraph = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')[0]
-  return ' '.join(paragraph.split())[:300]
+  compiled, compile_s = compile_program(function, arguments)
+  return {'compile_s': compile_s} | figures(compiled, chip, parts)
 
 
 def data_size(config: Any, num_classes: int | None, num_train_images: int | None) -> tuple[int, int]:

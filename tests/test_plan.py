@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.plan import batch_unit, data_size, search_batch, shortage
+from t2t_vit_jax.plan import batch_unit, data_size, search_batch
 from t2t_vit_jax.planning import report
 
 ROOT = Path(__file__).parents[1]
@@ -56,20 +56,6 @@ def test_batch_unit():
   assert batch_unit(group_size=64, num_chips=48, accumulate_steps=1) == 4  # 192 images are 3 groups and 4 a chip
   assert batch_unit(group_size=64, num_chips=4, accumulate_steps=2) == 128
   assert batch_unit(group_size=1, num_chips=4, accumulate_steps=1) == 1
-
-
-def test_shortage():
-  """Texts of libtpu 0.0.42, the second shortened."""
-  short = (
-    'Ran out of memory on HBM, the total memory required for HLO temporaries (82.00G) exceeds available HBM (15.75G).'
-  )
-  assert shortage(f'RESOURCE_EXHAUSTED: {short}') == short
-  long = (
-    'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 22.10G of 15.75G '
-    'hbm. Exceeded hbm capacity by 6.35G.\n\nTotal hbm usage >= 22.36G:\n    reserved        258.00M\n'
-  )
-  assert 'Used 22.10G of 15.75G' in shortage(long)
-  assert 'reserved' not in shortage(long)
 
 
 def test_imagenet_needs_no_data(tmp_path):

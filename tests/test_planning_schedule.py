@@ -1,6 +1,6 @@
 """The reader of XLA's scheduled text, on programs written by hand and counted by hand."""
 
-from t2t_vit_jax.planning.schedule import Collective, read_schedule
+from t2t_vit_jax.planning.schedule import Collective, Operation, read_operations, read_schedule
 
 HEAD = """HloModule jit_step, is_scheduled=true
 
@@ -136,3 +136,12 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {{
 }}
 """)
   assert schedule.cycles == 120
+
+
+def test_operations_are_told_with_their_source_and_the_costliest_first():
+  text = loop('ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT')
+  text = text.replace('calls=%add, ', 'calls=%add, metadata={op_name="jit(f)/blocks_0/add" stack_frame_id=1}, ')
+  assert read_operations(text) == [
+    Operation('all-reduce.1', 'bf16[8,16]{1,0:T(8,128)(2,1)S(1)}', '', 5 * 7, 0, 5),
+    Operation('next', 's32[]{:T(128)S(1)}', 'jit(f)/blocks_0/add', 5 * 3, 5 * 4, 5),
+  ]

@@ -62,6 +62,28 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Operation:
+  """An instruction of a program that the compiler has priced; most are fusions of several of JAX's operations.
+
+  Attributes:
+    name: HLO's.
+    type: of its result, as HLO writes it.
+    source: the JAX operation that it, or the root of its fusion, came from: transformations, modules, then the
+      primitive, such as 'jit(f)/transpose(jvp(T2TViT))/blocks_0/mlp/fc1/dot_general'; '' if the compiler made it.
+    cycles: the compiler's estimate of all its runs together.
+    hbm_bytes: likewise, as in `Schedule`.
+    count: how often it runs; once in loops of unknown length.
+  """
+
+  name: str
+  type: str
+  source: str
+  cycles: int
+  hbm_bytes: int
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Instruction:
   name: str
   type: str
@@ -86,8 +108,7 @@ def read_schedule(text: str) -> Schedule:
     types = {instruction.name: instruction.type for instruction in computations[name]}
     channels = set()
     for instruction in computations[name]:
-      estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-      cycles += times * int(estimate[1]) if estimate else 0
+      cycles += times * _cycles(instruction)
       hbm_bytes += times * _hbm_bytes(instruction, types)
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
       for transfer in _transfers(instruction, computations):
@@ -97,6 +118,27 @@ def read_schedule(text: str) -> Schedule:
           collectives.append(_collective(transfer, times, is_open))
         channels |= {channel[1]} if channel else set()
   return Schedule(cycles, hbm_bytes, tuple(collectives), open_loops)
+
+
+def read_operations(text: str) -> list[Operation]:
+  """All that `read_schedule` sums up the cycles of, the costliest first; those in a loop are one."""
+  computations, entry = _computations(text)
+  operations = []
+  for name, times, _ in _executed(computations, entry, 1, False):
+    types = {instruction.name: instruction.type for instruction in computations[name]}
+    for instruction in computations[name]:
+      if cycles := _cycles(instruction):
+        source = re.search(r'op_name="([^"]*)"', instruction.rest)
+        hbm_bytes = times * _hbm_bytes(instruction, types)
+        operations.append(
+          Operation(instruction.name, instruction.type, source[1] if source else '', times * cycles, hbm_bytes, times)
+        )
+  return sorted(operations, key=lambda operation: -operation.cycles)
+
+
+def _cycles(instruction: _Instruction) -> int:
+  estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+  return int(estimate[1]) if estimate else 0
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

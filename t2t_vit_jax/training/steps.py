@@ -29,7 +29,8 @@ def make_train_step(
 
   Where the loss or a gradient is not finite, `applied` is False in the metrics and only the step's number changes.
   `rng` is the run's: each step derives its own from its number, so a resumed run draws the same. The batch goes through
-  the model in `accumulate_steps` parts, one after the other; with `head_only` nothing else gets a gradient.
+  the model in `accumulate_steps` parts, one after the other; with `head_only` nothing else gets a gradient. In profiles
+  loss, augmentation, optimizer and moving_average are scopes beside the model's modules.
   """
 
   def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -39,11 +40,13 @@ def make_train_step(
       if head_only:
         params = {**jax.lax.stop_gradient(params), 'head': params['head']}
       logits: Any = model.apply(state.variables(params), images, train=True, rngs={'dropout': dropout_rng})
-      return optax.softmax_cross_entropy(logits, targets).mean()
+      with jax.named_scope('loss'):
+        return optax.softmax_cross_entropy(logits, targets).mean()
 
     def add_micro_batch(sums: Tree, numbered: tuple[Array, Batch]) -> tuple[Tree, None]:
       number, part = numbered
-      images, targets = augmentation(augmentation_rng, part['image'], part['label'], part['position'])
+      with jax.named_scope('augmentation'):
+        images, targets = augmentation(augmentation_rng, part['image'], part['label'], part['position'])
       found = jax.value_and_grad(loss_of)(state.params, images, targets, jax.random.fold_in(dropout_rng, number))
       return jax.tree.map(jnp.add, sums, found), None
 
@@ -53,13 +56,12 @@ def make_train_step(
     sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(accumulate_steps), parts))
     loss, gradients = jax.tree.map(lambda x: x / accumulate_steps, sums)
 
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    updated = state.replace(
-      params=params,
-      ema=optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else state.ema,
-      opt_state=opt_state,
-    )
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('moving_average'):
+      ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else state.ema
+    updated = state.replace(params=params, ema=ema, opt_state=opt_state)
     gradient_norm = optax.tree.norm(gradients)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state).replace(step=state.step + 1)

@@ -1,0 +1,251 @@
+"""What the TPU compiler makes of a model, without a TPU: `python -m benchmarks.tpu_compile`. pip install 'jax[tpu]'.
+
+Compiles for one chip the forward pass, the mean cross entropy with its gradients (`value_and_grad`), and the training
+step as it really runs, with AdamW, moving average and augmentation; each in several forms, beside a plain ViT-S/16.
+
+  M cycles      the compiler's estimate, summed over the schedule; loops count as often as they run. It is a weak model
+                of time: it prices large matrix products near the peak and passes over memory several times too high.
+                Differences under 5 % are ties.
+  GFLOP         arithmetic of matrix products and convolutions, see `planning.flops`; and XLA's count of everything,
+                which has the bodies of loops once.
+  HBM GB        read from and written to main memory; what stays in the chip's on-chip memory is not counted.
+  temporaries   memory beside arguments and results.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import dataclasses
+import re
+import sys
+from typing import Any
+
+import jax
+
+from benchmarks import common, computations
+from benchmarks.computations import Workload
+from t2t_vit_jax.planning import tpu
+from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
+from t2t_vit_jax.planning.flops import count_flops
+from t2t_vit_jax.planning.schedule import Operation, read_operations
+from t2t_vit_jax.training import sharding
+
+# Any slice that libtpu knows: programs are compiled for one of its chips.
+TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
+COMPUTATIONS = ('forward', 'value_and_grad', 'training_step')
+KEPT_OPERATIONS = 30  # of each program, in the file
+# Of loops and recomputation, in the names of operations.
+CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation', 'remat')
+HEADER = (
+  'form', 'computation', 'M cycles', 'GFLOP', 'GFLOP (XLA)', 'HBM GB', 'temporaries MB', 'arguments MB', 'compiled in',
+)  # fmt: skip
+
+
+def programs(name: str, workload: Workload, wanted: Sequence[str], device: Any) -> Iterator[tuple[str, Any, Any]]:
+  """(computation, jitted function, descriptions of its arguments) for one chip; the yardstick has no training step."""
+  mesh = computations.one_device_mesh(device)
+  where = sharding.replicated(mesh)
+  build = computations.build_yardstick if name == computations.YARDSTICK else computations.build_model
+  model = build(workload)
+  given = computations.variables_of(model, workload, where), computations.images_of(workload, where)
+  if 'forward' in wanted:
+    yield 'forward', computations.jitted(computations.forward, model, where), given
+  if 'value_and_grad' in wanted:
+    function = computations.jitted(computations.value_and_grad, model, where)
+    yield 'value_and_grad', function, (*given, computations.labels_of(workload, where))
+  if 'training_step' in wanted and name != computations.YARDSTICK:
+    run = computations.training_programs(workload, mesh)
+    yield 'training_step', run.train_step, computations.training_arguments(run)
+
+
+def measure(function: Any, arguments: Any, chip: tpu.Chip) -> dict[str, Any]:
+  """Compiles a program: all that is known about it."""
+  result: dict[str, Any] = {'product_flops': count_flops(function, *arguments)}
+  try:
+    compiled, seconds = compile_program(function, arguments)
+  except DoesNotFit as answer:
+    return result | {'fits': False, 'compiler_says': str(answer)}
+  operations = read_operations(compiled.as_text())
+  return result | {
+    'fits': True,
+    'compile_s': seconds,
+    **figures(compiled, chip),
+    'operations': [dataclasses.asdict(operation) for operation in operations[:KEPT_OPERATIONS]],
+    'profile': profile(operations),
+  }
+
+
+def profile(operations: Sequence[Operation]) -> dict[str, dict[str, int]]:
+  """Cycles by the place in the model that operations come from, then by pass; the costliest place first."""
+  cycles: dict[str, dict[str, int]] = {}
+  for operation in operations:
+    place, which = place_and_pass(operation.source)
+    passes = cycles.setdefault(place, {})
+    passes[which] = passes.get(which, 0) + operation.cycles
+  return dict(sorted(cycles.items(), key=lambda item: -sum(item[1].values())))
+
+
+def place_and_pass(source: str) -> tuple[str, str]:
+  """Where in a model an operation is, and whether it is of the forward pass, backward pass or its recomputation.
+
+  A fusion counts where its root belongs. Blocks of a kind are one place: 'blocks/attn'.
+
+  >>> place_and_pass('jit(f)/transpose(jvp(T2TViT))/blocks_3/mlp/fc1/dot_general')
+  ('blocks/mlp/fc1', 'backward')
+  """
+  if not source:
+    return '(made by the compiler)', 'forward'
+  which = 'forward'
+  if 'rematted_computation' in source:
+    which = 'recomputed'
+  elif 'transpose(' in source:
+    which = 'backward'
+  # Of jvp(loss) and transpose(jvp(loss)) the scope counts; other brackets are functions. The primitive comes last.
+  parts = [re.sub(r'^(?:transpose\()?jvp\((\w+)\)+$', r'\1', part) for part in source.split('/')]
+  parts = [part for part in parts if '(' not in part]
+  parts = [part for part in parts[:-1] if part not in CONTROL and part.split('.')[0] not in ('T2TViT', 'ViT')]
+  places = [re.sub(r'^blocks_\d+$|^EncoderBlock$', 'blocks', part) for part in parts]
+  places = [part for i, part in enumerate(places) if not (i and part.startswith(f'{places[i - 1]}.'))]  # a method
+  return '/'.join(places) or '(outside of modules)', which
+
+
+def row(form: str, computation: str, result: dict[str, Any]) -> list[str]:
+  """Of the table."""
+  flops = f'{result["product_flops"] / 1e9:,.0f}'
+  if not result['fits']:
+    return [form, computation, 'does not fit', flops, *[''] * (len(HEADER) - 4)]
+  return [
+    form,
+    computation,
+    f'{result["cycles"] / 1e6:,.1f}' + '*' * bool(result['open_loops']),
+    flops,
+    f'{result["flops"] / 1e9:,.0f}',
+    f'{result["hbm_bytes"] / 1e9:,.2f}',
+    f'{result["temporaries"] / 1e6:,.0f}',
+    f'{result["arguments"] / 1e6:,.0f}',
+    f'{result["compile_s"]:.0f} s',
+  ]
+
+
+def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
+  """Where a program's cycles go, and its largest operations."""
+  if not result['fits']:
+    return
+  print(f'\n{title}: M cycles by the place of the last operation of a fusion\n')
+  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in found for found in result['profile'].values())]
+  places = dict(list(result['profile'].items())[:num_rows])
+  rest = list(result['profile'].values())[num_rows:]
+  if rest:
+    places[f'{len(rest)} others'] = {which: sum(found.get(which, 0) for found in rest) for which in passes}
+  print(
+    common.table(
+      ('place', *passes, 'all', 'share'),
+      (
+        [
+          place,
+          *(f'{found.get(which, 0) / 1e6:.2f}' for which in passes),
+          f'{sum(found.values()) / 1e6:.2f}',
+          f'{sum(found.values()) / result["cycles"]:.1%}',
+        ]
+        for place, found in places.items()
+      ),
+    )
+  )
+  print(f'\n{title}: the largest operations\n')
+  print(
+    common.table(
+      ('M cycles', 'runs', 'operation', 'result', 'comes from'),
+      (
+        [
+          f'{operation["cycles"] / 1e6:.2f}',
+          str(operation['count']),
+          operation['name'],
+          ' '.join(re.findall(r'\w+\[[\d,]*\]', operation['type'])[:3]),
+          operation['source'],
+        ]
+        for operation in result['operations'][:num_rows]
+      ),
+    )
+  )
+
+
+def parse_arguments() -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  computations.add_arguments(parser, batch_size=128, dtype='bfloat16')
+  parser.add_argument('--chip', choices=TOPOLOGIES, default='v5e', help='default %(default)s')
+  parser.add_argument(
+    '--computation', action='append', choices=COMPUTATIONS, help='may be given often (default: all of them)'
+  )
+  parser.add_argument('--no-yardstick', action='store_true', help=f'without {computations.YARDSTICK}')
+  parser.add_argument(
+    '--profile',
+    type=int,
+    nargs='?',
+    const=20,
+    default=0,
+    metavar='N',
+    help='show where cycles go: the N costliest places and operations of each program (20)',
+  )
+  common.add_output(parser)
+  return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Compiles everything, prints the table, and writes the file.
+
+  Raises:
+    UserError: something about the arguments is wrong, or the compiler is missing.
+  """
+  common.check_output(arguments.output)
+  workloads = computations.workloads(arguments, computations.FORMS)
+  where = tpu.Slice.parse(TOPOLOGIES[arguments.chip])
+  device = where.devices()[0]
+  if not arguments.no_yardstick:
+    first = next(iter(workloads.values()))
+    workloads[computations.YARDSTICK] = dataclasses.replace(first, model=computations.YARDSTICK, fields={})
+  results: dict[str, Any] = {}
+  facts = common.environment() | {'chip': where.chip.name, 'forms': results}
+  for name, workload in workloads.items():
+    results[name] = {'workload': dataclasses.asdict(workload), 'computations': {}}
+    for computation, function, given in programs(name, workload, arguments.computation or COMPUTATIONS, device):
+      print(f'{name}, {computation}', file=sys.stderr, flush=True)
+      results[name]['computations'][computation] = measure(function, given, where.chip)
+      common.write_json(arguments.output, facts)  # after each: compiling may take long
+  report(facts, arguments)
+
+
+def report(facts: dict[str, Any], arguments: argparse.Namespace) -> None:
+  """Prints the table, and the profiles if they are wanted."""
+  found = [
+    (name, computation, result)
+    for computation in COMPUTATIONS
+    for name, form in facts['forms'].items()
+    for result in [form['computations'].get(computation)]
+    if result
+  ]
+  print(
+    f'{arguments.model}, {arguments.batch_size} images, {arguments.dtype}, on one {facts["chip"]}; '
+    f'{tpu.compiler()}, commit {facts["commit"]}\n'
+  )
+  print(common.table(HEADER, (row(*each) for each in found)))
+  for name, computation, result in found:
+    if not result['fits']:
+      print(f'\n{name}, {computation}: {result["compiler_says"]}')
+    elif result['open_loops']:
+      print(f'\n* {name}, {computation}: {result["open_loops"]} loops of unknown length are counted once')
+  if arguments.profile:
+    for name, computation, result in found:
+      print_profile(f'{name}, {computation}', result, arguments.profile)
+
+
+def main() -> None:
+  """Command line."""
+  arguments = parse_arguments()
+  tpu.without_tpu()
+  jax.config.update('jax_enable_compilation_cache', False)  # times are to be seen
+  with common.one_line_errors():
+    run(arguments)
+
+
+if __name__ == '__main__':
+  main()

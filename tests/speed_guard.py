@@ -1,0 +1,89 @@
+"""Figures of compiled programs that need no clock: `python -m tests.speed_guard` renews tests/speed_guard.json.
+
+Run it after a change that makes a program cheaper, or dearer on purpose, and after an upgrade of JAX; the TPU part
+needs libtpu and stays as it is without. See `test_speed_guard` for what is compared.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+import sys
+
+from benchmarks import computations
+from benchmarks.computations import Workload
+from t2t_vit_jax.planning import tpu
+from t2t_vit_jax.planning.compilation import compile_program, figures
+from t2t_vit_jax.planning.flops import count_flops
+from t2t_vit_jax.training import sharding
+
+GOLDEN = Path(__file__).with_suffix('.json')
+LITERAL = computations.FORMS['literal']
+# Few blocks: all are alike, and compiling takes long.
+CPU = {
+  'forward, literal': (computations.forward, LITERAL),
+  'forward': (computations.forward, {}),
+  'value_and_grad, literal': (computations.value_and_grad, LITERAL),
+  'value_and_grad': (computations.value_and_grad, {}),
+  'value_and_grad, remat': (computations.value_and_grad, {'remat': 'nothing_saveable'}),
+}
+TPU = {name: CPU[name] for name in ('value_and_grad, literal', 'value_and_grad')}
+
+
+def versions(*packages):
+  return {package: importlib.metadata.version(package) for package in packages}
+
+
+def program(function, workload, where=None):
+  """A jitted function and descriptions of its arguments."""
+  model = computations.build_model(workload)
+  arguments = [computations.variables_of(model, workload, where), computations.images_of(workload, where)]
+  if function is computations.value_and_grad:
+    arguments.append(computations.labels_of(workload, where))
+  return computations.jitted(function, model, where), arguments
+
+
+def cpu_figures():
+  """Of programs compiled for this machine's CPU, without a library's fusions."""
+  found = {}
+  for name, (function, fields) in CPU.items():
+    jitted, arguments = program(function, Workload('t2t_vit_14', 8, 224, 'float32', {'depth': 2, **fields}))
+    compiled = computations.compile_to_count(jitted, arguments)
+    costs = compiled.cost_analysis()
+    found[name] = {
+      'product_flops': count_flops(jitted, *arguments),
+      'flops': costs['flops'],
+      'bytes': costs['bytes accessed'],
+      'temporaries': compiled.memory_analysis().temp_size_in_bytes,
+    }
+  return {'versions': versions('jax', 'jaxlib'), 'figures': found}
+
+
+def tpu_figures():
+  """Of programs compiled for one v5e."""
+  where = tpu.Slice.parse('v5e:2x2')
+  replicated = sharding.replicated(computations.one_device_mesh(where.devices()[0]))
+  found = {}
+  for name, (function, fields) in TPU.items():
+    workload = Workload('t2t_vit_14', 32, 224, 'bfloat16', {'depth': 1, **fields})
+    compiled, _ = compile_program(*program(function, workload, replicated))
+    known = figures(compiled, where.chip)
+    found[name] = {key: known[key] for key in ('flops', 'hbm_bytes', 'temporaries', 'cycles')}
+  return {'versions': versions('jax', 'jaxlib', 'libtpu'), 'figures': found}
+
+
+def main():
+  """With 'tpu' as argument it prints the TPU part, for the test."""
+  tpu.without_tpu()
+  if sys.argv[1:] == ['tpu']:
+    print(json.dumps(tpu_figures()))
+    return
+  golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+  golden['cpu'] = cpu_figures()
+  if importlib.util.find_spec('libtpu'):
+    golden['tpu'] = tpu_figures()
+  GOLDEN.write_text(json.dumps(golden, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()
