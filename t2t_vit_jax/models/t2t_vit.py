@@ -21,17 +21,16 @@ from t2t_vit_jax.models.layers import (
   sinusoidal_position_embedding,
 )
 from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
-from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, TokensType
+from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, tokens_types
 
 Array = jax.Array
 # Of `jax.checkpoint_policies`, for one block: what it saves for its backward pass; the rest is computed again.
 RematPolicy = Literal['none', 'nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable']
-CHOICES = {  # fields that name one of several ways
-  'tokens_type': TokensType,
-  'block_type': BlockType,
-  'soft_split_form': SoftSplitForm,
-  'token_attention_form': TokenAttentionForm,
-  'remat': RematPolicy,
+CHOICES = {  # fields that name one of several ways; `tokens_types` are another
+  'block_type': get_args(BlockType),
+  'soft_split_form': get_args(SoftSplitForm),
+  'token_attention_form': get_args(TokenAttentionForm),
+  'remat': get_args(RematPolicy),
 }
 
 
@@ -86,7 +85,7 @@ class T2TViT(nn.Module):
 
   num_classes: int = 1000
   image_size: int | tuple[int, int] = 224
-  tokens_type: TokensType = 'performer'
+  tokens_type: str = 'performer'
   embed_dim: int = 768
   depth: int = 12
   num_heads: int = 12
@@ -109,9 +108,9 @@ class T2TViT(nn.Module):
   dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    for field, known in CHOICES.items():
-      if getattr(self, field) not in get_args(known):
-        raise UserError(f'{field} must be one of {", ".join(get_args(known))}, not {getattr(self, field)!r}')
+    for field, known in {'tokens_type': tokens_types(), **CHOICES}.items():
+      if getattr(self, field) not in known:
+        raise UserError(f'{field} must be one of {", ".join(known)}, not {getattr(self, field)!r}')
     if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
       raise UserError('ghost blocks need mlp_ratio 3 and an even embed_dim')
     if self.block_type == 'dense' and self.scan_blocks:

@@ -20,7 +20,6 @@ from t2t_vit_jax.models.layers import (
 from t2t_vit_jax.models.soft_split import SPLITS, SoftSplitForm, Split, patch_dense, patch_norm_dense
 
 Array = jax.Array
-TokensType = Literal['performer', 'transformer', 'convolution']
 TokenAttentionForm = Literal['auto', 'full', 'chunked']
 
 QUERY_CHUNK = 256
@@ -165,14 +164,27 @@ class TokenPerformer(TokenAttention):
     return x + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
 
+# The attention between the splits, by `tokens_type`: a class, and its own fields with those of `TokensToToken` that fill
+# them. docs/extending.md adds one.
+TOKEN_ATTENTIONS: dict[str, tuple[type[TokenAttention], dict[str, str]]] = {
+  'performer': (TokenPerformer, {'dropout_rate': 'performer_dropout_rate'}),
+  'transformer': (TokenTransformer, {'attention_form': 'token_attention_form'}),
+}
+
+
+def tokens_types() -> tuple[str, ...]:
+  """What `tokens_type` may be."""
+  return (*TOKEN_ATTENTIONS, 'convolution')
+
+
 class TokensToToken(nn.Module):
   """Image to token grid: (B, H, W, C) -> (B, H', W', embed_dim), with (H', W') = `token_grid((H, W))`.
 
-  `tokens_type` names the attention between the splits: 'performer', 'transformer', or 'convolution',
-  the paper's ablation with three plain convolutions.
+  `tokens_type` names the attention between the splits, one of `TOKEN_ATTENTIONS`; or 'convolution', the
+  paper's ablation with three plain convolutions.
   """
 
-  tokens_type: TokensType
+  tokens_type: str
   embed_dim: int
   token_dim: int = 64
   performer_dropout_rate: float = 0.1
@@ -191,10 +203,9 @@ class TokensToToken(nn.Module):
     return patch_dense(x, SPLITS[-1], dense, form=self.soft_split_form, dtype=self.dtype)
 
   def _attention(self, split: Split, name: str) -> nn.Module:
-    common = dict(soft_split_form=self.soft_split_form, dtype=self.dtype, name=name)
-    if self.tokens_type == 'transformer':
-      return TokenTransformer(split, self.token_dim, attention_form=self.token_attention_form, **common)
-    return TokenPerformer(split, self.token_dim, dropout_rate=self.performer_dropout_rate, **common)
+    attention, own = TOKEN_ATTENTIONS[self.tokens_type]
+    fields = {field: getattr(self, source) for field, source in own.items()}
+    return attention(split, self.token_dim, soft_split_form=self.soft_split_form, dtype=self.dtype, name=name, **fields)
 
   def _convolutions(self, x: Array) -> Array:
     widths = (self.token_dim, self.token_dim, self.embed_dim)

@@ -1,0 +1,146 @@
+"""Every command and every piece of Python in README.md, CONTRIBUTING.md and docs/ works as it stands there.
+
+Commands run in a folder that looks like a checkout with the files that they name: weights, a photograph, an image
+folder. What they cannot have here is named in `LEFT_OUT` with the reason. A new command fails until it has a rule.
+"""
+
+import os
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from PIL import Image
+import pytest
+from sklearn.datasets import load_sample_image
+
+import t2t_vit_jax
+from t2t_vit_jax.conversion import convert
+from tests.image_folder import write_image_folder
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+SHORT_DIGITS = ' --config.model.depth=1 --config.data.image_size=16 --config.schedule.max_steps=2'
+
+# Run as written, with these words after it that make it short.
+RUN = {
+  r'python train\.py --config=configs/finetune\.py .*': ' --config.schedule.max_steps=2',
+  r'python train\.py --config=configs/t2t_vit_14\.py --dry_run .*': '',
+  r'python train\.py --export=runs/\w+': '',
+  r'python -m t2t_vit_jax\.predict .*': '',
+  r'python -m t2t_vit_jax\.visualize .*': '',
+  r'python -m t2t_vit_jax\.export .*': '',
+  r'python docs/\S+': '',
+}
+# Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
+WITHOUT_DATA = [
+  r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data)\S*)+',
+  r'python -m t2t_vit_jax\.data\.prepare .*',
+  r'python convert_torch_weights\.py 81\.5_T2T_ViT_14\.pth\.tar .*',
+]
+LEFT_OUT = {
+  r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
+  r"pip install -e \. && python train\.py|pip install -e '\.\[test\]' && pytest": '.ci/run',
+  r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|curl) .*': 'needs a network and an account',
+  r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
+  r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
+  r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU: tests/test_plan.py, on a smaller slice',
+  r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
+  r'python -m benchmarks\.(model|tpu_compile|scaling).*': 'takes minutes: tests/test_benchmarks.py, on small models',
+  r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
+}
+
+
+def blocks(page, language):
+  return [match[1] for match in re.finditer(rf'```{language}\n(.*?)```', page.read_text(), flags=re.DOTALL)]
+
+
+def commands(page):
+  """Each command on one line, without its comment."""
+  for block in blocks(page, 'bash'):
+    block = re.sub(r'=?"\n.*?"\n', '\n', block, flags=re.DOTALL)  # what is sent to another machine
+    for line in block.replace('\\\n', ' ').splitlines():
+      if line := re.sub(r'\s+', ' ', re.sub(r'(^|\s+)#\s.*', '', line)).strip():
+        yield line
+
+
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def rule(command):
+  found = [r for r in (*LEFT_OUT, *RUN, *WITHOUT_DATA) if re.fullmatch(r, command)]
+  return found[0] if found else None
+
+
+def test_every_command_has_a_rule_and_every_rule_a_command():
+  assert [command for command in ALL if rule(command) is None] == []
+  unused = {r for r in (*RUN, *WITHOUT_DATA, *LEFT_OUT)} - {rule(command) for command in ALL}
+  assert unused == set()
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A folder with the files that the pages name; models have the published shapes and random weights."""
+  folder = tmp_path_factory.mktemp('checkout')
+  for name in ('train.py', 'convert_torch_weights.py', 'configs', 'docs', 'benchmarks', 't2t_vit_jax'):
+    (folder / name).symlink_to(ROOT / name)
+  write_random_weights('t2t_vit_14', folder / 't2t_vit_14.safetensors', 224)
+  write_random_weights('t2t_vit_tiny', folder / 'weights.safetensors', 32)
+  photograph = Image.fromarray(load_sample_image('flower.jpg'))
+  (folder / 'photos').mkdir()
+  photograph.save(folder / 'photos' / 'flower.jpg')
+  photograph.save(folder / 'cat.jpg')
+  write_image_folder(folder / 'DIR', ('cat', 'dog'), train=40, val=4)
+  return folder
+
+
+def write_random_weights(name, path, image_size):
+  model = t2t_vit_jax.create_model(name, num_classes=1000)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
+  convert.write_weights(convert.from_variables(name, model, variables), path)
+
+
+def run(command, folder):
+  return subprocess.run(
+    command.replace('python ', f'{sys.executable} ', 1),
+    shell=True,
+    cwd=folder,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(folder), 'TFDS_DATA_DIR': str(folder / 'tfds')},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+def test_commands_run(checkout):
+  done = run(f'python train.py --workdir=runs/t2t_vit_14{SHORT_DIGITS}', checkout)  # a workdir that pages name
+  assert done.returncode == 0, done.stderr
+  for command in ALL:
+    if rule(command) in RUN:
+      done = run(command + RUN[rule(command)], checkout)
+      assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_commands_without_their_data_say_so(checkout):
+  for command in ALL:
+    if rule(command) in WITHOUT_DATA:
+      done = run(command, checkout)
+      assert done.returncode == 2, (command, done.stdout, done.stderr)
+      *_, last = done.stderr.strip().splitlines()
+      assert last.startswith('error: ') or last.startswith('FATAL'), (command, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')], ids=lambda page: page.name)
+def test_python_runs(page, checkout):
+  """All of a page in order, in one process. Batches are of one image, since no figure depends on their number."""
+  shutil.copy(checkout / 'weights.safetensors', checkout / 'other.safetensors')
+  text = '\n'.join(blocks(page, 'python')).replace('(8, 224, 224, 3)', '(1, 224, 224, 3)')
+  script = checkout / f'{page.stem}_page.py'
+  script.write_text(text)
+  done = run(f'python {script}', checkout)
+  assert done.returncode == 0, done.stderr
