@@ -164,8 +164,8 @@ class TokenPerformer(TokenAttention):
     return x + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
 
-# The attention between the splits, by `tokens_type`: a class, and its own fields with those of `TokensToToken` that fill
-# them. docs/extending.md adds one.
+# The attention between the splits, by `tokens_type`: a class, and its own fields with those of `TokensToToken` that
+# fill them. docs/extending.md adds one.
 TOKEN_ATTENTIONS: dict[str, tuple[type[TokenAttention], dict[str, str]]] = {
   'performer': (TokenPerformer, {'dropout_rate': 'performer_dropout_rate'}),
   'transformer': (TokenTransformer, {'attention_form': 'token_attention_form'}),
