@@ -20,7 +20,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 import t2t_vit_jax
-from t2t_vit_jax.conversion import convert
+from t2t_vit_jax.conversion.convert import Weights, write_weights
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
 from tests.image_folder import write_image_folder
 
@@ -104,7 +104,7 @@ def write_random_weights(name, path, image_size):
   data = {**dataclasses.asdict(DataDefaults()), 'image_size': image_size}
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
   arguments = {**VARIANTS[name].arguments, 'image_size': image_size, 'num_classes': 1000}
-  convert.write_weights(convert.Weights(arrays, name, arguments, 3, data, None, {'weights': None}), path)
+  write_weights(Weights(arrays, name, arguments, 3, data, None, {'weights': None}), path)
 
 
 def run(command, folder):

@@ -179,6 +179,17 @@ def test_dense_blocks_are_not_scanned():
     tiny('dense', scan_blocks=True)
 
 
+@pytest.mark.parametrize(('dtype', 'expected'), [('float32', 'float32'), ('bfloat16', 'bfloat16')])
+def test_the_residual_stream_is_bfloat16_where_that_is_asked_for_and_enough(dtype, expected):
+  numbers = golden.load_numbers('tiny_performer')
+  model = tiny('performer', dtype=jnp.dtype(dtype), residual_dtype='bfloat16')
+  logits, state = model.apply(golden.load_variables('performer'), numbers['images_nhwc'], capture_intermediates=True)
+  assert [state['intermediates'][f'blocks_{i}']['__call__'][0].dtype for i in range(2)] == [expected] * 2
+  assert logits.dtype == jnp.float32
+  tolerance = LOGITS_ATOL if dtype == 'float32' else 5e-2 * numbers['logits'].std()
+  np.testing.assert_allclose(logits, numbers['logits'], rtol=0, atol=tolerance)
+
+
 def test_another_image_size_resizes_the_stored_table():
   variables = golden.load_variables('performer_own_pos_embed')
   images = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
