@@ -202,6 +202,9 @@ def run(arguments: argparse.Namespace) -> None:
     common.require('torch', "--against torch needs pip install 't2t-vit-jax[torch]'")
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')  # a GPU's memory is for both
   notes: list[str] = []
+  load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
+  if load > 0.5:  # threads that wait for each other suffer most: PyTorch's more than XLA's
+    notes.append(f'other processes were at work (load {load:.1f} at the start): measure on a quiet machine')
   with contextlib.ExitStack() as stack:
     workers = {'jax': Worker('JAX', JaxComputations, processors)}
     if arguments.against:
@@ -215,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
   facts = common.environment((*common.PACKAGES, 'torch')) | {
     'devices': devices,
     'threads': arguments.threads,
-    'load': os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    'load': load,
     'notes': notes,
     'entries': [
       {

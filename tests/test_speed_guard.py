@@ -66,10 +66,9 @@ def test_forms_on_cpu(on_cpu):
     assert ratio(figures, name, 'flops') <= 1
     assert ratio(figures, name, 'bytes') <= 1
     assert ratio(figures, name, 'temporaries') <= 1
-  assert figures['value_and_grad, remat']['temporaries'] < figures['value_and_grad']['temporaries']
-  # Recomputation is at most one more forward pass.
-  more = figures['value_and_grad, remat']['product_flops'] - figures['value_and_grad']['product_flops']
-  assert 0 < more <= figures['forward']['product_flops']
+  loop, remat = figures['value_and_grad, loop'], figures['value_and_grad, loop with remat']
+  assert remat['temporaries'] < 0.75 * loop['temporaries']
+  assert remat['product_flops'] > loop['product_flops']
 
 
 @pytest.mark.slow
@@ -79,8 +78,7 @@ def test_programs_for_tpu(golden):
   done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
   found = json.loads(done.stdout)
   assert dearer(found, golden['tpu']) == []
-  assert ratio(found['figures'], 'value_and_grad', 'cycles') <= 1
-  assert ratio(found['figures'], 'value_and_grad', 'hbm_bytes') <= 1
+  assert ratio(found['figures'], 'forward', 'hbm_bytes') <= 1
 
 
 def test_the_guard_sees_what_is_dearer():
