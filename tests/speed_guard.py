@@ -67,7 +67,7 @@ def tpu_figures():
   replicated = sharding.replicated(computations.one_device_mesh(where.devices()[0]))
   found = {}
   for name, (function, fields) in TPU.items():
-    workload = Workload('t2t_vit_14', 32, 224, 'bfloat16', {'depth': 1, **fields})
+    workload = Workload('t2t_vit_14', 128, 224, 'bfloat16', {'depth': 1, **fields})
     compiled, _ = compile_program(*program(function, workload, replicated))
     known = figures(compiled, where.chip)
     found[name] = {key: known[key] for key in ('flops', 'hbm_bytes', 'temporaries', 'cycles')}
