@@ -154,7 +154,7 @@ def test_model(tmp_path):
   path = tmp_path / 'results.json'
   code, output, errors = benchmark(
     'model', *TINY, '--against=torch', '--form=one:depth=1', '--form=half:depth=1,dtype=bfloat16',
-    '--computation=adamw_step', '--rounds=3', '--seconds=0.01', f'--output={path}',
+    '--computation=forward', '--rounds=3', '--seconds=0.01', f'--output={path}',
   )  # fmt: skip
   assert code == 0, errors
   results = json.loads(path.read_text())
@@ -163,8 +163,8 @@ def test_model(tmp_path):
   assert set(entries) - compiled == {'torch eager', 'one', 'torch eager (half)', 'half'}
   assert len(compiled - set(entries)) == sum('torch.compile' in note for note in results['notes'])
   assert all(len(entry['seconds']) == 3 and min(entry['seconds']) > 0 for entry in entries.values())
-  assert entries['one']['rival'] == 'torch eager, adamw_step'
-  assert entries['half']['rival'] == 'torch eager (half), adamw_step'
+  assert entries['one']['rival'] == 'torch eager, forward'
+  assert entries['half']['rival'] == 'torch eager (half), forward'
   assert entries['half']['product_flops'] == entries['one']['product_flops'] > 0
   assert results['commit']
   assert {'jax', 'torch'} <= set(results['versions'])
