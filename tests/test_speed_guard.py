@@ -79,6 +79,7 @@ def test_programs_for_tpu(golden):
   found = json.loads(done.stdout)
   assert dearer(found, golden['tpu']) == []
   assert ratio(found['figures'], 'forward', 'hbm_bytes') <= 1
+  assert ratio(found['figures'], 'forward', 'cycles') <= 1
 
 
 def test_the_guard_sees_what_is_dearer():
