@@ -44,12 +44,13 @@ WITHOUT_DATA = [
 ]
 LEFT_OUT = {
   r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
+  r'python -m t2t_vit_jax\.data\.prepare cifar10 .*': 'downloads',
   r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|curl) .*': 'needs a network and an account',
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
   r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU: tests/test_plan.py, on a smaller slice',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
-  r'python -m benchmarks\.(model|tpu_compile|scaling).*': 'takes minutes: tests/test_benchmarks.py, on small models',
+  r'python -m benchmarks\.(model|tpu_compile|scaling).*': 'takes minutes: tests/test_benchmarks.py, on a small model',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
 }
 
