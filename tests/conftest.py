@@ -12,9 +12,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   atexit.register(_cache.cleanup)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
-# Most tests compile for longer than they compute. The optimisation for the CPU's instructions, which comes after all of
-# JAX's and XLA's own work, takes half of that time.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import jax
 import pytest
