@@ -110,7 +110,8 @@ def test_bfloat16_computes_as_the_model_does(performer):
   images = random_images(3)
   logits = jax.jit(program.call)(arrays, images)
   assert (metadata['dtype'], logits.dtype) == ('bfloat16', jnp.float32)
-  np.testing.assert_allclose(logits, logits_of_model(performer, images, dtype=jnp.bfloat16), atol=ATOL)
+  # XLA rounds to bfloat16 where a fusion ends: the same model with jax.jit and without it differs by 1e-2.
+  np.testing.assert_allclose(logits, logits_of_model(performer, images, dtype=jnp.bfloat16), rtol=0, atol=2e-2)
   assert 'xbf16>' in program.mlir_module()
 
 
