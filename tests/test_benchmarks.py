@@ -165,7 +165,7 @@ def test_model(tmp_path):
   assert all(len(entry['seconds']) == 3 and min(entry['seconds']) > 0 for entry in entries.values())
   assert entries['one']['rival'] == 'torch eager, forward'
   assert entries['half']['rival'] == 'torch eager (half), forward'
-  assert entries['half']['product_flops'] == entries['one']['product_flops'] > 0
+  assert entries['one']['product_flops'] > entries['half']['product_flops'] > 0  # which sums windows without products
   assert results['commit']
   assert {'jax', 'torch'} <= set(results['versions'])
   assert output.count('\n| ') == 2 + len(entries)
