@@ -130,7 +130,7 @@ def test_the_tpu_compiler(tmp_path):
   # step, in float32.
   exchanged = sum(x['count'] * x['num_bytes'] for x in train['collectives'])
   assert exchanged == pytest.approx(4 * result['parameters'], rel=0.01)
-  assert sum(x['count'] * x['num_bytes'] for x in evaluation['collectives']) == 4 * 5
+  assert sum(x['count'] * x['num_bytes'] for x in evaluation['collectives']) == 4 * (5 + 2 * 10)  # two for each class
   # Parameters, average and two moments, then images and labels; small arrays are padded to whole tiles.
   assert result['state'] >= 4 * 4 * result['parameters']
   at_least = result['state'] + 32 * (32 * 32 * 3 + 4)
