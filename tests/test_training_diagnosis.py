@@ -67,6 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(folder):
   assert any((x != y).any() for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True))
 
 
+@pytest.mark.slow
 def test_the_image_and_the_layer_are_named(folder, tmp_path, capsys):
   loop.train(config_of(folder), tmp_path / 'run')
   rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
@@ -82,6 +83,7 @@ def test_the_image_and_the_layer_are_named(folder, tmp_path, capsys):
   ]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_path):
   config = config_of(folder, **{'schedule.max_steps': 4, 'data.std': (1.0, 1.0, 1.0)})
   loop.train(config, tmp_path / 'run')
@@ -97,6 +99,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_pat
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
 
 
+@pytest.mark.slow
 def test_the_first_layer_in_order_of_computation_is_found(data_dir):
   run = build_run(small_config(data_dir, **{'model.depth': 2}))
   variables = jax.device_get(run.make_state(run.rng).variables())
