@@ -16,7 +16,6 @@ from pathlib import Path
 import sys
 from typing import Any, NamedTuple, cast
 
-from flax.traverse_util import unflatten_dict
 import jax
 from PIL import Image
 from tqdm import tqdm
@@ -74,9 +73,10 @@ def open_classifier(path: Path, image_size: ImageSize | None = None) -> Classifi
   if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
     raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
   crop = ResizeCenterCrop(found.arguments['image_size'], crop_fraction, interpolation)
+  model, variables = found.build()
   return Classifier(
-    model=T2TViT(**found.arguments),
-    variables=jax.device_put(unflatten_dict(found.arrays, sep='/')),
+    model=model,
+    variables=variables,
     prepare=functools.partial(_prepare, crop),
     normalize=Normalization(found.data['mean'], found.data['std']),
     class_names=readable_names(found.class_names, found.arguments['num_classes']),

@@ -5,12 +5,12 @@ in it is executed. With --reverse, a converted file becomes a PyTorch state dict
 """
 
 from collections.abc import Callable
-import sys
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from absl import app, flags, logging
 
 from t2t_vit_jax import conversion
+from t2t_vit_jax.command_line import fail
 from t2t_vit_jax.errors import UserError, did_you_mean
 
 OUTPUT = flags.DEFINE_string('output', None, 'The file to write: .safetensors, or .pth with --reverse.')
@@ -32,9 +32,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     arguments = flags.FLAGS(argv)
   except flags.Error as error:
-    _fail(str(error).splitlines()[0])
+    fail(str(error).splitlines()[0])
   if len(arguments) != 2:
-    _fail('give one CHECKPOINT')
+    fail('give one CHECKPOINT')
   return arguments
 
 
@@ -54,12 +54,7 @@ def main(argv: list[str]) -> None:
     for line in conversion.convert(argv[1], OUTPUT.value, options, reverse=REVERSE.value, force=FORCE.value):
       print(line)
   except UserError as error:
-    _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
+    fail(str(error))
 
 
 def _setting(text: str) -> tuple[str, Any]:
