@@ -120,7 +120,7 @@ def test_every_layer_of_the_parameters_is_listed_unless_its_parent_computes_for_
     variables = golden.load_variables(name)
     shapes = layer_shapes(tiny(name), variables, jax.ShapeDtypeStruct((3, 64, 64, 3), jnp.float32))
     layers = {path.rpartition('/')[0] for path in flatten_dict(variables['params'], sep='/')} - {''}
-    by_parents = {layer for layer in layers if layer.endswith(('/qkv', '/kqv', '/attn/proj', 'to_token/project'))}
+    by_parents = {layer for layer in layers if layer.endswith(('/qkv', '/kqv', 'to_token/project'))}
     by_parents |= {f'tokens_to_token/attention{number}/{layer}' for number in (1, 2) for layer in ('norm1', 'proj')}
     assert layers - shapes.keys() == by_parents | {'head'}
     assert {shape[0] for shape in shapes.values()} == {3}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.layers import (
@@ -71,6 +72,26 @@ class GhostMlp(nn.Module):
     return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
 
+@jax.custom_jvp
+def project_to_heads(x: Array, kernel: Array) -> list[Array]:
+  """Projections of x stored as one: (B, T, D), (D, parts, heads, width) -> `parts` arrays (B, T, heads, width).
+
+  They are computed one by one, as a joint product costs less, but cutting up its result costs more than that. Gradients
+  are joint products: there nothing is cut up. What decides it is the derivative, whose transpose they are.
+  """
+  return [jnp.einsum('btd,dhe->bthe', x, kernel[:, i]) for i in range(kernel.shape[1])]
+
+
+@project_to_heads.defjvp
+def _derivative_of_projections(
+  primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[list[Array], list[Array]]:
+  (x, kernel), (dx, dkernel) = primals, tangents
+  dim, parts, *heads = kernel.shape
+  joint = dx @ kernel.reshape(dim, -1) + x @ dkernel.reshape(dim, -1)
+  return project_to_heads(x, kernel), [y.reshape(*y.shape[:-1], *heads) for y in jnp.split(joint, parts, axis=-1)]
+
+
 class Attention(nn.Module):
   """Multi-head softmax attention: (B, T, D) -> (B, T, D).
 
@@ -92,34 +113,32 @@ class Attention(nn.Module):
     dim = x.shape[-1]
     if dim % self.num_heads:
       raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
-    head_dim = dim // self.num_heads
-    scale = head_dim**-0.5 if self.qk_scale is None else self.qk_scale
+    scale = (dim // self.num_heads) ** -0.5 if self.qk_scale is None else self.qk_scale
 
-    q, k, v = self._qkv(x)
-    weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q * scale, k), axis=-1)
+    q, k, v = self._scaled_qkv(x, scale)
+    weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q, k), axis=-1)
     self.sow('intermediates', 'attention', weights)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
-    y = jnp.einsum('bhts,bshd->bthd', weights, v)
-    proj = jax.tree.map(lambda x: x.astype(self.dtype), DenseParameters(dim, dim, name='proj')())
-    y = jnp.einsum('bthd,hde->bte', y, proj['kernel'].reshape(self.num_heads, head_dim, dim)) + proj['bias'].reshape(
-      1, 1, dim
-    )
+    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(x.shape)
+    y = Dense(dim, dtype=self.dtype, name='proj')(y)
     if self.block_type == 'se':
       y = SqueezeExcitation(dtype=self.dtype, name='se')(y)
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
-  def _qkv(self, x: Array) -> list[Array]:
-    """Queries, keys and values, each (B, T, num_heads, head_width)."""
+  def _scaled_qkv(self, x: Array, scale: float) -> list[Array]:
+    """Queries times `scale`, keys and values, each (B, T, num_heads, head_width)."""
     dim = x.shape[-1]
     heads = (self.num_heads, dim // self.num_heads)
     if self.block_type == 'ghost':
-      return [self._ghost_projection(x, name).reshape(*x.shape[:-1], *heads) for name in ('q', 'k', 'v')]
-    # Stored as one layer, but computed as three that each end in heads: cutting up their joint output costs more.
+      q, k, v = (self._ghost_projection(x, name).reshape(*x.shape[:-1], *heads) for name in ('q', 'k', 'v'))
+      return [q * scale, k, v]
+    # The scale goes into the weights, where it costs no pass over the queries and none over their gradients.
+    scales = np.array([scale, 1, 1], np.float32)
     dense = DenseParameters(dim, 3 * dim, self.qkv_bias, name='qkv')()
-    kernels = dense['kernel'].astype(self.dtype).reshape(dim, 3, *heads)
-    projected = [jnp.einsum('btd,dhe->bthe', x, kernels[:, i]) for i in range(3)]
+    kernel = (dense['kernel'].reshape(dim, 3, *heads) * scales.reshape(1, 3, 1, 1)).astype(self.dtype)
+    projected = project_to_heads(x, kernel)
     if self.qkv_bias:
-      biases = dense['bias'].astype(self.dtype).reshape(3, 1, 1, *heads)
+      biases = (dense['bias'].reshape(3, 1, 1, *heads) * scales.reshape(3, 1, 1, 1, 1)).astype(self.dtype)
       projected = [y + bias for y, bias in zip(projected, biases, strict=True)]
     return projected
 
