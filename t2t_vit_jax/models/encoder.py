@@ -98,6 +98,7 @@ class Attention(nn.Module):
   `qk_scale` multiplies the scores; None stands for head_width ** -0.5. With `block_type` 'se' the
   output is gated by `SqueezeExcitation`; with 'ghost' each projection computes D/2 channels and
   derives the others from them. Its weights, (B, num_heads, T, T), are sown as `attention`.
+  `num_outputs` stops after the results of so many tokens, which still attend to all: 'se' needs all.
   """
 
   num_heads: int
@@ -109,34 +110,38 @@ class Attention(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool = False) -> Array:
+  def __call__(self, x: Array, *, train: bool = False, num_outputs: int | None = None) -> Array:
     dim = x.shape[-1]
     if dim % self.num_heads:
       raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
     scale = (dim // self.num_heads) ** -0.5 if self.qk_scale is None else self.qk_scale
 
-    q, k, v = self._scaled_qkv(x, scale)
+    q, k, v = self._scaled_qkv(x, scale, num_outputs)
     weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q, k), axis=-1)
     self.sow('intermediates', 'attention', weights)
     weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
-    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(x.shape)
+    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(*q.shape[:2], dim)
     y = Dense(dim, dtype=self.dtype, name='proj')(y)
     if self.block_type == 'se':
       y = SqueezeExcitation(dtype=self.dtype, name='se')(y)
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
-  def _scaled_qkv(self, x: Array, scale: float) -> list[Array]:
-    """Queries times `scale`, keys and values, each (B, T, num_heads, head_width)."""
+  def _scaled_qkv(self, x: Array, scale: float, num_queries: int | None) -> list[Array]:
+    """Queries of the first tokens times `scale`, keys and values of all: (B, T, num_heads, head_width)."""
     dim = x.shape[-1]
     heads = (self.num_heads, dim // self.num_heads)
     if self.block_type == 'ghost':
-      q, k, v = (self._ghost_projection(x, name).reshape(*x.shape[:-1], *heads) for name in ('q', 'k', 'v'))
+      of_parts = [(x[:, :num_queries], 'q'), (x, 'k'), (x, 'v')]
+      q, k, v = (self._ghost_projection(y, name).reshape(*y.shape[:-1], *heads) for y, name in of_parts)
       return [q * scale, k, v]
     # The scale goes into the weights, where it costs no pass over the queries and none over their gradients.
     scales = np.array([scale, 1, 1], np.float32)
     dense = DenseParameters(dim, 3 * dim, self.qkv_bias, name='qkv')()
     kernel = (dense['kernel'].reshape(dim, 3, *heads) * scales.reshape(1, 3, 1, 1)).astype(self.dtype)
-    projected = project_to_heads(x, kernel)
+    if num_queries is None:
+      projected = project_to_heads(x, kernel)
+    else:
+      projected = project_to_heads(x[:, :num_queries], kernel[:, :1]) + project_to_heads(x, kernel[:, 1:])
     if self.qkv_bias:
       biases = (dense['bias'].reshape(3, 1, 1, *heads) * scales.reshape(3, 1, 1, 1, 1)).astype(self.dtype)
       projected = [y + bias for y, bias in zip(projected, biases, strict=True)]
@@ -153,8 +158,8 @@ class Transition(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> Array:
-    del train  # called like a block
+  def __call__(self, x: Array, train: bool = False, num_outputs: None = None) -> Array:
+    del train, num_outputs  # called like a block
     return gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name='linear')(x)).astype(x.dtype)
 
 
@@ -163,6 +168,8 @@ class EncoderBlock(nn.Module):
 
   With `block_type` 'dense' the result is narrowed to `growth_rate` channels and appended to the
   block's input: (B, T, D) -> (B, T, D + growth_rate).
+
+  With `num_outputs` only the first so many tokens of the result are computed, with the same values.
   """
 
   num_heads: int
@@ -178,8 +185,8 @@ class EncoderBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, inputs: Array, train: bool = False) -> Array:
-    x, dim = inputs, inputs.shape[-1]
+  def __call__(self, inputs: Array, train: bool = False, num_outputs: int | None = None) -> Array:
+    dim = inputs.shape[-1]
     attention = Attention(
       self.num_heads,
       block_type=self.block_type,
@@ -197,8 +204,9 @@ class EncoderBlock(nn.Module):
       mlp = Mlp(int(dim * self.mlp_ratio), dim, dropout_rate=self.dropout_rate, dtype=self.dtype, name='mlp')
     stochastic_depth = StochasticDepth(self.stochastic_depth_rate)
 
-    y = attention(self.norm_layer(dtype=self.dtype, name='norm1')(x), train=train)
-    x = x + stochastic_depth(y, train=train)
+    y = attention(self.norm_layer(dtype=self.dtype, name='norm1')(inputs), train=train, num_outputs=num_outputs)
+    inputs = inputs[:, :num_outputs]
+    x = inputs + stochastic_depth(y, train=train)
     y = mlp(self.norm_layer(dtype=self.dtype, name='norm2')(x), train=train)
     x = x + stochastic_depth(y, train=train)
     if self.block_type == 'dense':

@@ -30,19 +30,21 @@ Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02))
 
 
 class LayerNorm(nn.LayerNorm):
-  """Flax's over the last axis, with epsilon 1e-5 and the variance in two passes; in half precision `half_layer_norm`."""
+  """Flax's over the last axis, with epsilon 1e-5 and the variance in two passes; `half_layer_norm` in half precision."""
 
   epsilon: float = EPSILON
   dtype: Dtype = jnp.float32
   use_fast_variance: bool = False
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array) -> Array:  # type: ignore[override]  # no mask
     if jnp.finfo(self.dtype).bits >= 32:
       return super().__call__(x)
     scale = self.param('scale', self.scale_init, x.shape[-1:], jnp.float32)
     bias = self.param('bias', self.bias_init, x.shape[-1:], jnp.float32)
-    return half_layer_norm(self.epsilon, self.dtype, x, *(y.reshape((1,) * (x.ndim - 1) + y.shape) for y in (scale, bias)))
+    return half_layer_norm(
+      self.epsilon, self.dtype, x, *(y.reshape((1,) * (x.ndim - 1) + y.shape) for y in (scale, bias))
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -70,7 +72,7 @@ def _derivative_of_layer_norm(
 
 
 def _normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
-  """x of mean 0 and variance 1 over the last axis, and 1 / the deviation that it had, in float32."""
+  """Gives x mean 0 and variance 1 over the last axis; also 1 / the deviation that it had. Both are float32."""
   x = x.astype(jnp.float32)
   mean = x.mean(axis=-1, keepdims=True)
   variance = jnp.maximum((x * x).mean(axis=-1, keepdims=True) - mean * mean, 0)  # rounding may pass 0

@@ -153,25 +153,31 @@ class T2TViT(nn.Module):
     x = (x + self._position_embedding(grid)).astype(residual_dtype)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
-    # Only calls as they are trained and served are scanned: intermediates and parameters belong to blocks by name.
-    if self.scan_blocks and not self.is_initializing() and not self.is_mutable_collection('intermediates'):
-      x = self._scan(x, train)
-    else:
-      for block in self._blocks():
-        x = block(x, train)
-
     norm = self.norm_layer(dtype=self.dtype, name='norm')
     if features or not self.num_classes:
-      x = norm(x)
+      x = norm(self._encode(x, train))
       return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, x.shape[-1]))
-    cls = norm(x[:, 0])  # LayerNorm works row by row: the head needs only this one
+    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])
     return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
+
+  def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
+    """(B, T, D) -> (B, T, D'), or (B, num_outputs, D'): then the last block computes no other tokens."""
+    by_name = self.is_initializing() or self.is_mutable_collection('intermediates')
+    if by_name or self.block_type == 'se':  # somebody may look at all tokens, or the block does
+      num_outputs = None
+    *blocks, last = self._blocks()
+    if self.scan_blocks and blocks and not by_name:
+      x = self._scan(x, train)
+    else:
+      for block in blocks:
+        x = block(x, train, None)
+    return last(x, train, num_outputs)[:, :num_outputs]
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
     block_class: Any = EncoderBlock
-    if self.remat != 'none':  # argument 2 is `train`
-      block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2,))
+    if self.remat != 'none':  # arguments 2 and 3 are `train` and `num_outputs`
+      block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2, 3))
 
     def block(number: int, stochastic_depth_rate: float) -> EncoderBlock:
       return self._block(block_class, stochastic_depth_rate, name=f'blocks_{number}')
@@ -209,11 +215,11 @@ class T2TViT(nn.Module):
     )
 
   def _scan(self, x: Array, train: bool) -> Array:
-    """All blocks one after the other, as a loop over their parameters laid on top of each other."""
-    params = [self.variables['params'][f'blocks_{number}'] for number in range(self.depth)]
+    """All blocks but the last one after the other, as a loop over their parameters laid on top of each other."""
+    params = [self.variables['params'][f'blocks_{number}'] for number in range(self.depth - 1)]
     params = jax.tree.map(lambda *arrays: jnp.stack(arrays), *params)
-    rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth) if self.stochastic_depth_rate else None
-    keys = jax.random.split(self.make_rng('dropout'), self.depth) if train and self.has_rng('dropout') else None
+    rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth)[:-1] if self.stochastic_depth_rate else None
+    keys = jax.random.split(self.make_rng('dropout'), self.depth - 1) if train and self.has_rng('dropout') else None
 
     def body(x: Array, block: tuple[Any, Array | None, Array | None]) -> tuple[Any, None]:
       params, rate, key = block
