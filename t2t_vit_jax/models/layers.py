@@ -30,7 +30,7 @@ Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02))
 
 
 class LayerNorm(nn.LayerNorm):
-  """Flax's over the last axis, with epsilon 1e-5 and the variance in two passes; `half_layer_norm` in half precision."""
+  """The one of Flax with epsilon 1e-5 and a variance in two passes; in half precision `half_layer_norm`."""
 
   epsilon: float = EPSILON
   dtype: Dtype = jnp.float32
