@@ -72,17 +72,19 @@ def _value(node: ast.expr) -> Any:
   return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
-def forms(texts: Sequence[str] | None, defaults: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """The forms that --form gives, or the default ones; a default one may be given by its name alone.
+def forms(
+  texts: Sequence[str] | None, known: Mapping[str, dict[str, Any]], defaults: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+  """The forms that --form gives, or the default ones; a known one may be given by its name alone.
 
   Raises:
-    UserError: one is not written right, or two have the same name.
+    UserError: one is not written right or not known, or two have the same name.
   """
-  if not texts:
-    return dict(defaults)
   chosen: dict[str, dict[str, Any]] = {}
-  for text in texts:
-    name, fields = (text, defaults[text]) if text in defaults else parse_form(text)
+  for text in texts or defaults:
+    if ':' not in text and text not in known:
+      raise UserError(f'--form={text}: known by name are {", ".join(known)}; others are written NAME:FIELD=VALUE,...')
+    name, fields = (text, known[text]) if text in known else parse_form(text)
     if name in chosen:
       raise UserError(f'--form: two are named {name}')
     chosen[name] = fields

@@ -1,7 +1,7 @@
 """What is measured: a model's forward pass, loss with gradients, and whole training step, for data or descriptions."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -83,20 +83,20 @@ def positive(text: str) -> int:
 
 
 def workloads(
-  arguments: argparse.Namespace, default_forms: Mapping[str, dict[str, Any]], *, check: bool = True
+  arguments: argparse.Namespace, default_forms: Sequence[str] = tuple(FORMS), *, check: bool = True
 ) -> dict[str, Workload]:
   """The workloads that the arguments of `add_arguments` ask for, by the name of their form.
 
   Args:
     arguments: the command line.
-    default_forms: where it names none.
+    default_forms: names in `FORMS`, where the command line has none.
     check: also that the models take such images, for which JAX needs its devices.
 
   Raises:
     UserError: something about one is unknown or does not fit together.
   """
   found = {}
-  for name, form in common.forms(arguments.form, default_forms).items():
+  for name, form in common.forms(arguments.form, FORMS, default_forms).items():
     own = {field: form.get(field, getattr(arguments, field)) for field in OWN_FIELDS}
     own['image_size'] = own['image_size'] or get_variant(own['model']).data.image_size
     if own['dtype'] not in DTYPES:

@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
   """
   common.check_output(arguments.output)
   processors = choose_processors(arguments.threads)
-  workloads = computations.workloads(arguments, {'default': {}}, check=False)  # here JAX must not take the device
+  workloads = computations.workloads(arguments, ['default'], check=False)  # here JAX must not take the device
   if arguments.against:
     common.require('torch', "--against torch needs pip install 't2t-vit-jax[torch]'")
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')  # a GPU's memory is for both

@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
     UserError: something about the arguments is wrong, or the compiler is missing.
   """
   common.check_output(arguments.output)
-  workloads = computations.workloads(arguments, computations.FORMS)
+  workloads = computations.workloads(arguments)
   where = tpu.Slice.parse(TOPOLOGIES[arguments.chip])
   device = where.devices()[0]
   if not arguments.no_yardstick:

@@ -47,10 +47,12 @@ def test_badly_written_forms_get_an_example(text):
 
 def test_forms_by_name_and_twice():
   known = {'default': {}, 'small': {'depth': 1}}
-  assert common.forms(None, known) == known
-  assert common.forms(['small', 'other:depth=3'], known) == {'small': {'depth': 1}, 'other': {'depth': 3}}
+  assert common.forms(None, known, ['small']) == {'small': {'depth': 1}}
+  assert common.forms(['small', 'other:depth=3'], known, []) == {'small': {'depth': 1}, 'other': {'depth': 3}}
+  with pytest.raises(UserError, match='smal: known by name are small'):
+    common.forms(['smal'], known, [])
   with pytest.raises(UserError, match='two are named small'):
-    common.forms(['small', 'small:depth=3'], known)
+    common.forms(['small', 'small:depth=3'], known, [])
 
 
 def test_all_measurements_take_their_turn_in_every_round():
