@@ -5,6 +5,7 @@ accuracies and file names are what the paper and the publishers of the weights r
 """
 
 from collections.abc import Iterator
+import functools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,8 +99,11 @@ def count_multiply_adds(name: str) -> MultiplyAdds:
   """Counts the products in the computation that a named model traces for one image of 224 px."""
   # As the definition has it; faster forms count differently.
   model = t2t_vit_jax.create_model(name, soft_split_form='patches', token_attention_form='full')
-  layers = attention = 0
-  for equation in _equations(jax.make_jaxpr(model.apply)(_abstract_variables(model), _IMAGE).jaxpr):
+  variables = _abstract_variables(model)
+  # Without the head the last block computes all tokens, as in the reference.
+  encode = functools.partial(model.apply, features=True)
+  layers, attention = variables['params']['head']['kernel'].size, 0
+  for equation in _equations(jax.make_jaxpr(encode)(variables, _IMAGE).jaxpr):
     if equation.primitive.name == 'dot_general':
       (left, right), (batch, _) = equation.params['dimension_numbers']
       products = equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in left)

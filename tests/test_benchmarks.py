@@ -49,7 +49,7 @@ def test_forms_by_name_and_twice():
   known = {'default': {}, 'small': {'depth': 1}}
   assert common.forms(None, known, ['small']) == {'small': {'depth': 1}}
   assert common.forms(['small', 'other:depth=3'], known, []) == {'small': {'depth': 1}, 'other': {'depth': 3}}
-  with pytest.raises(UserError, match='smal: known by name are small'):
+  with pytest.raises(UserError, match='smal: known by name are default, small'):
     common.forms(['smal'], known, [])
   with pytest.raises(UserError, match='two are named small'):
     common.forms(['small', 'small:depth=3'], known, [])

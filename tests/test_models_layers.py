@@ -1,5 +1,7 @@
 """Layers against hand-computed values and golden files."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,44 @@ def test_layer_norm_equals_torch(offset):
   variables = norm.init(jax.random.key(0), x)
   expected = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (147,), eps=1e-5)
   np.testing.assert_allclose(norm.apply(variables, x), expected, atol=1e-6 if offset == 0 else 1e-3)
+
+
+def half_layer_norm_and_gradients(x, scale, bias, cotangent):
+  """Of bfloat16 results, in order: results, and gradients of x, scale and bias."""
+  results, gradients_of = jax.vjp(lambda *given: layers.half_layer_norm(1e-5, jnp.bfloat16, *given), x, scale, bias)
+  return results, *gradients_of(cotangent)
+
+
+@pytest.mark.parametrize('offset', [0.0, 30.0])
+def test_half_layer_norm_and_its_gradients_are_as_exact_as_bfloat16(offset):
+  rng = np.random.default_rng(0)
+  x = rng.normal(offset, 1, size=(64, 147)).astype(np.float32)
+  scale, bias = rng.normal(1, 0.3, size=(2, 1, 147)).astype(np.float32)
+  cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+  leaves = [torch.from_numpy(array).double().requires_grad_() for array in (x, scale, bias)]
+  expected = torch.nn.functional.layer_norm(leaves[0], (147,), eps=1e-5) * leaves[1] + leaves[2]
+  expected.backward(torch.from_numpy(np.asarray(cotangent, np.float64)))
+  found = half_layer_norm_and_gradients(x, scale, bias, cotangent)
+  assert found[0].dtype == jnp.bfloat16
+  for mine, theirs in zip(found, [expected.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+    assert np.abs(np.asarray(mine, np.float64) - theirs.numpy()).max() <= 2**-8 * np.abs(theirs.numpy()).max()
+
+
+def test_half_layer_norm_of_a_constant_is_the_bias_and_has_finite_gradients():
+  x, scale, bias = jnp.full((2, 8), 300.0), jnp.ones((1, 8)), jnp.full((1, 8), 0.5)
+  results, *gradients = half_layer_norm_and_gradients(x, scale, bias, jnp.ones((2, 8), jnp.bfloat16))
+  np.testing.assert_array_equal(results, 0.5)
+  assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_half_layer_norm_can_be_differentiated_in_forward_mode():
+  x, scale, bias = (np.random.default_rng(i).normal(size=(4, 16)).astype(np.float32) for i in range(3))
+  function = functools.partial(layers.half_layer_norm, 1e-5, jnp.bfloat16, scale=scale, bias=bias)
+  direction = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+  cotangent = jnp.asarray(np.random.default_rng(4).normal(size=x.shape), jnp.bfloat16)
+  forward = jnp.vdot(np.float32(jax.jvp(function, (x,), (direction,))[1]), np.float32(cotangent))
+  (gradient,) = jax.vjp(function, x)[1](cotangent)
+  assert forward == pytest.approx(float(jnp.vdot(gradient, direction)), rel=2e-2)
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():

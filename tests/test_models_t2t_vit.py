@@ -1,5 +1,6 @@
 """The whole model against the reference's numbers."""
 
+import functools
 import math
 import re
 
@@ -12,6 +13,7 @@ import pytest
 
 from t2t_vit_jax import Features, T2TViT, UserError
 from t2t_vit_jax.models.layers import resize_position_embedding
+from t2t_vit_jax.planning.flops import count_flops
 from tests import golden
 
 LOGITS_ATOL = 1e-5
@@ -172,6 +174,23 @@ def test_a_loop_over_blocks_makes_a_small_program():
     return jax.jit(model.apply).lower(variables, images).as_text().count('dot_general')
 
   assert lines(12) == lines(2)
+
+
+def test_the_last_block_computes_what_the_head_needs():
+  """By hand: of T tokens of D = 64 channels all but one are spared their query, output and MLP of width 2 D."""
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  tokens, dim = 1 + 4 * 4, 64
+  head = 2 * dim * 10
+
+  def spared(name):
+    model = tiny(name)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    features = jax.jit(functools.partial(model.apply, features=True))
+    return count_flops(features, shapes, images) + head - count_flops(jax.jit(model.apply), shapes, images)
+
+  products_of_a_token = 2 * dim**2 + 2 * tokens * dim + 2 * 2 * dim**2
+  assert spared('performer') == 2 * (tokens - 1) * products_of_a_token
+  assert spared('se') == 0  # its gate needs the mean over all tokens
 
 
 def test_dense_blocks_are_not_scanned():
