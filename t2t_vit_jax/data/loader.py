@@ -187,7 +187,7 @@ def _free_shared_memory() -> None:
   """Frees what workers handed over last, which Python would otherwise report as leaked at exit."""
   gc.collect()  # grain leaves the last groups in a reference cycle
   # It frees memory in one background thread, whose unfinished work is dropped at exit. There is no public way to wait.
-  if thread := grain.multiprocessing.SharedMemoryArray._del_thread_pool:
+  if thread := getattr(grain.multiprocessing.SharedMemoryArray, '_del_thread_pool', None):
     thread.apply(int)
 
 

@@ -157,7 +157,7 @@ class T2TViT(nn.Module):
     if features or not self.num_classes:
       x = norm(self._encode(x, train))
       return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, x.shape[-1]))
-    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])
+    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])  # the class token's alone is what the head needs
     return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
 
   def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
