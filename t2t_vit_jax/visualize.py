@@ -241,7 +241,8 @@ def _draw_maps(
   bar.set_facecolor('0.5')  # as the backdrop, on average
   overlay(bar, np.linspace(0, largest, 256)[:, None], extent=(0, 1, 0, largest), origin='lower')
   bar.yaxis.tick_right()
-  bar.set(xticks=[], yticks=[0, largest], yticklabels=['0 %', f'{100 * largest:.2g} %'])
+  digits = '.0f' if largest >= 0.1 else '.2g'
+  bar.set(xticks=[], yticks=[0, largest], yticklabels=['0 %', f'{100 * largest:{digits}} %'])
   for tick, align in zip(bar.get_yticklabels(), ('bottom', 'top'), strict=True):  # not into the next row
     tick.set(va=align, size=8)
 

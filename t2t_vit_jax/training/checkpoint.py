@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -183,8 +182,6 @@ class Checkpoints:
             raise UserError(f'cannot read {self.folder}: {_first_line(error)}') from error
           failure = _first_line(error)
         whole = multihost_utils.process_allgather(np.array(failure is None)).all()
-        if failure:
-          gc.collect()  # asyncio logs what nobody asked for when it is deleted
       if whole:
         return state, changes, set_aside
       set_aside.append(self._set_aside(failure or 'another process could not read it'))
@@ -293,15 +290,19 @@ def _silence() -> Iterator[list[logging.LogRecord]]:
       report(unraisable)
 
   report, sys.unraisablehook = sys.unraisablehook, pass_on
-  loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
-  for logger in loggers:
-    logger.addFilter(keep)
+  logger = logging.getLogger('absl')
+  logger.addFilter(keep)
+  logging.getLogger('asyncio').addFilter(_was_asked_for)  # for good: what fails late is reported late
   try:
     yield logged
   finally:
-    for logger in loggers:
-      logger.removeFilter(keep)
+    logger.removeFilter(keep)
     sys.unraisablehook = report
+
+
+def _was_asked_for(record: logging.LogRecord) -> bool:
+  """Of a message of asyncio: that it is not about a failure whose task nobody waited for."""
+  return 'exception was never retrieved' not in record.getMessage()
 
 
 def _cause(error: BaseException) -> BaseException:
