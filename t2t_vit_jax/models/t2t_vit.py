@@ -74,8 +74,9 @@ class T2TViT(nn.Module):
       the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
       'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
-    scan_blocks: run the encoder as a loop over its blocks: the program is that of one block, which compiles several
-      times faster. Parameters are the same; random draws (dropout, stochastic depth) are others.
+    scan_blocks: run all blocks but the last as a loop: the program is that of two blocks, which compiles several
+      times faster, and trains faster in float32 on a CPU. Parameters are the same; random draws (dropout, stochastic
+      depth) are others.
     remat: 'none', or which of a block's values are kept for the backward pass, by the names of
       `jax.checkpoint_policies`: less memory for more computation. 'nothing_saveable' keeps the least.
     dtype: computation dtype; the logits are float32 always.
