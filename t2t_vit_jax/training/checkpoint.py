@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -273,36 +274,39 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[list[logging.LogRecord]]:
-  """Leaves it to one exception to say what is wrong with a checkpoint; yields what is logged meanwhile.
-
-  Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
-  its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
-  would stand still, and the others of its run wait for it.
-  """
+  """Leaves it to one exception to say what is wrong with a checkpoint; yields what orbax logs meanwhile."""
   logged: list[logging.LogRecord] = []
 
   def keep(record: logging.LogRecord) -> bool:
     logged.append(record)
     return False
 
-  def pass_on(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      report(unraisable)
-
-  report, sys.unraisablehook = sys.unraisablehook, pass_on
+  _silence_late_failures()
   logger = logging.getLogger('absl')
   logger.addFilter(keep)
-  logging.getLogger('asyncio').addFilter(_was_asked_for)  # for good: what fails late is reported late
   try:
     yield logged
   finally:
     logger.removeFilter(keep)
-    sys.unraisablehook = report
 
 
-def _was_asked_for(record: logging.LogRecord) -> bool:
-  """Of a message of asyncio: that it is not about a failure whose task nobody waited for."""
-  return 'exception was never retrieved' not in record.getMessage()
+@functools.cache
+def _silence_late_failures() -> None:
+  """For good: of what fails after the first failure nobody knows when it is reported.
+
+  Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
+  its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
+  would stand still, and the others of its run wait for it.
+  """
+  report = sys.unraisablehook
+
+  def pass_on(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+
+  sys.unraisablehook = pass_on
+  asyncio = logging.getLogger('asyncio')
+  asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
 
 
 def _cause(error: BaseException) -> BaseException:
