@@ -162,7 +162,7 @@ class T2TViT(nn.Module):
     return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
 
   def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
-    """(B, T, D) -> (B, T, D'), or (B, num_outputs, D'): then the last block computes no other tokens."""
+    """(B, T, D) -> (B, T, D'); where only the first `num_outputs` are wanted, the last block may spare the others."""
     by_name = self.is_initializing() or self.is_mutable_collection('intermediates')
     if by_name or self.block_type == 'se':  # somebody may look at all tokens, or the block does
       num_outputs = None
@@ -172,7 +172,7 @@ class T2TViT(nn.Module):
     else:
       for block in blocks:
         x = block(x, train, None)
-    return last(x, train, num_outputs)[:, :num_outputs]
+    return last(x, train, num_outputs)
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
