@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
   config.model.performer_dropout_rate = 0.1  # inside the token performer
   config.model.soft_split_form = placeholder(str)  # 'conv' (the fast one) or 'patches'; changes no result
   config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
-  config.model.scan_blocks = placeholder(bool)  # True: a loop: compiles faster; other random draws
+  # True: the blocks as a loop: compiles faster; other random draws. None: in float32 on a CPU, where it trains faster.
+  config.model.scan_blocks = placeholder(bool)
   config.model.residual_dtype = placeholder(str)  # None: 'float32'; 'bfloat16' is faster in training and less exact
   config.model.remat = placeholder(str)  # of a block: 'nothing_saveable' needs the least memory; see `T2TViT`
 

@@ -13,6 +13,7 @@ import pytest
 
 from t2t_vit_jax import Features, T2TViT, UserError
 from t2t_vit_jax.models.layers import resize_position_embedding
+from t2t_vit_jax.models.stacked_blocks import stack_blocks, unstack_blocks
 from t2t_vit_jax.planning.flops import count_flops
 from tests import golden
 
@@ -134,8 +135,14 @@ def test_blocks_in_a_loop_and_computed_again_are_the_same_model(name, fields):
   actual, logits = gradient(variables['params'], model)
   expected, _ = gradient(variables['params'], tiny(name))
   np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
-  errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), actual, expected)
-  assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
+  found = [actual]
+  if model.scan_blocks:
+    stacked, logits = gradient(stack_blocks(variables['params']), model)
+    np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
+    found.append(unstack_blocks(stacked))
+  for each in found:
+    errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), each, expected)
+    assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
 
 
 def test_blocks_in_a_loop_have_their_own_stochastic_depth():

@@ -15,7 +15,7 @@ import pytest
 from t2t_vit_jax import UserError
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.diagnosis import first_nonfinite_layer
+from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer
 from t2t_vit_jax.training.run import build_run
 from tests.image_folder import encoded, write_image_folder
 from tests.test_training_loop import small_config
@@ -97,6 +97,14 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_pat
     assert checkpoints.latest_step == 4
     state = checkpoints.restore(run.abstract_state, run.description)[0]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+@pytest.mark.slow
+def test_a_layer_in_a_loop_over_blocks_is_found(data_dir):
+  run = build_run(small_config(data_dir, **{'model.depth': 3, 'model.scan_blocks': True}))
+  state = run.make_state(run.rng)
+  state.params['blocks']['mlp']['fc2']['kernel'] = state.params['blocks']['mlp']['fc2']['kernel'].at[1].set(jnp.nan)
+  assert explain(run, state, step=1).startswith('the output of blocks_1/mlp/fc2 is not finite for ')
 
 
 @pytest.mark.slow

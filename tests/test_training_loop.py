@@ -1,5 +1,6 @@
 """Whole runs in this process: resume, refusal, completeness, and that every config field counts."""
 
+import functools
 import json
 from pathlib import Path
 import re
@@ -14,7 +15,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import digits
-from t2t_vit_jax import UserError
+from t2t_vit_jax import UserError, load_pretrained
+from t2t_vit_jax.models.stacked_blocks import unstack_blocks
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.run import build_run
@@ -268,6 +270,39 @@ def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, caps
   output = capsys.readouterr().out
   assert 'changed since the checkpoint: ' in output
   assert 'seed was 0 and is 7' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scanned_first', [True, False])
+def test_a_run_goes_on_with_its_blocks_in_a_loop_and_without(data_dir, tmp_path, scanned_first):
+  """It ends like one that never changed, on two devices that divide large arrays, with a decay that would show."""
+  changes = {
+    'model.depth': 3,
+    'model.embed_dim': 128,
+    'model.num_heads': 4,
+    'model.performer_dropout_rate': 0.0,
+    'model.stochastic_depth_rate': 0.0,
+    'optimizer.weight_decay': 1.0,
+    'schedule.warmup_learning_rate': 1e-3,
+    'ema.decay': 0.5,
+    'mesh.data': 1,
+    'mesh.fsdp': 2,
+    'checkpoint.allow_changes': True,
+  }
+
+  def config(steps, scan_blocks):
+    return small_config(data_dir, **changes, **{'schedule.max_steps': steps, 'model.scan_blocks': scan_blocks})
+
+  loop.train(config(2, scanned_first), tmp_path / 'run')
+  changed = config(4, not scanned_first)
+  loop.train(changed, tmp_path / 'run')
+  loop.train(config(4, False), tmp_path / 'straight')
+  found, expected = final_state(changed, tmp_path / 'run'), final_state(config(4, False), tmp_path / 'straight')
+  assert ('blocks' in found.params) == (not scanned_first)
+  for one, two in ((found.params, expected.params), (found.ema, expected.ema)):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), unstack_blocks(one), two)
+  _, variables = load_pretrained(tmp_path / 'run' / 'weights' / 'model.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, variables['params'], unstack_blocks(found.ema))
 
 
 def test_a_picture_of_augmented_images_is_made_when_asked_for(data_dir, tmp_path, capsys):

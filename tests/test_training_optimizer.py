@@ -15,6 +15,7 @@ import configs.t2t_vit_14_cifar10
 import t2t_vit_jax
 from t2t_vit_jax import UserError
 from t2t_vit_jax.conversion import names
+from t2t_vit_jax.models.stacked_blocks import stack_blocks
 from t2t_vit_jax.training import optimizer
 from tests import golden
 from tests.golden import DATA
@@ -101,6 +102,10 @@ def test_what_decays_is_what_has_two_axes_in_torch(name):
     leaf = path[-1].key
     assert leaf in ('kernel', 'bias', 'scale', 'cls_token')
     assert decays == (leaf == 'kernel'), path
+  if name != 't2t_vit_dense':
+    plain = stack_blocks(jax.tree.map(np.asarray, optimizer.weight_decay_mask(params)))
+    stacked = optimizer.weight_decay_mask(jax.eval_shape(stack_blocks, params))
+    jax.tree.map(lambda decays, each: np.testing.assert_array_equal(decays, each), stacked, plain)
 
 
 ADAMW = dict(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05)

@@ -21,6 +21,7 @@ from t2t_vit_jax.models.layers import (
   sinusoidal_position_embedding,
 )
 from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
+from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks
 from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, tokens_types
 
 Array = jax.Array
@@ -75,8 +76,8 @@ class T2TViT(nn.Module):
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
       'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
     scan_blocks: run all blocks but the last as a loop: the program is that of two blocks, which compiles several
-      times faster, and trains faster in float32 on a CPU. Parameters are the same; random draws (dropout, stochastic
-      depth) are others.
+      times faster, and trains faster in float32 on a CPU. Parameters are the same, and may come stacked (see
+      `stack_blocks`); random draws (dropout, stochastic depth) are others.
     remat: 'none', or which of a block's values are kept for the backward pass, by the names of
       `jax.checkpoint_policies`: less memory for more computation. 'nothing_saveable' keeps the least.
     dtype: computation dtype; the logits are float32 always.
@@ -217,8 +218,7 @@ class T2TViT(nn.Module):
 
   def _scan(self, x: Array, train: bool) -> Array:
     """All blocks but the last one after the other, as a loop over their parameters laid on top of each other."""
-    params = [self.variables['params'][f'blocks_{number}'] for number in range(self.depth - 1)]
-    params = jax.tree.map(lambda *arrays: jnp.stack(arrays), *params)
+    params = stack_blocks(self.variables['params'])[STACK]
     rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth)[:-1] if self.stochastic_depth_rate else None
     keys = jax.random.split(self.make_rng('dropout'), self.depth - 1) if train and self.has_rng('dropout') else None
 

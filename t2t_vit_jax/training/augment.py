@@ -76,9 +76,10 @@ class Mixing:
       use_cutmix = jax.random.bernoulli(choice_rng, self.cutmix_probability)
     else:
       use_cutmix = jnp.asarray(bool(self.cutmix_alpha))
-    own_share = jax.random.beta(mixup_rng, self.mixup_alpha or 1.0, self.mixup_alpha or 1.0)
-    side_ratio = jnp.sqrt(1 - jax.random.beta(cutmix_rng, self.cutmix_alpha or 1.0, self.cutmix_alpha or 1.0))
-    inside = _cutmix_box(box_rng, side_ratio, height, width)
+    # Side by side: the sampler of the beta distribution takes long to compile.
+    alphas = jnp.array([self.mixup_alpha or 1.0, self.cutmix_alpha or 1.0])
+    own_share, cutmix_share = jax.vmap(jax.random.beta)(jnp.stack([mixup_rng, cutmix_rng]), alphas, alphas)
+    inside = _cutmix_box(box_rng, jnp.sqrt(1 - cutmix_share), height, width)
     return jnp.where(use_cutmix, 1.0 - inside, own_share)
 
 

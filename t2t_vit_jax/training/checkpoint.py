@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved in the background, verified when read, the latest and the best kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import json
@@ -19,8 +19,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks, unstack_blocks
 from t2t_vit_jax.training.distributed import LostProcessError, lost_process, together
-from t2t_vit_jax.training.sharding import replicated
+from t2t_vit_jax.training.sharding import replicated, state_sharding
 from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.workdir import is_bucket, move_folder
 
@@ -193,6 +194,10 @@ class Checkpoints:
   ) -> tuple[TrainState, list[str]]:
     stored = self._description(logged)
     wanted = serialization.to_state_dict(abstract_state)
+    shardings = jax.tree.map(lambda x: x.sharding, wanted)
+    as_stored, as_wanted = _arrangement(stored.metadata), _arrangement(wanted)
+    if as_stored is not as_wanted:  # `scan_blocks` is another than it was
+      wanted = _arranged(as_stored, wanted)
     wanted['fingerprint'] = _abstract_fingerprints(wanted)
     self._check_shapes(stored, wanted, run['model'])
     before = stored.custom_metadata or {}
@@ -204,10 +209,14 @@ class Checkpoints:
         'or go on all the same with --config.checkpoint.allow_changes=True'
       )
     restored = _verified(self._checkpointer.load(None, wanted))
+    if as_stored is not as_wanted:
+      restored = jax.jit(as_wanted, out_shardings=shardings)(restored)
     return serialization.from_state_dict(abstract_state, restored), list(changes.values())
 
   def load_weights(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest checkpoint's description, and its variables by the name of the weights: 'raw' and perhaps 'ema'.
+
+    Blocks have their plain names, whether the run stacked them or not.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -229,6 +238,7 @@ class Checkpoints:
       raise UserError(
         f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({_first_line(error)})'
       ) from error
+    restored = unstack_blocks(restored)
     frozen = restored.pop('frozen')
     names = {'params': 'raw', 'ema': 'ema'}
     return stored.custom_metadata, {names[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
@@ -330,6 +340,20 @@ def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStr
   (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
   shapes = jax.eval_shape(fingerprints, state)
   return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for name, x in shapes.items()}
+
+
+def _arrangement(state: dict[str, Any]) -> Callable[[Any], Any]:
+  """What gives the blocks of any state the form that they have in this one."""
+  return stack_blocks if STACK in state.get('params', ()) else unstack_blocks
+
+
+def _arranged(arrangement: Callable[[Any], Any], state: dict[str, Any]) -> dict[str, Any]:
+  """What it makes of a described state, divided among devices as a run would."""
+  (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(x.shape, mesh)),
+    jax.eval_shape(arrangement, state),
+  )
 
 
 def _verified(restored: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.stacked_blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.training.run import Run
 from t2t_vit_jax.training.sharding import gathered
@@ -72,7 +73,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
-  variables = jax.device_get(gathered(state.variables(), run.mesh))
+  variables = jax.device_get(unstack_blocks(gathered(state.variables(), run.mesh)))
   images, rngs = run.augmented(batch, step)
   found = first_nonfinite_layer(run.model, variables, images, rngs)
   if found is None:
@@ -86,10 +87,12 @@ def explain(run: Run, state: TrainState, step: int) -> str:
 def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs: Any) -> tuple[str, np.ndarray] | None:
   """The first layer in order of computation with an output that is not finite; None if there is none.
 
+  A model with `scan_blocks` runs block by block here, and takes its parameters unstacked.
+
   Returns:
     Its path, or 'the augmented image', and for which images that is so, (B,) bool.
   """
-  names: list[str] = []
+  model, names = model.clone(scan_blocks=False), list[str]()
 
   def of_each_image(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all(axis=range(1, x.ndim))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.stacked_blocks import STACK
 
 Array = jax.Array
 UNDECAYED = ('cls_token',)
@@ -57,7 +58,7 @@ def weight_decay_mask(params: Any) -> Any:
   """True for the parameters that decay: all but biases, LayerNorm's and the cls token."""
 
   def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-    return leaf.ndim > 1 and path[-1].key not in UNDECAYED
+    return leaf.ndim - (path[0].key == STACK) > 1 and path[-1].key not in UNDECAYED
 
   return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t2t_vit_jax.models.stacked_blocks import stack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
 Array = jax.Array
@@ -17,7 +18,7 @@ class TrainState(struct.PyTreeNode):
   """One unit: saved, restored and passed from step to step together."""
 
   step: Array  # () int32, optimizer steps done
-  params: Tree
+  params: Tree  # of a model with `scan_blocks` stacked, here, in `ema` and in `opt_state`: see `stack_blocks`
   frozen: Tree  # position table and random projections: stored, never trained
   ema: Tree  # moving average of `params`; empty where the run keeps none
   opt_state: optax.OptState
@@ -39,7 +40,8 @@ def init_state(
   """A fresh state for square images of `image_size` px with three channels; `variables` replace random ones."""
   if variables is None:
     variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
-  params = variables['params']
+  # Stacked, the optimizer's programs too are those of few arrays.
+  params = stack_blocks(variables['params']) if model.scan_blocks else variables['params']
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
