@@ -73,7 +73,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
-  variables = jax.device_get(unstack_blocks(gathered(state.variables(), run.mesh)))
+  variables = unstack_blocks(jax.device_get(gathered(state.variables(), run.mesh)))
   images, rngs = run.augmented(batch, step)
   found = first_nonfinite_layer(run.model, variables, images, rngs)
   if found is None:
