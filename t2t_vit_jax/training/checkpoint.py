@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks, unstack_blocks
 from t2t_vit_jax.training.distributed import LostProcessError, lost_process, together
-from t2t_vit_jax.training.sharding import replicated, state_sharding
+from t2t_vit_jax.training.sharding import divided, replicated
 from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.workdir import is_bucket, move_folder
 
@@ -197,7 +197,7 @@ class Checkpoints:
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
     as_stored, as_wanted = _arrangement(stored.metadata), _arrangement(wanted)
     if as_stored is not as_wanted:  # `scan_blocks` is another than it was
-      wanted = _arranged(as_stored, wanted)
+      wanted = divided(jax.eval_shape(as_stored, wanted), _mesh_of(wanted))
     wanted['fingerprint'] = _abstract_fingerprints(wanted)
     self._check_shapes(stored, wanted, run['model'])
     before = stored.custom_metadata or {}
@@ -337,23 +337,17 @@ def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
-  shapes = jax.eval_shape(fingerprints, state)
-  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for name, x in shapes.items()}
+  where, shapes = replicated(_mesh_of(state)), jax.eval_shape(fingerprints, state)
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
+
+
+def _mesh_of(state: dict[str, Any]) -> jax.sharding.Mesh:
+  return next(leaf.sharding.mesh for leaf in jax.tree.leaves(state))
 
 
 def _arrangement(state: dict[str, Any]) -> Callable[[Any], Any]:
   """What gives the blocks of any state the form that they have in this one."""
   return stack_blocks if STACK in state.get('params', ()) else unstack_blocks
-
-
-def _arranged(arrangement: Callable[[Any], Any], state: dict[str, Any]) -> dict[str, Any]:
-  """What it makes of a described state, divided among devices as a run would."""
-  (mesh, *_) = (leaf.sharding.mesh for leaf in jax.tree.leaves(state))
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(x.shape, mesh)),
-    jax.eval_shape(arrangement, state),
-  )
 
 
 def _verified(restored: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
-  variables = unstack_blocks(jax.device_get(gathered(state.variables(), run.mesh)))
+  variables = jax.device_get(gathered(state.variables(), run.mesh))
   images, rngs = run.augmented(batch, step)
   found = first_nonfinite_layer(run.model, variables, images, rngs)
   if found is None:
@@ -87,12 +87,13 @@ def explain(run: Run, state: TrainState, step: int) -> str:
 def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs: Any) -> tuple[str, np.ndarray] | None:
   """The first layer in order of computation with an output that is not finite; None if there is none.
 
-  A model with `scan_blocks` runs block by block here, and takes its parameters unstacked.
+  A model with `scan_blocks` runs block by block here.
 
   Returns:
     Its path, or 'the augmented image', and for which images that is so, (B,) bool.
   """
-  model, names = model.clone(scan_blocks=False), list[str]()
+  model, variables = model.clone(scan_blocks=False), unstack_blocks(variables)
+  names: list[str] = []
 
   def of_each_image(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all(axis=range(1, x.ndim))

@@ -77,7 +77,8 @@ def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_image
     return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
 
   shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
-  state_shardings = jax.tree.map(lambda x: sharding.state_sharding(x.shape, mesh), shapes)
+  abstract_state = sharding.divided(shapes, mesh)
+  state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
   return Programs(
     config=config,
     mesh=mesh,
@@ -85,9 +86,7 @@ def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_image
     augmentation=augmentation,
     order=order,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
-    abstract_state=jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, state_shardings
-    ),
+    abstract_state=abstract_state,
     make_state=jax.jit(make_state, out_shardings=state_shardings),
     train_step=jax.jit(
       steps.make_train_step(

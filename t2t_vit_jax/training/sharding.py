@@ -72,6 +72,11 @@ def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
 
+def divided(state: Any, mesh: Mesh) -> Any:
+  """Descriptions of a training state's arrays, of which `state` has shapes and dtypes, and of where they live."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(x.shape, mesh)), state)
+
+
 def gathered(tree: Any, mesh: Mesh) -> Any:
   """All of every array on every device. With several processes all must call it."""
   return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
