@@ -1,17 +1,28 @@
-"""Two virtual CPU devices, and JAX as strict as it can be."""
+"""Which tests run and side by side with which, two virtual CPU devices, and JAX as strict as it can be.
+
+`pytest` runs the fast tests and says at the end what it left out; `pytest --all` runs everything. A test whose own name
+is given on the command line runs, fast or not.
+"""
 
 import atexit
+from collections import Counter
+import gc
 import importlib.util
 import os
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tests compile more than they compute: this takes a seventh of the time, here and in the processes that tests start.
+FAST_COMPILER = (
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+)
+os.environ['XLA_FLAGS'] = f'{FAST_COMPILER} {os.environ.get("XLA_FLAGS", "")}'.strip()
 # Several tests build the same run: each program is compiled once, also in the processes that tests start.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _cache = tempfile.TemporaryDirectory()
   atexit.register(_cache.cleanup)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 import pytest
@@ -20,6 +31,125 @@ from tests.processes import end_all
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# What tests may need beside the extra `test`: the library, and how to get it.
+OPTIONAL = {
+  'torch': '.[test]',
+  'simplejpeg': '.[test]',
+  'cykooz': '.[test]',
+  'tensorflow': '.[test-all]',
+  'gcsfs': '.[test-all]',
+  'gcp_storage_emulator': '.[test-all]',
+  'build': '.[test-all]',
+  'libtpu': '.[tpu]',
+}
+# Files whose tests start processes that wait for each other within a time limit: one worker has them all.
+SEVERAL_PROCESSES = ('test_training_processes.py', 'test_training_distributed.py', 'test_training_workdir.py')
+left_out: Counter[str] = Counter()  # what is missing, or 'slow' -> number of tests
+
+
+def pytest_addoption(parser):
+  parser.addoption('--all', action='store_true', help='run the slow tests too')
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'slow: left out unless asked for, by --all or by its own name')
+  config.addinivalue_line('markers', 'needs(library): left out where the library is not installed')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+  """Leaves out the slow tests and those whose library is missing."""
+  named = [argument for argument in config.args if '::' in argument]
+  kept, gone = [], []
+  for item in items:
+    missing = [mark.args[0] for mark in item.iter_markers('needs') if not is_installed(mark.args[0])]
+    slow = item.get_closest_marker('slow') and not config.getoption('all')
+    if missing:
+      left_out[missing[0]] += 1
+    elif slow and not any(item.nodeid.startswith(name) for name in named):
+      left_out['slow'] += 1
+    else:
+      kept.append(item)
+      continue
+    gone.append(item)
+  items[:] = kept
+  config.hook.pytest_deselected(items=gone)
+
+
+def is_installed(library):
+  return importlib.util.find_spec(library) is not None
+
+
+def missing_library(error):
+  """The library of `OPTIONAL` whose absence led to an exception; None if it was something else."""
+  if error is None:
+    return None
+  if isinstance(error, ModuleNotFoundError) and (error.name or '').split('.')[0] in OPTIONAL:
+    return error.name.split('.')[0]
+  return missing_library(error.__cause__ or error.__context__)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+  """A file of tests that imports a missing library is skipped as a whole."""
+  report = yield
+  if report.failed:
+    skip_without_library(report, collector, report.call.excinfo.value)
+  return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """A test that comes to need a missing library is skipped."""
+  report = yield
+  if report.failed:
+    skip_without_library(report, item, call.excinfo.value)
+  return report
+
+
+def skip_without_library(report, node, error):
+  if library := missing_library(error):
+    left_out[library] += 1
+    report.outcome, report.longrepr = 'skipped', (str(node.path), None, f'Skipped: {library} is not installed')
+
+
+def pytest_sessionfinish(session):
+  """Of several workers, tells the process that prints what was left out."""
+  if hasattr(session.config, 'workeroutput'):
+    session.config.workeroutput['left_out'] = dict(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  # Each worker leaves out the same tests before they are shared out, and others while it runs its own.
+  for name, count in getattr(node, 'workeroutput', {}).get('left_out', {}).items():
+    left_out[name] = max(left_out[name], count)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+  lines = [f'{left_out.pop("slow")} slow ones: pytest --all'] if left_out['slow'] else []
+  lines += [
+    f'{count} that need {library}: pip install -e {OPTIONAL[library]!r}'
+    for library, count in sorted(left_out.items())
+    if count
+  ]
+  if lines:
+    terminalreporter.write_line(f'left out: {"; ".join(lines)}', yellow=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """A file's tests share what they build: one worker has them all, the files that take long first."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class ByFile(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file = nodeid.split('::')[0]
+      return 'several processes' if file.endswith(SEVERAL_PROCESSES) else file
+
+  return ByFile(config, log)
 
 
 @pytest.fixture(scope='session')
@@ -35,39 +165,16 @@ def no_process_left():
   end_all()
 
 
+@pytest.fixture(autouse=True, scope='module')
+def no_program_left():
+  """Compiled programs go with the file of tests that used them: all together would fill gigabytes."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+
+
 @pytest.fixture
 def strict_dtypes():
   """Errors on implicit dtype promotion. Only around model calls: optax and bfloat16 LayerNorm promote on purpose."""
   with jax.numpy_dtype_promotion('strict'):
     yield
-
-
-def misses_torch(error):
-  """Whether an exception, or what led to it, is that torch is not installed."""
-  if importlib.util.find_spec('torch') is not None or error is None:
-    return False
-  if isinstance(error, ModuleNotFoundError) and error.name == 'torch':
-    return True
-  return misses_torch(error.__cause__ or error.__context__)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
-  """Without torch, files of tests that import it are skipped."""
-  report = yield
-  if report.failed and misses_torch(report.call.excinfo.value):
-    skip(report, collector)
-  return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-  """Without torch, tests that come to need it are skipped."""
-  report = yield
-  if report.failed and misses_torch(call.excinfo.value):
-    skip(report, item)
-  return report
-
-
-def skip(report, node):
-  report.outcome, report.longrepr = 'skipped', (str(node.path), None, 'Skipped: torch is not installed')

@@ -1,6 +1,6 @@
 """Breaks the package on purpose, one fault at a time, and asks the tests whether they notice.
 
-`python -m tests.deliberate_faults` runs the fast tests on each of `FAULTS`, `--all` all tests, and numbers after it pick
+`python -m tests.deliberate_faults` runs the fast tests on each of `FAULTS`, `--all` all tests; numbers after it pick
 some. Each fault is made in a copy of the checkout. It prints the test that caught it, or MISSED. The list was fixed
 before the fast tests were chosen: change it only to follow the code.
 """
@@ -122,8 +122,8 @@ FAULTS = (
   Fault(
     "a checkpoint has no optimizer's state",
     'training/checkpoint.py',
-    'saved = serialization.to_state_dict(state)\n    with',
-    'saved = serialization.to_state_dict(state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state)))\n    with',
+    'saved = serialization.to_state_dict(state)\n',
+    'saved = serialization.to_state_dict(state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state)))\n',
   ),
   Fault(
     'checksums of a checkpoint are not compared',
@@ -226,7 +226,7 @@ def main() -> None:
   parser.add_argument('--all', action='store_true', help='run all tests, not the fast ones alone')
   parser.add_argument('numbers', nargs='*', type=int, help='of faults, from 1; all of them by default')
   arguments = parser.parse_args()
-  flags = ['-m', ''] if arguments.all else []
+  flags = ['--all'] if arguments.all else []
   missed = 0
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)

@@ -1,12 +1,15 @@
 """Reads the golden files in `tests/data`: numbers that the PyTorch reference produced (see tests/data/README.md)."""
 
 import argparse
+import functools
 from pathlib import Path
 import pickle
 import zipfile
 
 from flax.traverse_util import unflatten_dict
+import jax
 import numpy as np
+import optax
 
 from t2t_vit_jax.conversion import names
 
@@ -105,3 +108,37 @@ def to_variables(tensors):
     path, transform = names.from_torch(name, tokens_type)
     flat[path] = transform.to_here(array)
   return unflatten_dict(flat, sep='/')
+
+
+@functools.cache
+def _compiled(model, options):
+  return jax.jit(functools.partial(model.apply, **dict(options)))
+
+
+def apply(model, variables, images, rngs=None, **options):
+  """`model.apply` as one program: operation by operation, each would be compiled by itself."""
+  return _compiled(model, tuple(options.items()))(variables, images, rngs=rngs)
+
+
+@functools.cache
+def loss_and_gradients(model):
+  """Compiles `(params, frozen, images, labels) -> ((loss, logits), gradients)`, of the mean cross entropy."""
+
+  def loss_of(params, frozen, images, labels):
+    logits = model.apply({'params': params, 'frozen': frozen}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+  return jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+
+
+def random_variables(model, images, seed=0):
+  """Variables of a model that no program had to be compiled for: weights of a size that matters, frozen ones too."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    if path[-1].key == 'kernel':
+      return noise / np.float32(np.prod(leaf.shape[:-1])) ** np.float32(0.5)
+    return 0.2 * noise + (path[-1].key == 'scale')
+
+  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
-import optax
 import pytest
 
 from t2t_vit_jax import Features, T2TViT, UserError
@@ -34,7 +33,7 @@ def test_parameters_have_the_references_names_and_shapes(name):
 @pytest.mark.parametrize('name', golden.TINY_MODELS)
 def test_logits_equal_the_references(name, strict_dtypes):
   numbers = golden.load_numbers(f'tiny_{name}')
-  logits = tiny(name).apply(golden.load_variables(name), numbers['images_nhwc'])
+  logits = golden.apply(tiny(name), golden.load_variables(name), numbers['images_nhwc'])
   np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
 
 
@@ -42,8 +41,8 @@ def test_logits_equal_the_references(name, strict_dtypes):
 def test_tokens_and_features_equal_the_references(name, strict_dtypes):
   numbers = golden.load_numbers(f'tiny_{name}')
   model = tiny(name)
-  features, state = model.apply(
-    golden.load_variables(name), numbers['images_nhwc'], features=True, capture_intermediates=True
+  features, state = golden.apply(
+    model, golden.load_variables(name), numbers['images_nhwc'], features=True, capture_intermediates=True
   )
   assert isinstance(features, Features)
   assert features.tokens.shape == (2, 4, 4, 64)
@@ -55,7 +54,7 @@ def test_tokens_and_features_equal_the_references(name, strict_dtypes):
 @pytest.mark.parametrize('name', ['performer', 'transformer'])
 def test_constant_images_show_the_right_epsilon(name):
   numbers = golden.load_numbers('tiny_half_constant')
-  logits = tiny(name).apply(golden.load_variables(name), numbers['images_nhwc'])
+  logits = golden.apply(tiny(name), golden.load_variables(name), numbers['images_nhwc'])
   np.testing.assert_allclose(logits, numbers[f'logits_{name}'], atol=LOGITS_ATOL)
 
 
@@ -64,11 +63,8 @@ def test_gradients_equal_the_references(name):
   numbers = golden.load_numbers(f'tiny_{name}')
   variables = golden.load_variables(name)
 
-  def loss_of(params):
-    logits = tiny(name).apply({**variables, 'params': params}, numbers['images_nhwc'])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, numbers['labels']).mean()
-
-  loss, gradients = jax.jit(jax.value_and_grad(loss_of))(variables['params'])
+  gradient = golden.loss_and_gradients(tiny(name))
+  (loss, _), gradients = gradient(variables['params'], variables['frozen'], numbers['images_nhwc'], numbers['labels'])
   expected = golden.to_variables({key[5:]: value for key, value in numbers.items() if key.startswith('grad/')})
   assert loss == pytest.approx(float(numbers['loss']), abs=1e-6)
   assert expected.keys() == {'params'}
@@ -85,7 +81,7 @@ def test_devices_that_share_a_batch_exchange_gradients_of_parameters_only(tokens
   images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32, sharding=divided)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), variables['params'])
-  frozen = model.init(jax.random.key(0), jnp.zeros(images.shape))['frozen']
+  frozen = golden.random_variables(model, images)['frozen']
 
   def loss_of(params, images):
     return model.apply({'params': params, 'frozen': frozen}, images).mean()
@@ -105,7 +101,7 @@ def test_the_forms_of_the_soft_split_share_parameters_and_results():
   conv, patches = (tiny('performer', soft_split_form=form) for form in ('conv', 'patches'))
   variables = conv.init(jax.random.key(0), images)
   jax.tree.map(np.testing.assert_array_equal, variables, patches.init(jax.random.key(0), images))
-  np.testing.assert_allclose(conv.apply(variables, images), patches.apply(variables, images), atol=1e-5)
+  np.testing.assert_allclose(golden.apply(conv, variables, images), golden.apply(patches, variables, images), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +118,18 @@ def test_the_forms_of_the_soft_split_share_parameters_and_results():
 def test_blocks_in_a_loop_and_computed_again_are_the_same_model(name, fields):
   """With the reference's weights, and with its logits and the plain form's gradients."""
   variables, numbers = golden.load_variables(name), golden.load_numbers(f'tiny_{name}')
-  images, labels = numbers['images_nhwc'], np.array([3, 7])
+  inputs = variables['frozen'], numbers['images_nhwc'], np.array([3, 7])
   model = tiny(name, **fields)
-  fresh, plain = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, tiny(name)))
+  fresh, plain = (jax.eval_shape(m.init, jax.random.key(0), inputs[1]) for m in (model, tiny(name)))
   assert jax.tree.structure(fresh) == jax.tree.structure(plain)
 
-  def loss_of(params, model):
-    logits = model.apply({**variables, 'params': params}, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
-
-  gradient = jax.jit(jax.grad(loss_of, has_aux=True), static_argnums=1)
-  actual, logits = gradient(variables['params'], model)
-  expected, _ = gradient(variables['params'], tiny(name))
+  gradient = golden.loss_and_gradients(model)
+  (_, logits), actual = gradient(variables['params'], *inputs)
+  _, expected = golden.loss_and_gradients(tiny(name))(variables['params'], *inputs)
   np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
   found = [actual]
   if model.scan_blocks:
-    stacked, logits = gradient(stack_blocks(variables['params']), model)
+    (_, logits), stacked = gradient(stack_blocks(variables['params']), *inputs)
     np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
     found.append(unstack_blocks(stacked))
   for each in found:
@@ -147,12 +139,12 @@ def test_blocks_in_a_loop_and_computed_again_are_the_same_model(name, fields):
 
 def test_blocks_in_a_loop_have_their_own_stochastic_depth():
   """Rates 0, 0.5 and 1: the first block is always kept, the last never, the second in half of the cases and doubled."""
-  images = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
+  image = np.random.default_rng(1).normal(size=(1, 32, 32, 3)).astype(np.float32)
   model = tiny('performer', depth=3, scan_blocks=True, stochastic_depth_rate=1.0, performer_dropout_rate=0.0)
-  variables = model.init(jax.random.key(0), images[:1])
+  variables = golden.random_variables(model, image)
   without_last = tiny('performer', depth=2)
   params = {key: value for key, value in variables['params'].items() if key != 'blocks_2'}
-  trained = model.apply(variables, jnp.repeat(images[:1], 64, axis=0), train=True, rngs={'dropout': jax.random.key(2)})
+  trained = golden.apply(model, variables, image.repeat(64, axis=0), {'dropout': jax.random.key(2)}, train=True)
   second = params['blocks_1']
 
   def scaled(attention, mlp):
@@ -163,10 +155,10 @@ def test_blocks_in_a_loop_have_their_own_stochastic_depth():
       'attn': {**attn, 'proj': jax.tree.map(lambda x: attention * x, attn['proj'])},
       'mlp': {**second['mlp'], 'fc2': jax.tree.map(lambda x: mlp * x, fc2)},
     }
-    return without_last.apply({**variables, 'params': {**params, 'blocks_1': block}}, images[:1])[0]
+    return golden.apply(without_last, {**variables, 'params': {**params, 'blocks_1': block}}, image)[0]
 
-  possible = jnp.stack([scaled(attention, mlp) for attention in (0, 2) for mlp in (0, 2)])
-  distances = np.abs(np.asarray(trained)[:, None] - np.asarray(possible)).max(axis=-1)  # (64, 4)
+  possible = np.stack([scaled(attention, mlp) for attention in (0, 2) for mlp in (0, 2)])
+  distances = np.abs(np.asarray(trained)[:, None] - possible).max(axis=-1)  # (64, 4)
   assert distances.min(axis=1).max() < 1e-5
   counts = np.bincount(distances.argmin(axis=1), minlength=4)
   assert counts.min() >= 5  # of 16 expected: less in one of 1,000 cases
@@ -209,7 +201,8 @@ def test_dense_blocks_are_not_scanned():
 def test_the_residual_stream_is_bfloat16_where_that_is_asked_for_and_enough(dtype, expected):
   numbers = golden.load_numbers('tiny_performer')
   model = tiny('performer', dtype=jnp.dtype(dtype), residual_dtype='bfloat16')
-  logits, state = model.apply(golden.load_variables('performer'), numbers['images_nhwc'], capture_intermediates=True)
+  variables = golden.load_variables('performer')
+  logits, state = golden.apply(model, variables, numbers['images_nhwc'], capture_intermediates=True)
   assert [state['intermediates'][f'blocks_{i}']['__call__'][0].dtype for i in range(2)] == [expected] * 2
   assert logits.dtype == jnp.float32
   tolerance = LOGITS_ATOL if dtype == 'float32' else 5e-2 * numbers['logits'].std()
@@ -220,18 +213,20 @@ def test_another_image_size_resizes_the_stored_table():
   variables = golden.load_variables('performer_own_pos_embed')
   images = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
   resized = resize_position_embedding(variables['frozen']['pos_embed'], (4, 4), (6, 8))
-  expected = tiny('performer', image_size=(96, 128)).apply(
-    {'params': variables['params'], 'frozen': {**variables['frozen'], 'pos_embed': resized}}, images
+  expected = golden.apply(
+    tiny('performer', image_size=(96, 128)),
+    {'params': variables['params'], 'frozen': {**variables['frozen'], 'pos_embed': resized}},
+    images,
   )
-  np.testing.assert_allclose(tiny('performer').apply(variables, images), expected, atol=1e-6)
+  np.testing.assert_allclose(golden.apply(tiny('performer'), variables, images), expected, atol=1e-6)
 
 
 def test_non_square_images_keep_their_grid():
   model = tiny('performer', image_size=(32, 96), num_classes=0)
-  images = jax.random.normal(jax.random.key(1), (2, 32, 96, 3))
-  variables = model.init(jax.random.key(0), images)
+  images = np.random.default_rng(1).normal(size=(2, 32, 96, 3)).astype(np.float32)
+  variables = golden.random_variables(model, images)
   assert variables['frozen']['pos_embed'].shape == (1, 1 + 2 * 6, 64)
-  features = model.apply(variables, images)
+  features = golden.apply(model, variables, images)
   assert features.tokens.shape == (2, 2, 6, 64)
   assert np.isfinite(features.tokens).all()
 
@@ -239,32 +234,33 @@ def test_non_square_images_keep_their_grid():
 def test_features_do_not_depend_on_the_other_images_of_the_batch():
   variables = golden.load_variables('transformer')
   images = golden.load_numbers('tiny_transformer')['images_nhwc']
-  both = tiny('transformer').apply(variables, images)
-  np.testing.assert_allclose(tiny('transformer').apply(variables, images[1:]), both[1:], atol=1e-5)
+  both = golden.apply(tiny('transformer'), variables, images)
+  np.testing.assert_allclose(golden.apply(tiny('transformer'), variables, images[1:]), both[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize('tokens_type', ['performer', 'transformer', 'convolution'])
 def test_training_mode_draws_from_the_dropout_rng(tokens_type):
   model = tiny('performer', tokens_type=tokens_type, dropout_rate=0.1, attention_dropout_rate=0.1)
-  images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-  variables = model.init(jax.random.key(0), images)
+  images = golden.load_numbers('tiny_performer')['images_nhwc']
+  variables = golden.random_variables(model, images)
 
   def logits(seed):
-    return model.apply(variables, images, train=True, rngs={'dropout': jax.random.key(seed)})
+    return golden.apply(model, variables, images, {'dropout': jax.random.key(seed)}, train=True)
 
   np.testing.assert_array_equal(logits(0), logits(0))
   assert np.abs(logits(0) - logits(1)).max() > 1e-4
-  np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images, train=False))
+  np.testing.assert_array_equal(
+    golden.apply(model, variables, images), golden.apply(model, variables, images, train=False)
+  )
 
 
 def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
-  images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-  variables = golden.load_variables('performer')
+  images, variables = golden.load_numbers('tiny_performer')['images_nhwc'], golden.load_variables('performer')
 
   def difference(**overrides):
     model = tiny('performer', **overrides)
-    trained = model.apply(variables, images, train=True, rngs={'dropout': jax.random.key(0)})
-    return np.abs(trained - model.apply(variables, images)).max()
+    trained = golden.apply(model, variables, images, {'dropout': jax.random.key(0)}, train=True)
+    return np.abs(trained - golden.apply(model, variables, images)).max()
 
   assert difference() > 1e-3
   assert difference(performer_dropout_rate=0.0) == 0
@@ -274,7 +270,7 @@ def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
 def test_bfloat16_stays_near_float32(name):
   numbers = golden.load_numbers(f'tiny_{name}')
   variables = golden.load_variables(name)
-  logits = tiny(name, dtype=jnp.bfloat16).apply(variables, numbers['images_nhwc'])
+  logits = golden.apply(tiny(name, dtype=jnp.bfloat16), variables, numbers['images_nhwc'])
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, numbers['logits'], atol=5e-2)
 

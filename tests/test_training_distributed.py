@@ -41,7 +41,6 @@ def test_a_time_limit_that_makes_no_sense():
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 @pytest.mark.parametrize('number', [0, 1])
 def test_a_process_that_stays_alone_ends_in_time(number, data_dir, tmp_path):
   """The first one, whose others are missing; and another one, at whose coordinator's port nobody listens."""
@@ -63,7 +62,6 @@ def test_a_process_that_stays_alone_ends_in_time(number, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 def test_different_configs_and_code_are_refused_by_all(data_dir, tmp_path):
   copy = tmp_path / 'copy'
   for name in ('t2t_vit_jax', 'configs'):
@@ -93,7 +91,6 @@ def test_different_configs_and_code_are_refused_by_all(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 def test_what_one_process_finds_wrong_ends_all(data_dir, tmp_path):
   """Process 1 gets another workdir: a host that does not mount the shared one."""
   results = finish(
@@ -113,7 +110,6 @@ def test_what_one_process_finds_wrong_ends_all(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 def test_meshes_and_batches_that_do_not_fit_end_all(data_dir, tmp_path):
   for change, message in (
     ('--config.mesh.fsdp=3', 'does not fit 4 devices, which 3 does not divide'),

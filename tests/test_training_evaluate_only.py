@@ -44,7 +44,6 @@ def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 def test_several_processes_evaluate_a_weight_file_alike(data_dir, tmp_path):
   path = tmp_path / 'weights.safetensors'
   convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))

@@ -57,7 +57,6 @@ def sums_one_by_one(overrides, images):
 
 
 @pytest.mark.slow
-@pytest.mark.several_processes
 def test_sums_do_not_depend_on_batches_and_processes(tmp_path):
   folder = write_image_folder(tmp_path / 'data', CLASSES, train=1, val=3)
   (folder / 'val' / 'c' / '1.JPEG').unlink()  # 23 images: no batch size divides them

@@ -25,8 +25,6 @@ from tests.processes import ROOT, finish, losses, run, start
 LAYOUTS = [(1, 8, 1), (1, 8, 8), (2, 2, 2), (4, 2, 4)]
 STEPS = 12
 
-pytestmark = pytest.mark.several_processes
-
 
 def flags(workdir, data_dir, *, steps=STEPS, **changes):
   """A small run on the digits in float32, which every layout up to eight devices divides."""

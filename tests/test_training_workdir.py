@@ -16,8 +16,6 @@ from tests.processes import finish, free_port, run, start, start_process
 
 BUCKET = 'somewhere'
 
-pytestmark = pytest.mark.several_processes
-
 
 @pytest.fixture
 def bucket():
