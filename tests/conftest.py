@@ -13,10 +13,10 @@ import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile more than they compute: this takes a seventh of the time, here and in the processes that tests start.
-FAST_COMPILER = (
-  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-)
-os.environ['XLA_FLAGS'] = f'{FAST_COMPILER} {os.environ.get("XLA_FLAGS", "")}'.strip()
+os.environ['XLA_FLAGS'] = ' '.join([
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1',
+  os.environ.get('XLA_FLAGS', ''),
+])  # fmt: skip
 # Several tests build the same run: each program is compiled once, also in the processes that tests start.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _cache = tempfile.TemporaryDirectory()
@@ -168,8 +168,10 @@ def no_process_left():
 @pytest.fixture(autouse=True, scope='module')
 def no_program_left():
   """Compiled programs go with the file of tests that used them: all together would fill gigabytes."""
+  gc.freeze()  # the modules' own objects, which each collection of garbage would go through
   yield
   jax.clear_caches()
+  gc.unfreeze()
   gc.collect()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from t2t_vit_jax.models.encoder import EncoderBlock, project_to_heads
+from tests import golden
 
 
 def normal(*shape, seed=0):
@@ -32,14 +33,14 @@ def test_projections_have_the_derivatives_of_finite_differences(parts):
 def test_the_first_tokens_alone_are_those_of_all_with_their_gradients(block_type, qkv_bias):
   block = EncoderBlock(num_heads=2, mlp_ratio=3, block_type=block_type, growth_rate=8, qkv_bias=qkv_bias)
   x = normal(3, 7, 16)
-  variables = block.init(jax.random.key(0), x)
-  variables = jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape, seed=leaf.size), variables)
+  variables = golden.random_variables(block, x)
 
   def loss(variables, x, num_outputs):
     y = block.apply(variables, x, False, num_outputs)[:, :2]
     return (y * normal(*y.shape, seed=3)).sum(), y
 
-  (_, some), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, x, 2)
-  (_, of_all), expected = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, x, None)
+  loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+  (_, some), gradients = loss_and_gradients(variables, x, 2)
+  (_, of_all), expected = loss_and_gradients(variables, x, None)
   np.testing.assert_allclose(some, of_all, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients, expected)

@@ -1,5 +1,7 @@
 """The soft split and the layers on it against torch's Unfold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,17 @@ INPUTS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def projections_and_gradients(split, cotangent, *inputs):
+  """The three projections of `patch_norm_dense`, side by side, and the gradients of all its inputs."""
+
+  def projections(x, norm, dense):
+    return jnp.concatenate(patch_norm_dense(x, split, norm, dense, 3, dtype=jnp.float32), axis=-1)
+
+  result, pull_back = jax.vjp(projections, *inputs)
+  return result, pull_back(cotangent)
+
+
 @pytest.mark.parametrize('kind', INPUTS)
 @pytest.mark.parametrize(('split', 'channels'), [(SPLITS[0], 3), (SPLITS[1], 16)])
 @pytest.mark.parametrize('size', [(32, 32), (29, 46)])
@@ -76,12 +89,9 @@ def test_conv_form_equals_a_float64_oracle(split, channels, size, kind, strict_d
   cotangent = rng.normal(size=expected.shape).astype(np.float32)
   expected.backward(torch.from_numpy(cotangent).double())
 
-  def concatenated_parts(x, norm, dense):
-    return jnp.concatenate(patch_norm_dense(x, split, norm, dense, 3, dtype=jnp.float32), axis=-1)
-
-  actual, pull_back = jax.vjp(concatenated_parts, *inputs)
+  actual, gradients = projections_and_gradients(split, cotangent, *inputs)
   np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=1e-5)
-  for gradient, tensor in zip(jax.tree.leaves(pull_back(cotangent)), jax.tree.leaves(wide), strict=True):
+  for gradient, tensor in zip(jax.tree.leaves(gradients), jax.tree.leaves(wide), strict=True):
     wanted = tensor.grad.numpy()
     np.testing.assert_allclose(gradient, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from t2t_vit_jax import T2TViT
 from t2t_vit_jax.models.stacked_blocks import stack_blocks, unstack_blocks
+from tests import golden
 
 
 def test_all_blocks_but_the_last_are_stacked_in_their_order():
@@ -30,9 +31,10 @@ def test_all_blocks_but_the_last_are_stacked_in_their_order():
 def test_a_model_with_one_block_has_nothing_to_stack():
   model = T2TViT(10, 32, embed_dim=64, depth=1, num_heads=4, scan_blocks=True)
   images = jnp.ones((1, 32, 32, 3))
-  variables = model.init(jax.random.key(0), images)
+  variables = golden.random_variables(model, images)
   assert stack_blocks(variables).keys() == variables.keys()
   assert stack_blocks(variables)['params'].keys() == variables['params'].keys()
   np.testing.assert_array_equal(
-    model.apply(stack_blocks(variables), images), model.clone(scan_blocks=False).apply(variables, images)
+    golden.apply(model, stack_blocks(variables), images),
+    golden.apply(model.clone(scan_blocks=False), variables, images),
   )

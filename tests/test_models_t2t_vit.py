@@ -99,8 +99,8 @@ def test_devices_that_share_a_batch_exchange_gradients_of_parameters_only(tokens
 def test_the_forms_of_the_soft_split_share_parameters_and_results():
   images = np.random.default_rng(0).normal(size=(1, 48, 80, 3)).astype(np.float32)
   conv, patches = (tiny('performer', soft_split_form=form) for form in ('conv', 'patches'))
-  variables = conv.init(jax.random.key(0), images)
-  jax.tree.map(np.testing.assert_array_equal, variables, patches.init(jax.random.key(0), images))
+  variables = jax.jit(conv.init)(jax.random.key(0), images)
+  jax.tree.map(np.testing.assert_array_equal, variables, jax.jit(patches.init)(jax.random.key(0), images))
   np.testing.assert_allclose(golden.apply(conv, variables, images), golden.apply(patches, variables, images), atol=1e-5)
 
 
@@ -281,7 +281,7 @@ def test_parameters_are_float32_in_every_computation_dtype():
 
 
 def test_random_projections_have_orthogonal_rows_of_the_same_length():
-  variables = tiny('performer', token_dim=64).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  variables = jax.jit(tiny('performer', depth=1, token_dim=64).init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
   first, second = (variables['frozen']['tokens_to_token'][f'attention{i}']['random_projection'] for i in (1, 2))
   assert first.shape == (32, 64)
   np.testing.assert_allclose(first @ first.T, 32 * np.eye(32), atol=1e-4)
@@ -298,6 +298,6 @@ def test_arguments_that_do_not_fit_are_refused():
   with pytest.raises(UserError, match='tokens_type must be one of performer, transformer, convolution'):
     T2TViT(tokens_type='perfomer')
   with pytest.raises(UserError, match='num_heads'):
-    T2TViT(embed_dim=64, num_heads=5).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    jax.eval_shape(T2TViT(embed_dim=64, num_heads=5).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
   with pytest.raises(UserError, match='mlp_ratio 3'):
     T2TViT(block_type='ghost', mlp_ratio=2.0)

@@ -14,6 +14,7 @@ import pytest
 from configs import digits
 from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.run import build_run
+from tests import golden
 from tests.image_folder import write_image_folder
 from tests.processes import finish, free_port
 
@@ -49,7 +50,8 @@ def sums_one_by_one(overrides, images):
     image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    logits = np.asarray(run.model.apply(variables, ((pixels / 255 - mean) / std).astype(np.float32)[None])[0], float)
+    inputs = ((pixels / 255 - mean) / std).astype(np.float32)[None]
+    logits = np.asarray(golden.apply(run.model, variables, inputs)[0], float)
     rank = int((logits > logits[label]).sum())
     top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
     loss += np.log(np.exp(logits - logits[label]).sum())

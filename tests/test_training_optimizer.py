@@ -167,19 +167,12 @@ def test_fifty_steps_on_the_tiny_model_equal_torchs(name, settings):
   start = to_torch(variables['params'])
   assert set(start) == {key.removeprefix('grad/') for key in numbers if key.startswith('grad/')}
 
-  @jax.jit
-  def loss_and_gradients(params):
-    def loss_of(params):
-      logits = model.apply({'params': params, 'frozen': variables['frozen']}, numbers['images_nhwc'])
-      return optax.softmax_cross_entropy_with_integer_labels(logits, numbers['labels']).mean()
-
-    return jax.value_and_grad(loss_of)(params)
-
+  inputs = variables['frozen'], numbers['images_nhwc'], numbers['labels']
   ours, theirs = make_optimizer(**settings), TorchOptimizer(name, start)
   params = variables['params']
   state, losses = ours.init(params), []
   for rate in RATES:
-    loss, gradients = loss_and_gradients(params)
+    (loss, _), gradients = golden.loss_and_gradients(model)(params, *inputs)
     losses.append(float(loss))
     theirs.step(to_torch(gradients), rate)
     updates, state = jax.jit(ours.update)(gradients, state, params)
@@ -218,9 +211,9 @@ def test_random_gradients_move_parameters_as_in_torch(name, dtype, clip_norm, at
   with jax.enable_x64(dtype == 'float64'):
     ours = make_optimizer(dtype, **settings, gradient_clip_norm=clip_norm)
     params = {key: jnp.asarray(value) for key, value in start.items()}
-    state = ours.init(params)
+    state, update = ours.init(params), jax.jit(ours.update)
     for gradient in gradients:
-      updates, state = ours.update(gradient, state, params)
+      updates, state = update(gradient, state, params)
       params = optax.apply_updates(params, updates)
   theirs = TorchOptimizer(name, {key: torch.from_numpy(value) for key, value in start.items()})
   for gradient, rate in zip(gradients, RATES, strict=True):
