@@ -26,6 +26,8 @@ SETTINGS = {
   'model.token_dim': 16,
   'model.performer_dropout_rate': 0.1,
   'data.batch_size': 64,
+  'data.image_size': 16,
+  'data.eval_split': 'test[:60]',
   'schedule.epochs': 90,
   'checkpoint.every_steps': 10,
   'logging.every_steps': 5,
@@ -45,15 +47,17 @@ def saving(workdir: Path) -> bool:
 
 
 def kill_somewhere(
-  process: subprocess.Popen, workdir: Path, rng: random.Random, in_save: bool, longest_wait: float
+  process: subprocess.Popen, workdir: Path, rng: random.Random, in_save: bool, latest: float
 ) -> str | None:
-  """Waits up to `longest_wait` s after the first steps, kills, and says when; None if the run ended before."""
-  step = 'the start'
+  """Kills after a random step of the first `latest` of those to come, and says which; None if the run ended before."""
+  assert process.stdout is not None
+  target = None
   for line in process.stdout:
-    if found := re.match(r'step (\d+)/', line):
-      step = f'step {found[1]}'
-      break
-  time.sleep(rng.uniform(0, longest_wait))
+    if found := re.match(r'step (\d+)/(\d+)', line):
+      step, total = map(int, found.groups())
+      target = step + rng.uniform(0, latest) * (total - step) if target is None else target
+      if step >= target:
+        break
   deadline = time.monotonic() + 5
   while in_save and not saving(workdir) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.0005)
@@ -62,8 +66,8 @@ def kill_somewhere(
   rest = process.communicate()[0]
   if process.returncode == 0:
     return None
-  last = re.findall(r'step (\d+)/', rest)
-  return (f'step {last[-1]}' if last else step) + (', while saving' if half_written else '')
+  last = re.findall(r'step (\d+)/', rest) or [step]
+  return f'step {last[-1]}' + (', while saving' if half_written else '')
 
 
 def result(workdir: Path, settings: dict) -> tuple[list[dict], list[np.ndarray]]:
@@ -82,7 +86,7 @@ def result(workdir: Path, settings: dict) -> tuple[list[dict], list[np.ndarray]]
   return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows], jax.tree.leaves(jax.device_get(state))
 
 
-def kill_and_compare(folder: Path, kills: int, seed: int, longest_wait: float = 5.0, **changes) -> list[str]:
+def kill_and_compare(folder: Path, kills: int, seed: int, **changes) -> list[str]:
   """Runs both; returns a line for each kill.
 
   Raises:
@@ -95,7 +99,8 @@ def kill_and_compare(folder: Path, kills: int, seed: int, longest_wait: float = 
   moments: list[str] = []
   while len(moments) < kills:
     process = start(folder / 'killed', settings)
-    moment = kill_somewhere(process, folder / 'killed', rng, len(moments) % 2 == 1, longest_wait)
+    number = len(moments)
+    moment = kill_somewhere(process, folder / 'killed', rng, number % 2 == 1, latest=1 / (kills - number + 1))
     assert moment, f'the run ended after {len(moments)} kills: make it longer'
     moments.append(moment)
     print(f'kill {len(moments)}: after {moment}', flush=True)

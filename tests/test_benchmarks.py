@@ -1,6 +1,5 @@
 """The benchmarks: what they share, and that each command runs and writes what it has measured."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,6 @@ from benchmarks.tpu_compile import place_and_pass
 from t2t_vit_jax import UserError
 
 ROOT = Path(__file__).parents[1]
-HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
 TINY = ['--model=t2t_vit_tiny', '--batch-size=2']
 
 
@@ -151,8 +149,8 @@ def test_wrong_input_gets_one_line(module, arguments, message, monkeypatch, caps
 
 
 @pytest.mark.slow
+@pytest.mark.needs('torch')
 def test_model(tmp_path):
-  pytest.importorskip('torch')
   path = tmp_path / 'results.json'
   code, output, errors = benchmark(
     'model', *TINY, '--against=torch', '--form=one:depth=1', '--form=half:depth=1,dtype=bfloat16',
@@ -194,7 +192,7 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install 'jax[tpu]'")
+@pytest.mark.needs('libtpu')
 def test_tpu_compile(tmp_path):
   path = tmp_path / 'results.json'
   code, output, errors = benchmark(

@@ -1,7 +1,6 @@
 """Images, labels and workers that fail: named, counted, and nothing hangs."""
 
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from t2t_vit_jax.data.sources import open_folder, open_tfds
 from t2t_vit_jax.data.transforms import BadImage, decode
 from t2t_vit_jax.errors import DataError
 from tests.image_folder import encoded, picture, write_image_folder
+from tests.parameters import slow_but
 
 CROP = transforms.Chain(transforms.RandomPaddedCrop(16, padding=2))
 CENTER = transforms.ResizeCenterCrop(16, 1.0)
@@ -140,6 +140,10 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(source):
   assert (damaged[7]['image'] != damaged[9]['image']).any()
 
 
+def endless_batches(source, workers):
+  return train_batches(source, workers, last_step=500)
+
+
 @pytest.mark.slow
 def test_replacements_do_not_depend_on_workers(source):
   damage(source, 7, 8, 23)
@@ -211,9 +215,9 @@ def test_a_damaged_array_record_is_bad(data_dir, tmp_path):
   assert len(lines) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('batches', [functools.partial(train_batches, last_step=500), eval_batches])
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize(
+  ('batches', 'workers'), slow_but([(eval_batches, 1)], itertools.product((endless_batches, eval_batches), (1, 2)))
+)
 def test_a_killed_worker_ends_the_run(source, batches, workers):
   many = dataclasses.replace(
     source, records=list(itertools.islice(itertools.cycle(map(source.records.__getitem__, range(24))), 4000))

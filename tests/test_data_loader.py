@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 import pickle
@@ -14,6 +15,7 @@ import pytest
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import open_tfds
+from tests.parameters import slow_but
 
 TRANSFORM = transforms.RandomPaddedCrop(16, padding=2)
 
@@ -75,9 +77,7 @@ def test_starting_at_a_step_gives_the_batches_from_there(source):
       np.testing.assert_array_equal(array, expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('workers', [1, 2, 4])
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize(('processes', 'workers'), slow_but([(1, 2)], itertools.product((1, 2), (1, 2, 4))))
 def test_worker_processes_change_nothing(source, workers, processes):
   """From the second epoch's middle, and with more workers than some processes have examples in flight."""
   steps = {'first_step': 40, 'last_step': 43}

@@ -1,7 +1,6 @@
 """Preparing datasets: small tars in ImageNet's layout through the real builder, and everything that goes wrong."""
 
 import hashlib
-import importlib.util
 import os
 from pathlib import Path
 import shlex
@@ -22,9 +21,6 @@ from t2t_vit_jax.data.sources import open_tfds
 from tests.imagenet_tars import write_imagenet_tars
 
 VERSION = 'imagenet2012/5.1.0'
-needs_tensorflow = pytest.mark.skipif(
-  importlib.util.find_spec('tensorflow') is None, reason='the builder of imagenet2012 needs it'
-)
 
 
 @pytest.fixture(scope='module')
@@ -197,7 +193,7 @@ def test_log_files_get_a_line_from_time_to_time(tmp_path, capsys):
   assert lines[-1] == f'{target}: 2.00 GB, 1 shards'
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 def test_partial_tars_become_records_of_the_same_bytes(tars, tmp_path, capsys):
   arguments = ['imagenet2012', '--data-dir', str(tmp_path), '--manual-dir', str(tars[0])]
   assert main([*arguments, '--allow-partial']) == 0
@@ -216,7 +212,7 @@ def test_partial_tars_become_records_of_the_same_bytes(tars, tmp_path, capsys):
   assert '32 train images, not 1,281,167' in capsys.readouterr().err
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 def test_folders_that_cannot_be_written_get_one_line(tars, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'cannot write .*Not a directory') as caught:
@@ -224,7 +220,7 @@ def test_folders_that_cannot_be_written_get_one_line(tars, tmp_path):
   one_line(caught)
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 def test_training_on_tfrecord_names_the_command_that_converts(tars, tfrecord, tmp_path):
   import tensorflow as tf
 
@@ -253,7 +249,7 @@ def test_training_on_tfrecord_names_the_command_that_converts(tars, tfrecord, tm
   assert digests(tmp_path) == before
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 def test_conversions_that_make_no_sense_are_refused(tfrecord, tmp_path):
   prepare('digits', str(tmp_path))
   for folder, data_dir, message in (
@@ -274,7 +270,7 @@ def _flip_a_byte(shard: Path) -> None:
   shard.write_bytes(content)
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
@@ -294,7 +290,7 @@ def test_damaged_tfrecord_never_becomes_a_dataset(damage, message, tfrecord, tmp
   assert not list(tmp_path.glob('new/imagenet2012/*'))
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 @pytest.mark.slow
 def test_stopped_runs_leave_nothing_that_looks_complete(tmp_path):
   write_imagenet_tars(tmp_path / 'tars', images_per_class=2000)
@@ -322,7 +318,7 @@ def test_stopped_runs_leave_nothing_that_looks_complete(tmp_path):
   assert output.endswith('train 8,000, validation 10 images\n')
 
 
-@needs_tensorflow
+@pytest.mark.needs('tensorflow')
 @pytest.mark.slow
 def test_a_disk_that_fills_up_gets_one_line(tars, tfrecord, tmp_path):
   """Files end at 64 KB: what a full disk looks like to the writers."""

@@ -53,7 +53,6 @@ def logits_of_model(weights, images, mean=MEAN, std=STD, dtype=jnp.float32, **op
   return jax.jit(model.clone(dtype=dtype).apply)(variables, (images.astype(np.float32) / 255 - mean) / std)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'batches'),
   [

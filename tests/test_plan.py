@@ -15,7 +15,6 @@ from t2t_vit_jax.plan import batch_unit, data_size, search_batch
 from t2t_vit_jax.planning import report
 
 ROOT = Path(__file__).parents[1]
-HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
 TINY = ['--config=configs/digits.py', '--config.model.depth=1', '--config.model.embed_dim=64']
 DIGITS = ['--num_classes=10', '--train_images=1437']
 
@@ -100,15 +99,8 @@ def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message):
   assert message in errors
 
 
-@pytest.mark.skipif(HAS_LIBTPU, reason='the compiler is installed')
-def test_without_libtpu_it_says_what_to_install():
-  code, _, errors = plan(*TINY, *DIGITS, '--topology=v5e:2x2')
-  assert code == 2
-  assert errors == "error: the TPU compiler is missing: pip install 'jax[tpu]' (no TPU is needed)\n"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install 'jax[tpu]'")
+@pytest.mark.needs('libtpu')
 def test_a_slice_that_libtpu_does_not_know():
   code, _, errors = plan(*TINY, *DIGITS, '--topology=v5e:5x7')
   assert code == 2
@@ -117,7 +109,7 @@ def test_a_slice_that_libtpu_does_not_know():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install 'jax[tpu]'")
+@pytest.mark.needs('libtpu')
 def test_the_tpu_compiler(tmp_path):
   """A real compilation: what follows from the model must be in what the compiler says."""
   code, output, errors = plan(*TINY, *DIGITS, '--topology=v5e:2x2', f'--output={tmp_path}/plan.json')

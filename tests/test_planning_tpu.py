@@ -1,5 +1,7 @@
 """Chips and slices: published figures, arithmetic done by hand, and refusals."""
 
+import sys
+
 import pytest
 
 from t2t_vit_jax import UserError
@@ -36,3 +38,9 @@ def test_parse():
 def test_wrong_slices_get_examples(text, message):
   with pytest.raises(UserError, match=message):
     Slice.parse(text)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'libtpu', None)
+  with pytest.raises(UserError, match=r"the TPU compiler is missing: pip install 'jax\[tpu\]' \(no TPU is needed\)"):
+    Slice.parse('v5e:2x2').devices()

@@ -5,7 +5,6 @@ between machines. With any versions, no figure's ratio to the literal form's, co
 10 % above the file's ratio. `python -m tests.speed_guard` renews the file.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests import speed_guard
 
 ABSOLUTE_MARGIN, RATIO_MARGIN = 1.05, 1.10
 ROOT = Path(__file__).parents[1]
-HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
 
 
 def ratio(figures, name, kind):
@@ -72,7 +70,7 @@ def test_forms_on_cpu(on_cpu):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs pip install 'jax[tpu]'")
+@pytest.mark.needs('libtpu')
 def test_programs_for_tpu(golden):
   command = [sys.executable, '-m', 'tests.speed_guard', 'tpu']
   done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)

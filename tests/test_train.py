@@ -118,8 +118,8 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.needs('tensorflow')
 def test_imagenet_from_the_official_tars(tmp_path):
-  pytest.importorskip('tensorflow', reason='the builder of imagenet2012 needs it')
   write_imagenet_tars(tmp_path / 'tars', images_per_class=4, num_validation=10)
   prepare = [sys.executable, '-m', 't2t_vit_jax.data.prepare', 'imagenet2012']
   prepared = subprocess.run(

@@ -136,8 +136,13 @@ def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, 
 
 
 def test_other_changes_are_said_and_evaluations_come_when_they_should(data_dir, tmp_path, capsys):
-  # 700 images a step: two steps an epoch.
-  changes = {'data.batch_size': 700, 'checkpoint.every_epochs': 1, 'checkpoint.keep_latest': 9}
+  # Two steps an epoch.
+  changes = {
+    'data.train_split': 'train[:128]',
+    'data.eval_split': 'test[:30]',
+    'checkpoint.every_epochs': 1,
+    'checkpoint.keep_latest': 9,
+  }
   loop.train(small_config(data_dir, **changes, **{'schedule.max_steps': 3}), tmp_path)
   loop.train(small_config(data_dir, **changes, **{'schedule.max_steps': 5}), tmp_path)
   assert 'changed since the checkpoint: schedule.max_steps was 3 and is 5' in capsys.readouterr().out

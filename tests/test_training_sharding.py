@@ -86,6 +86,7 @@ def programs(fsdp):
   config = digits.get_config()
   config.mesh.fsdp = fsdp
   config.data.image_size = 16
+  config.model.depth = 1
   mesh = make_mesh(config.mesh)
   return build_programs(config, mesh, num_classes=10, num_train_images=1000)
 

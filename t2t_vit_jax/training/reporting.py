@@ -39,11 +39,8 @@ class Reporter:
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
     if not self._silent:
-      from tensorboardX import SummaryWriter  # here, because it imports torch wherever torch is installed
-
       _drop_rows_after(self._file, first_step)
-      # TensorBoard leaves out what an earlier, interrupted run wrote from that step on.
-      self._events = SummaryWriter(os.fspath(workdir.logs / 'tensorboard'), purge_step=first_step + 1)
+      self._events = _event_writer(os.fspath(workdir.logs / 'tensorboard'), first_step)
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -186,6 +183,20 @@ class Reporter:
     for name, value in values.items():
       if isinstance(value, int | float):
         self._events.add_scalar(f'{group}/{name}', value, step)
+
+
+def _event_writer(folder: str, first_step: int) -> Any:
+  """TensorBoard's writer; TensorBoard leaves out what an earlier, interrupted run wrote after `first_step`."""
+  # tensorboardX imports torch wherever it is installed: two seconds, for tensors that are not written here.
+  hide_torch = 'torch' not in sys.modules
+  if hide_torch:
+    sys.modules['torch'] = None  # type: ignore[assignment]
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hide_torch:
+      del sys.modules['torch']
+  return SummaryWriter(folder, purge_step=first_step + 1)
 
 
 def _drop_rows_after(file: Path, step: int) -> None:

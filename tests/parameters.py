@@ -1,0 +1,13 @@
+"""Cases of a test, of which every day sees a few."""
+
+import pytest
+
+
+def slow_but(fast, cases):
+  """The `cases` of `pytest.mark.parametrize`, all of them slow but those in `fast`."""
+  cases = list(cases)
+  assert all(case in cases for case in fast)
+  return [
+    case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+    for case in cases
+  ]
