@@ -44,7 +44,9 @@ OPTIONAL = {
   'libtpu': '.[tpu]',
 }
 # Files whose tests start processes that wait for each other within a time limit: one worker has them all.
-SEVERAL_PROCESSES = ('test_training_processes.py', 'test_training_distributed.py', 'test_training_workdir.py')
+SEVERAL_PROCESSES = tuple(
+  f'test_training_{name}.py' for name in ('processes', 'distributed', 'workdir', 'evaluation', 'evaluate_only')
+)
 left_out: Counter[str] = Counter()  # what is missing, or 'slow' -> number of tests
 
 
@@ -141,7 +143,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """A file's tests share what they build: one worker has them all, the files that take long first."""
+  """A file's tests share what they build: one worker has them all."""
   from xdist.scheduler import LoadScopeScheduling
 
   class ByFile(LoadScopeScheduling):

@@ -18,6 +18,8 @@ import time
 import jax
 import numpy as np
 
+from tests import processes
+
 ROOT = Path(__file__).parents[1]
 TIMINGS = ('images_per_second', 'data_wait')
 SETTINGS = {
@@ -38,7 +40,9 @@ def start(workdir: Path, settings: dict) -> subprocess.Popen:
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   command = [sys.executable, str(ROOT / 'train.py'), f'--workdir={workdir}', *flags]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  processes.started.append(process)  # of a test, which ends it if it fails
+  return process
 
 
 def saving(workdir: Path) -> bool:

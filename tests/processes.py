@@ -1,9 +1,11 @@
 """Runs of `train.py` in one or several processes on this machine, each with some virtual devices."""
 
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import json
 import os
 from pathlib import Path
+import signal
 import socket
 import subprocess
 import sys
@@ -18,23 +20,25 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def start_process(*flags, devices=1, root=ROOT, **environment):
-  """`python train.py FLAGS` with so many virtual devices. It ends with the test at the latest."""
+def start_command(*command, cwd=None, **environment):
+  """A command in a process group of its own, with pipes. The group ends with the test at the latest."""
   process = subprocess.Popen(
-    [sys.executable, str(root / 'train.py'), *flags],
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(devices),
-      'PYTHONPATH': str(root),
-      **environment,
-    },
+    list(map(str, command)),
+    cwd=cwd,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
+    start_new_session=True,
   )
   started.append(process)
   return process
+
+
+def start_process(*flags, devices=1, root=ROOT, cwd=None, **environment):
+  """`python train.py FLAGS` with so many virtual devices."""
+  environment = {'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(root), **environment}
+  return start_command(sys.executable, root / 'train.py', *flags, cwd=cwd, **environment)
 
 
 def process_flags(count):
@@ -71,9 +75,9 @@ def end_all():
 
 
 def end(process):
-  """Kills it if it still runs, and closes its pipes."""
-  with process:
-    process.kill()
+  """Kills what still runs of its group, such as data workers, and closes its pipes."""
+  with process, contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(count, *flags, **options):

@@ -19,6 +19,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data.prepare import _writing, convert, main, prepare
 from t2t_vit_jax.data.sources import open_tfds
 from tests.imagenet_tars import write_imagenet_tars
+from tests.processes import start_command
 
 VERSION = 'imagenet2012/5.1.0'
 
@@ -52,8 +53,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 def start(*arguments: object, setup: str) -> subprocess.Popen:
   """The program in a process of its own, after the statements `setup`."""
   code = f'{setup}; import runpy; runpy.run_module("t2t_vit_jax.data.prepare", run_name="__main__", alter_sys=True)'
-  command = [sys.executable, '-c', code, *map(str, arguments)]
-  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return start_command(sys.executable, '-c', code, *arguments)
 
 
 def test_tars_of_other_sizes_are_refused_before_anything_is_written(tars, tmp_path):

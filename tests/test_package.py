@@ -67,6 +67,7 @@ def installed(built, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.needs('build')
 def test_what_is_released(built):
   version = t2t_vit_jax.__version__
   with zipfile.ZipFile(built / f't2t_vit_jax-{version}-py3-none-any.whl') as wheel:
@@ -81,6 +82,7 @@ def test_what_is_released(built):
 
 
 @pytest.mark.slow
+@pytest.mark.needs('build')
 def test_the_wheel_computes_the_references_logits(installed, tmp_path):
   """From a converted checkpoint, in a folder without the checkout."""
   checkpoint = golden.DATA / 'official_tiny_performer.pth.tar'

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from tests.image_folder import write_image_folder
 from tests.imagenet_tars import write_imagenet_tars
+from tests.processes import start_process
 
 ROOT = Path(__file__).parents[1]
 TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.token_dim=16']
@@ -25,15 +26,7 @@ def environment():
 
 
 def start(cwd, *arguments):
-  return subprocess.Popen(
-    [sys.executable, str(ROOT / 'train.py'), *map(str, arguments)],
-    cwd=cwd,
-    env=environment(),
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    start_new_session=True,
-  )
+  return start_process(*arguments, cwd=cwd)
 
 
 def run(cwd, *arguments):

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 import shutil
 import subprocess
-import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from t2t_vit_jax.training.run import build_run
 from t2t_vit_jax.training.workdir import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.parameters import slow_but
+from tests.processes import start_process
 from tests.test_training_loop import small_config
 
 ROOT = Path(__file__).parents[1]
@@ -115,19 +115,8 @@ def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
 
 
 def train(*arguments):
-  return subprocess.Popen(
-    [
-      sys.executable,
-      ROOT / 'train.py',
-      '--config.model.depth=1',
-      '--config.model.embed_dim=32',
-      '--config.model.token_dim=16',
-      *map(str, arguments),
-    ],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+  return start_process(
+    '--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.token_dim=16', *arguments
   )
 
 
@@ -176,7 +165,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(tmp_path, data_dir):
   for line in process.stdout:
     if line.startswith('step 7/'):
       break
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  (tmp_path / 'run' / 'checkpoints').rename(tmp_path / 'elsewhere')  # at once: it is being written to
   (tmp_path / 'run' / 'checkpoints').write_text('no folder')
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 2

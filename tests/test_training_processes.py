@@ -120,7 +120,6 @@ def folder_alone(folder_flags, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
 def test_two_processes_train_alike_on_an_image_folder(folder_flags, folder_alone, tmp_path):
   run(2, *folder_flags(tmp_path / 'run'), devices=2)
   assert losses(tmp_path / 'run') == pytest.approx(losses(folder_alone), rel=1e-5)

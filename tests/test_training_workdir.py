@@ -16,6 +16,8 @@ from tests.processes import finish, free_port, run, start, start_process
 
 BUCKET = 'somewhere'
 
+pytestmark = [pytest.mark.needs('gcsfs'), pytest.mark.needs('gcp_storage_emulator')]
+
 
 @pytest.fixture
 def bucket():
