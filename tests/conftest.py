@@ -11,24 +11,30 @@ import importlib.util
 import os
 import tempfile
 
+# What libraries would leave in the home folder and elsewhere, in a folder that goes with the run; its workers share it.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _scratch = tempfile.TemporaryDirectory(prefix='t2t_vit_jax-')
+  atexit.register(_scratch.cleanup)
+  os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # where `tmp_path` is kept for a while
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{_scratch.name}/programs')
+  for _name in ('TMPDIR', 'TFDS_DATA_DIR', 'MPLCONFIGDIR', 'KERAS_HOME'):
+    os.environ[_name] = f'{_scratch.name}/{_name.lower()}'
+    os.mkdir(os.environ[_name])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Several tests build the same run: each program is compiled once, also in the processes that tests start.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 # Tests compile more than they compute: this takes a seventh of the time, here and in the processes that tests start.
 os.environ['XLA_FLAGS'] = ' '.join([
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1',
   os.environ.get('XLA_FLAGS', ''),
 ])  # fmt: skip
-# Several tests build the same run: each program is compiled once, also in the processes that tests start.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  _cache = tempfile.TemporaryDirectory()
-  atexit.register(_cache.cleanup)
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 import pytest
 
 from tests.processes import end_all
 
+tempfile.tempdir = os.environ['TMPDIR']
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -47,6 +53,9 @@ OPTIONAL = {
 SEVERAL_PROCESSES = tuple(
   f'test_training_{name}.py' for name in ('processes', 'distributed', 'workdir', 'evaluation', 'evaluate_only')
 )
+# Files that take long come first, so that no worker is left with one of them when the others are done.
+LONG = (*SEVERAL_PROCESSES, 'test_parity_full_size.py', 'test_docs.py', 'test_train.py', 'test_speed_guard.py')
+LONG += ('test_training_loop.py', 'test_training_checkpoint.py', 'test_benchmarks.py')
 left_out: Counter[str] = Counter()  # what is missing, or 'slow' -> number of tests
 
 
@@ -61,7 +70,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  """Leaves out the slow tests and those whose library is missing."""
+  """Leaves out the slow tests and those whose library is missing; files that take long come first."""
   named = [argument for argument in config.args if '::' in argument]
   kept, gone = [], []
   for item in items:
@@ -75,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
       kept.append(item)
       continue
     gone.append(item)
-  items[:] = kept
+  items[:] = sorted(kept, key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
   config.hook.pytest_deselected(items=gone)
 
 

@@ -6,6 +6,7 @@ before the fast tests were chosen: change it only to follow the code.
 """
 
 import argparse
+import os
 from pathlib import Path
 import re
 import shutil
@@ -199,7 +200,8 @@ def copy_checkout(folder: Path) -> None:
 def first_failure(folder: Path, flags: list[str], tests: list[str]) -> str | None:
   """The first test that fails in `folder`, or that no test can start; None if all pass."""
   command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *flags, *tests]
-  done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+  environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': f'{folder}-programs'}  # most are the same with each fault
+  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   if done.returncode in (0, 5):
     return None
   failed = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
@@ -229,7 +231,7 @@ def main() -> None:
   flags = ['--all'] if arguments.all else []
   missed = 0
   with tempfile.TemporaryDirectory() as name:
-    folder = Path(name)
+    folder = Path(name) / 'checkout'
     copy_checkout(folder)
     for number in arguments.numbers or range(1, len(FAULTS) + 1):
       fault = FAULTS[number - 1]
