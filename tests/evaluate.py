@@ -16,12 +16,13 @@ def main(overrides: str, process: str, count: str, port: str) -> None:
   if int(count) > 1:
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(f'localhost:{port}', int(count), int(process))
-  results = {}
+  results, state = {}, None
   for batch_size in (1, 7, 64):
     config = digits.get_config()
     config.update_from_flattened_dict(json.loads(overrides) | {'data.eval_batch_size': batch_size})
     run = build_run(config)
-    results[batch_size] = run.evaluate(run.fresh_state())['raw'].as_dict()
+    state = state or run.fresh_state()
+    results[batch_size] = run.evaluate(state)['raw'].as_dict()
   print(json.dumps(results))
 
 

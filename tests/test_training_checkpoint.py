@@ -19,7 +19,6 @@ from t2t_vit_jax.training.checkpoint import Checkpoints, fingerprint
 from t2t_vit_jax.training.run import build_run
 from t2t_vit_jax.training.workdir import open_workdir
 from tests.kill_runs import kill_and_compare
-from tests.parameters import slow_but
 from tests.processes import start_process
 from tests.test_training_loop import small_config
 
@@ -191,7 +190,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data_dir):
     pass  # the lock went with the process
 
 
-@pytest.mark.parametrize('kills', slow_but([1], [1, 3]))
-def test_killed_runs_end_like_undisturbed_ones(tmp_path, kills):
-  moments = kill_and_compare(tmp_path, kills, seed=0, **{'schedule.epochs': 3 * kills})
-  assert kills == 1 or sum('while saving' in moment for moment in moments) >= 1
+def test_killed_runs_end_like_undisturbed_ones(tmp_path):
+  moments = kill_and_compare(tmp_path, kills=2, seed=0, **{'schedule.epochs': 4})
+  assert any('while saving' in moment for moment in moments)
