@@ -119,14 +119,18 @@ def run(command, folder):
   )
 
 
+@pytest.fixture(scope='module')
+def after_commands(checkout):
+  """The same folder after the commands of `RUN`, whose results other pages read; and what became of each command."""
+  first = f'python train.py --workdir=runs/t2t_vit_14{SHORT_DIGITS}'  # a workdir that pages name
+  rest = [command + RUN[rule(command)] for command in ALL if rule(command) in RUN]
+  return checkout, {command: run(command, checkout) for command in (first, *rest)}
+
+
 @pytest.mark.slow
-def test_commands_run(checkout):
-  done = run(f'python train.py --workdir=runs/t2t_vit_14{SHORT_DIGITS}', checkout)  # a workdir that pages name
-  assert done.returncode == 0, done.stderr
-  for command in ALL:
-    if rule(command) in RUN:
-      done = run(command + RUN[rule(command)], checkout)
-      assert done.returncode == 0, (command, done.stdout, done.stderr)
+def test_commands_run(after_commands):
+  for command, done in after_commands[1].items():
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 
 @pytest.mark.slow
@@ -141,8 +145,9 @@ def test_commands_without_their_data_say_so(checkout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('page', PYTHON_PAGES, ids=lambda page: page.name)
-def test_python_runs(page, checkout):
+def test_python_runs(page, after_commands):
   """All of a page in order, in one process. Batches are of one image, since no figure depends on their number."""
+  checkout, _ = after_commands
   text = '\n'.join(blocks(page, 'python')).replace('(8, 224, 224, 3)', '(1, 224, 224, 3)')
   script = checkout / f'{page.stem}_page.py'
   script.write_text(text)
