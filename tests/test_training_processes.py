@@ -19,7 +19,7 @@ from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.run import build_run
 from t2t_vit_jax.training.weight_files import export_checkpoint
 from tests.image_folder import write_image_folder
-from tests.processes import ROOT, finish, losses, run, start
+from tests.processes import ROOT, finish, free_port, losses, run, start
 
 # Processes, devices of each, devices that divide the state.
 LAYOUTS = [(1, 8, 1), (1, 8, 8), (2, 2, 2), (4, 2, 4)]
@@ -155,6 +155,8 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
 def test_the_documented_commands_for_one_machine(data_dir, tmp_path):
   page = (ROOT / 'docs' / 'distributed.md').read_text()
   commands = re.search(r'### Two processes on a laptop.*?```bash\n(.*?)```', page, re.DOTALL)[1]
+  commands, changed = re.subn(r'--coordinator=localhost:\d+', f'--coordinator=localhost:{free_port()}', commands)
+  assert changed == 2
   for name in ('configs', 't2t_vit_jax', 'train.py'):
     (tmp_path / name).symlink_to(ROOT / name)
   path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
