@@ -21,6 +21,9 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   for _name in ('TMPDIR', 'TFDS_DATA_DIR', 'MPLCONFIGDIR', 'KERAS_HOME'):
     os.environ[_name] = f'{_scratch.name}/{_name.lower()}'
     os.mkdir(os.environ[_name])
+else:
+  # Not shared, though: JAX writes its cache so that another process may read half a program, and warns.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] += f'/{os.environ["PYTEST_XDIST_WORKER"]}'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Several tests build the same run: each program is compiled once, also in the processes that tests start.
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')

@@ -190,6 +190,8 @@ def test_evaluation_sums_ignore_padding_and_batch_size(model):
     count=23,
     loss_sum=float(-jax.nn.log_softmax(logits)[np.arange(23), data['label']].sum()),
   )
+  # Padding would be counted as right, too, if anything but its mask decided.
+  guess = int(jax.jit(model.apply)(variables, jnp.zeros((1, 32, 32, 3)))[0].argmax())
   mesh = make_mesh(ConfigDict(dict(data=2, fsdp=1)))
   eval_step = jax.jit(steps.make_eval_step(model, normalization=IDENTITY))
   for batch_size in (2, 8, 24):
@@ -198,7 +200,10 @@ def test_evaluation_sums_ignore_padding_and_batch_size(model):
       part = {name: array[start : start + batch_size] for name, array in data.items()}
       missing = batch_size - len(part['label'])
       batches.append(
-        {name: np.concatenate([array, np.zeros_like(data[name][:missing])]) for name, array in part.items()}
+        {
+          name: np.concatenate([array, np.full_like(data[name][:missing], guess if name == 'label' else 0)])
+          for name, array in part.items()
+        }
       )
     (found,) = evaluate(eval_step, {'raw': variables}, batches, mesh).values()
     assert (found.correct, found.correct_top5, found.count) == (expected.correct, expected.correct_top5, 23)
