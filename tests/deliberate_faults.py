@@ -204,12 +204,12 @@ def first_failure(folder: Path, flags: list[str], tests: list[str]) -> str | Non
   done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   if done.returncode in (0, 5):
     return None
-  failed = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
+  failed = re.search(r'^(?:FAILED|ERROR) (.+?)(?: - |$)', done.stdout, re.MULTILINE)
   return failed[1] if failed else f'pytest ends with {done.returncode}'
 
 
 def caught_by(fault: Fault, folder: Path, flags: list[str]) -> str | None:
-  """The test that fails with the fault: tests of the same room are asked first, then all."""
+  """The test that fails with the fault, twice: tests of the same room are asked first, then all."""
   file = folder / 't2t_vit_jax' / fault.file
   right = file.read_text()
   assert right.count(fault.old) == 1, fault
@@ -217,7 +217,11 @@ def caught_by(fault: Fault, folder: Path, flags: list[str]) -> str | None:
   try:
     room = fault.file.split('/')[0].removesuffix('.py')
     nearest = sorted(path.relative_to(folder).as_posix() for path in (folder / 'tests').glob(f'test_{room}*.py'))
-    return (nearest and first_failure(folder, flags, nearest)) or first_failure(folder, flags, ['tests'])
+    for tests in filter(None, (nearest, ['tests'])):
+      found = first_failure(folder, flags, tests)
+      if found and first_failure(folder, flags, [found]):
+        return found
+    return None
   finally:
     file.write_text(right)
 
