@@ -4,6 +4,8 @@
 """
 
 from collections import Counter
+import contextlib
+import io
 
 import pytest
 
@@ -19,13 +21,14 @@ class Collected:
 
 def main() -> None:
   collected = Collected()
-  pytest.main(['--all', '--collect-only', '-n', '0', '-qq', '--no-header', '--no-summary'], plugins=[collected])
+  with contextlib.redirect_stdout(io.StringIO()):
+    pytest.main(['--all', '--collect-only', '-n', '0', '-q'], plugins=[collected])
   every, fast = Counter(), Counter()
   for item in collected.items:
     test = item.nodeid.split('[')[0]
     every[test] += 1
     fast[test] += item.get_closest_marker('slow') is None
-  print('\n| behaviour | test | fast cases of all |\n|---|---|---|')
+  print('| behaviour | test | fast cases of all |\n|---|---|---|')
   for test, count in every.items():
     behaviour = test.split('::')[-1].removeprefix('test_').replace('_', ' ')
     print(f'| {behaviour} | `{test}` | {fast[test]} of {count} |')
