@@ -132,7 +132,7 @@ def skip_without_library(report, node, error):
 
 
 def pytest_sessionfinish(session):
-  """Of several workers, tells the process that prints what was left out."""
+  """Tells the process that prints the summary what this worker left out."""
   if hasattr(session.config, 'workeroutput'):
     session.config.workeroutput['left_out'] = dict(left_out)
 

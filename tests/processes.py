@@ -75,9 +75,11 @@ def end_all():
 
 
 def end(process):
-  """Kills what still runs of its group, such as data workers, and closes its pipes."""
-  with process, contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
+  """Kills it and what still runs of its group, such as data workers, and closes its pipes."""
+  with process:
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):  # it has no group of its own, or nothing is left of that
+      os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(count, *flags, **options):

@@ -140,10 +140,6 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(source):
   assert (damaged[7]['image'] != damaged[9]['image']).any()
 
 
-def endless_batches(source, workers):
-  return train_batches(source, workers, last_step=500)
-
-
 @pytest.mark.slow
 def test_replacements_do_not_depend_on_workers(source):
   damage(source, 7, 8, 23)
@@ -213,6 +209,10 @@ def test_a_damaged_array_record_is_bad(data_dir, tmp_path):
   batches = Faults(source, lines.append, 'it counts as wrong').check(eval_batches(source))
   assert sum(int((batch['label'] == loader.UNREADABLE).sum()) for batch in batches) == 1
   assert len(lines) == 1
+
+
+def endless_batches(source, workers):
+  return train_batches(source, workers, last_step=500)
 
 
 @pytest.mark.parametrize(

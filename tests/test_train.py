@@ -186,9 +186,8 @@ def test_an_image_folder_with_unreadable_images(tmp_path):
 def test_digits_learn(tmp_path, data_dir):
   """A sixth of the default run: far above chance, so model, data and optimizer work together."""
   fields = [f'--config.data.data_dir={data_dir}', '--config.schedule.epochs=10']
-  code, output, errors = run(
-    tmp_path, '--workdir=run', *fields, XLA_FLAGS=''
-  )  # programs that compute fast, as for users
+  # XLA's own flags: programs that compute fast, as for users.
+  code, output, errors = run(tmp_path, '--workdir=run', *fields, XLA_FLAGS='')
   assert code == 0, errors
   last = output.splitlines()[-1]
   assert float(last.split()[2]) > 80, last

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from pathlib import Path
 import shutil
 import subprocess
 
@@ -21,8 +20,6 @@ from t2t_vit_jax.training.workdir import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process
 from tests.test_training_loop import small_config
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module')

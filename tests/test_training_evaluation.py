@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +14,7 @@ from t2t_vit_jax.training.evaluation import Accuracy
 from t2t_vit_jax.training.run import build_run
 from tests import golden
 from tests.image_folder import write_image_folder
-from tests.processes import finish, free_port
+from tests.processes import finish, free_port, start_command
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple('abcdefgh')
@@ -25,12 +23,8 @@ CLASSES = tuple('abcdefgh')
 def evaluate(overrides, processes):
   """Batch size -> sums, as each of the processes prints them."""
   port = free_port()
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  command = [sys.executable, str(ROOT / 'tests' / 'evaluate.py'), json.dumps(overrides)]
-  running = [
-    subprocess.Popen([*command, *map(str, (i, processes, port))], env=environment, text=True, stdout=subprocess.PIPE)
-    for i in range(processes)
-  ]
+  command = [sys.executable, ROOT / 'tests' / 'evaluate.py', json.dumps(overrides)]
+  running = [start_command(*command, i, processes, port, PYTHONPATH=str(ROOT)) for i in range(processes)]
   results = finish(running)
   assert [code for code, _, _ in results] == [0] * processes
   return [json.loads(output.splitlines()[-1]) for _, output, _ in results]
