@@ -36,18 +36,18 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   # Imported late: this takes seconds, and wrong flags should be refused at once.
-  from t2t_vit_jax.training import distributed
-  from t2t_vit_jax.training.console import say
+  from t2t_vit_jax import processes
+  from t2t_vit_jax.console import say
   from t2t_vit_jax.training.dry_run import dry_run
   from t2t_vit_jax.training.evaluate_only import evaluate_only
   from t2t_vit_jax.training.loop import Stopped, train
-  from t2t_vit_jax.training.weight_files import export_checkpoint
+  from t2t_vit_jax.workdir.weight_files import export_checkpoint
 
   check_and_quiet(argv)
   config_file = config_flags.get_config_filename(flags.FLAGS['config'])
   config = flags.FLAGS.config
   try:
-    distributed.start(
+    processes.start(
       flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id, config.distributed.timeout_s
     )
     if flags.FLAGS.evaluate is not None:
@@ -61,24 +61,24 @@ def main(argv: list[str]) -> None:
       train(config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr, flush=True)
-    distributed.leave(2, lost=isinstance(error, distributed.LostProcessError))
+    processes.leave(2, lost=isinstance(error, processes.LostProcessError))
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(stopped.exit_code)
   except KeyboardInterrupt:
     print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
-    distributed.leave(130)
+    processes.leave(130)
   except Exception as error:
-    if lost := distributed.lost_process(error):
+    if lost := processes.lost_process(error):
       print(f'error: {lost}', file=sys.stderr, flush=True)
-      distributed.leave(2, lost=True)
+      processes.leave(2, lost=True)
     traceback.print_exc()
-    distributed.leave(1)
+    processes.leave(1)
 
 
 def show(accuracies: dict[str, Any]) -> None:
   """Prints the result of an evaluation; the last line is about the weights that count most."""
-  from t2t_vit_jax.training.console import say
+  from t2t_vit_jax.console import say
 
   if flags.FLAGS.json:
     say(json.dumps({weights: accuracy.as_dict() for weights, accuracy in accuracies.items()}))

@@ -17,8 +17,8 @@ from benchmarks.yardstick import ViT
 from configs import default
 from t2t_vit_jax.errors import UserError, did_you_mean
 from t2t_vit_jax.models.variants import create_model, get_variant
-from t2t_vit_jax.training import sharding
-from t2t_vit_jax.training.programs import DTYPES, Programs, abstract_batch, build_programs
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.build import DTYPES, Programs, abstract_batch, build_programs
 
 YARDSTICK = 'ViT-S/16'
 IMAGENET = dict(num_classes=1000, num_train_images=1_281_167)

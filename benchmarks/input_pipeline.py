@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw
 from benchmarks import common
 from configs import default
 from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data.pipeline import train_transform
 from t2t_vit_jax.data.randaugment import OPERATIONS
 from t2t_vit_jax.data.sources import Source, open_folder
-from t2t_vit_jax.training.inputs import train_transform
 
 SEED = 0
 # Batches that a loader may have ready: they are taken out before the clock starts.

@@ -27,7 +27,7 @@ from t2t_vit_jax.planning import tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
 from t2t_vit_jax.planning.flops import count_flops
 from t2t_vit_jax.planning.schedule import Operation, read_operations
-from t2t_vit_jax.training import sharding
+from t2t_vit_jax.recipe import sharding
 
 # Any slice that libtpu knows: programs are compiled for one of its chips.
 TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}

@@ -18,14 +18,15 @@ import jax
 from ml_collections import config_flags
 
 from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags
+from t2t_vit_jax.console import say
+from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.planning import report, tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
-from t2t_vit_jax.training import inputs, sharding
-from t2t_vit_jax.training.console import say
-from t2t_vit_jax.training.init_from import completed
-from t2t_vit_jax.training.programs import Programs, abstract_batch, build_programs, eval_batch_size
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.build import Programs, abstract_batch, build_programs, eval_batch_size
+from t2t_vit_jax.recipe.init_from import completed
 
 IMAGENET_CLASSES = 1000
 
@@ -110,7 +111,7 @@ def data_size(config: Any, num_classes: int | None, num_train_images: int | None
   if num_classes and num_train_images:
     return num_classes, num_train_images
   try:
-    train, _ = inputs.open_sources(config.data)
+    train, _ = pipeline.open_sources(config.data)
     found = len(train.class_names), len(train)
   except UserError as error:
     if (config.data.source, config.data.name, config.data.train_split) != ('tfds', 'imagenet2012', 'train'):

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size
 from t2t_vit_jax.conversion.convert import ImageSize, load_classifier
 from t2t_vit_jax.data import faults, sources
@@ -29,8 +30,7 @@ from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop, upright
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training.augment import Normalization
-from t2t_vit_jax.training.console import warn
+from t2t_vit_jax.recipe.augment import Normalization
 
 Array = jax.Array
 

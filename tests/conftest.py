@@ -10,6 +10,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+from pathlib import Path
 import tempfile
 
 # What libraries would leave in the home folder and elsewhere, in a folder that goes with the run; its workers share it.
@@ -56,12 +57,11 @@ OPTIONAL = {
   'libtpu': '.[tpu]',
 }
 # Files whose tests start processes that wait for each other within a time limit: one worker has them all.
-SEVERAL_PROCESSES = tuple(
-  f'test_training_{name}.py' for name in ('processes', 'distributed', 'workdir', 'evaluation', 'evaluate_only')
-)
+SEVERAL_PROCESSES = ('test_training_processes.py', 'test_processes.py', 'test_workdir_folder.py')
+SEVERAL_PROCESSES += ('test_recipe_evaluation.py', 'test_training_evaluate_only.py')
 # Files that take long come first, so that no worker is left with one of them when the others are done.
 LONG = (*SEVERAL_PROCESSES, 'test_parity_full_size.py', 'test_docs.py', 'test_train.py', 'test_speed_guard.py')
-LONG += ('test_training_loop.py', 'test_training_checkpoint.py', 'test_benchmarks.py')
+LONG += ('test_training_loop.py', 'test_workdir_checkpoints.py', 'test_benchmarks.py')
 left_out: Counter[str] = Counter()  # what is missing, or 'slow' -> number of tests
 
 
@@ -164,7 +164,7 @@ def pytest_xdist_make_scheduler(config, log):
   class ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid):
       file = nodeid.split('::')[0]
-      return 'several processes' if file.endswith(SEVERAL_PROCESSES) else file
+      return 'several processes' if Path(file).name in SEVERAL_PROCESSES else file
 
   return ByFile(config, log)
 

@@ -9,7 +9,7 @@ import sys
 import jax
 
 from configs import digits
-from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.recipe.run import build_run
 
 
 def main(overrides: str, process: str, count: str, port: str) -> None:

@@ -77,8 +77,8 @@ def kill_somewhere(
 def result(workdir: Path, settings: dict) -> tuple[list[dict], list[np.ndarray]]:
   """Metrics without timings, and the arrays of the final state."""
   from configs import digits
-  from t2t_vit_jax.training.checkpoint import Checkpoints
-  from t2t_vit_jax.training.run import build_run
+  from t2t_vit_jax.recipe.run import build_run
+  from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
   config = digits.get_config()
   config.update_from_flattened_dict(settings)

@@ -15,7 +15,7 @@ from benchmarks.computations import Workload
 from t2t_vit_jax.planning import tpu
 from t2t_vit_jax.planning.compilation import compile_program, figures
 from t2t_vit_jax.planning.flops import count_flops
-from t2t_vit_jax.training import sharding
+from t2t_vit_jax.recipe import sharding
 
 GOLDEN = Path(__file__).with_suffix('.json')
 LITERAL = computations.FORMS['literal']

@@ -14,13 +14,14 @@ import configs.default
 from docs import recipe_table
 from t2t_vit_jax import list_models
 from t2t_vit_jax.conversion import Options, convert
+from t2t_vit_jax.data.pipeline import eval_transform, train_transform
 from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.variants import DataDefaults
-from t2t_vit_jax.training import loop, optimizer
-from t2t_vit_jax.training.config_checks import check_ranges
-from t2t_vit_jax.training.init_from import with_data_fields
-from t2t_vit_jax.training.inputs import eval_transform, train_transform
-from t2t_vit_jax.training.programs import build_model
+from t2t_vit_jax.recipe import optimizer
+from t2t_vit_jax.recipe.build import build_model
+from t2t_vit_jax.recipe.checks import check_ranges
+from t2t_vit_jax.recipe.init_from import with_data_fields
+from t2t_vit_jax.training import loop
 from tests import golden
 
 NAMES = recipe_table.config_names()

@@ -21,8 +21,8 @@ def test_neither_torch_nor_tensorflow_is_loaded(tmp_path):
   modules = ['t2t_vit_jax', 't2t_vit_jax.export', 't2t_vit_jax.visualize', 't2t_vit_jax.training.loop']
   modules += ['t2t_vit_jax.data.loader', 't2t_vit_jax.data.prepare']
   report = f"""
-from t2t_vit_jax.training.reporting import Reporter
-from t2t_vit_jax.training.workdir import open_workdir
+from t2t_vit_jax.workdir.metrics import Reporter
+from t2t_vit_jax.workdir.folder import open_workdir
 with open_workdir({str(tmp_path)!r}) as workdir:
   with Reporter(workdir, total_steps=1, first_step=0, steps_per_epoch=1, batch_size=1):
     pass

@@ -13,10 +13,10 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax import UserError
+from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
-from t2t_vit_jax.training.checkpoint import Checkpoints
 from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer
-from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from tests.image_folder import encoded, write_image_folder
 from tests.test_training_loop import small_config
 

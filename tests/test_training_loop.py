@@ -17,9 +17,9 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.models.stacked_blocks import unstack_blocks
+from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
 
 def small_config(data_dir, **changes):

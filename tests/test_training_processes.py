@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from configs import digits
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.run import build_run
-from t2t_vit_jax.training.weight_files import export_checkpoint
+from t2t_vit_jax.recipe.run import build_run
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.weight_files import export_checkpoint
 from tests.image_folder import write_image_folder
 from tests.processes import ROOT, finish, free_port, losses, run, start
 

@@ -13,9 +13,9 @@ from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.stacked_blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training.run import Run
-from t2t_vit_jax.training.sharding import gathered
-from t2t_vit_jax.training.state import TrainState
+from t2t_vit_jax.recipe.run import Run
+from t2t_vit_jax.recipe.sharding import gathered
+from t2t_vit_jax.recipe.state import TrainState
 
 MAX_NAMED = 3  # images of a batch, and batches of a run
 

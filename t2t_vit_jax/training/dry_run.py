@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2t_vit_jax.training.console import say
-from t2t_vit_jax.training.distributed import check_agreement, together
-from t2t_vit_jax.training.init_from import completed
-from t2t_vit_jax.training.programs import abstract_batch
-from t2t_vit_jax.training.run import Run, build_run
-from t2t_vit_jax.training.sharding import bytes_per_device
+from t2t_vit_jax.console import say
+from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.recipe.build import abstract_batch
+from t2t_vit_jax.recipe.init_from import completed
+from t2t_vit_jax.recipe.run import Run, build_run
+from t2t_vit_jax.recipe.sharding import bytes_per_device
 
 
 def dry_run(config: Any) -> None:

@@ -8,18 +8,19 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
+from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.training import inputs, sharding
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.config_checks import check_ranges
-from t2t_vit_jax.training.console import warn
-from t2t_vit_jax.training.distributed import check_agreement, together
-from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.init_from import with_data_fields
-from t2t_vit_jax.training.programs import build_model, compute_dtype, make_eval_step
-from t2t_vit_jax.training.run import make_evaluator
+from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
+from t2t_vit_jax.recipe.checks import check_ranges
+from t2t_vit_jax.recipe.evaluation import Accuracy
+from t2t_vit_jax.recipe.init_from import with_data_fields
+from t2t_vit_jax.recipe.run import make_evaluator
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
 
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
@@ -55,7 +56,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   check_ranges(config)
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
-  source = together(lambda: inputs.open_eval_source(config.data))
+  source = together(lambda: pipeline.open_eval_source(config.data))
   return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
 
 

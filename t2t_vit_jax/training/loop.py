@@ -7,19 +7,20 @@ from typing import Any
 
 import jax
 
+from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.errors import DataError
-from t2t_vit_jax.training import sharding, weight_files
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.console import say, warn
+from t2t_vit_jax.processes import check_agreement, lost_process, together
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.evaluation import Accuracy
+from t2t_vit_jax.recipe.init_from import completed
+from t2t_vit_jax.recipe.run import Run, build_run
+from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
-from t2t_vit_jax.training.distributed import check_agreement, lost_process, together
-from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.init_from import completed
-from t2t_vit_jax.training.reporting import Reporter
-from t2t_vit_jax.training.run import Run, build_run
-from t2t_vit_jax.training.state import TrainState
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
-from t2t_vit_jax.training.workdir import Workdir, open_workdir
+from t2t_vit_jax.workdir import weight_files
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.folder import Workdir, open_workdir
+from t2t_vit_jax.workdir.metrics import Reporter
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
 MAX_STEPS_IN_FLIGHT = 2

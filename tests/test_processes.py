@@ -7,8 +7,8 @@ import time
 from ml_collections import ConfigDict
 import pytest
 
-from t2t_vit_jax import UserError
-from t2t_vit_jax.training import distributed, workdir
+from t2t_vit_jax import UserError, processes
+from t2t_vit_jax.workdir import folder
 from tests.processes import ROOT, finish, free_port, process_flags, start, start_process
 
 TIMEOUT_S = 6
@@ -32,12 +32,12 @@ def errors(results):
 )
 def test_arguments_that_make_no_sense(arguments, message):
   with pytest.raises(UserError, match=message):
-    distributed.start(*arguments, timeout_s=1)
+    processes.start(*arguments, timeout_s=1)
 
 
 def test_a_time_limit_that_makes_no_sense():
   with pytest.raises(UserError, match=r'distributed\.timeout_s must be at least 1, not 0'):
-    distributed.start('host:1234', 2, 0, timeout_s=0)
+    processes.start('host:1234', 2, 0, timeout_s=0)
 
 
 @pytest.mark.slow
@@ -122,15 +122,15 @@ def test_meshes_and_batches_that_do_not_fit_end_all(data_dir, tmp_path):
 
 
 def test_one_process_needs_no_agreement():
-  assert distributed.gather_texts('ä') == ['ä']
-  distributed.check_agreement(ConfigDict({'seed': 1}))
+  assert processes.gather_texts('ä') == ['ä']
+  processes.check_agreement(ConfigDict({'seed': 1}))
   with pytest.raises(UserError, match='as it is'):
-    distributed.together(lambda: (_ for _ in ()).throw(UserError('as it is')))
+    processes.together(lambda: (_ for _ in ()).throw(UserError('as it is')))
 
 
 def test_a_folder_of_another_owner_is_not_shared(tmp_path, monkeypatch):
-  monkeypatch.setattr(workdir, 'SHARED_TIMEOUT_S', 0.1)
+  monkeypatch.setattr(folder, 'SHARED_TIMEOUT_S', 0.1)
   (tmp_path / 'lock').write_text('process 1 on elsewhere')
-  workdir._check_shared(tmp_path, 'process 1 on elsewhere')
+  folder._check_shared(tmp_path, 'process 1 on elsewhere')
   with pytest.raises(UserError, match='on storage that all hosts share'):
-    workdir._check_shared(tmp_path, 'process 2 on here')
+    folder._check_shared(tmp_path, 'process 2 on here')

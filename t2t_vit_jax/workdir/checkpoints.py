@@ -20,10 +20,10 @@ from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks, unstack_blocks
-from t2t_vit_jax.training.distributed import LostProcessError, lost_process, together
-from t2t_vit_jax.training.sharding import divided, replicated
-from t2t_vit_jax.training.state import TrainState
-from t2t_vit_jax.training.workdir import is_bucket, move_folder
+from t2t_vit_jax.processes import LostProcessError, lost_process, together
+from t2t_vit_jax.recipe.sharding import divided, replicated
+from t2t_vit_jax.recipe.state import TrainState
+from t2t_vit_jax.workdir.folder import is_bucket, move_folder
 
 BEST_METRIC = 'top1'
 # What orbax and its storage say of trouble that leaves the checkpoint itself good.

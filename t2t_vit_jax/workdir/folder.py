@@ -15,9 +15,9 @@ from etils import epath
 import fsspec.config
 import jax
 
+from t2t_vit_jax.console import warn
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.training.console import warn
-from t2t_vit_jax.training.distributed import gather_texts, together
+from t2t_vit_jax.processes import gather_texts, together
 
 # Other processes write there too: a listing is never remembered.
 fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.training.distributed import PACKAGES, code_digest
+from t2t_vit_jax.processes import PACKAGES, code_digest
 
 
 @functools.cache

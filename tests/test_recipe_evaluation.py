@@ -10,8 +10,8 @@ from PIL import Image
 import pytest
 
 from configs import digits
-from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.recipe.evaluation import Accuracy
+from t2t_vit_jax.recipe.run import build_run
 from tests import golden
 from tests.image_folder import write_image_folder
 from tests.processes import finish, free_port, start_command

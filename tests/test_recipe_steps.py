@@ -12,11 +12,11 @@ import pytest
 
 import configs.default
 import t2t_vit_jax
-from t2t_vit_jax.training import optimizer, steps
-from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
-from t2t_vit_jax.training.evaluation import Accuracy, evaluate
-from t2t_vit_jax.training.sharding import make_mesh, replicated, to_devices
-from t2t_vit_jax.training.state import init_state
+from t2t_vit_jax.recipe import optimizer, steps
+from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.recipe.evaluation import Accuracy, evaluate
+from t2t_vit_jax.recipe.sharding import make_mesh, replicated, to_devices
+from t2t_vit_jax.recipe.state import init_state
 
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 PLAIN = BatchAugmentation(10, 0.1, Mixing(0.0, 0.0, 0.0, 1), IDENTITY, RandomErasing(0.0, (0.0, 0.0), (1.0, 1.0)))

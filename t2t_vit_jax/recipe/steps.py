@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training.augment import BatchAugmentation, Normalization
-from t2t_vit_jax.training.state import TrainState, Tree
+from t2t_vit_jax.recipe.augment import BatchAugmentation, Normalization
+from t2t_vit_jax.recipe.state import TrainState, Tree
 
 Array = jax.Array
 Batch = dict[str, Array]

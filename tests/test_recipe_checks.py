@@ -4,7 +4,7 @@ import pytest
 
 import configs.default
 from t2t_vit_jax import UserError
-from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
+from t2t_vit_jax.recipe.checks import check_accumulation, check_ranges
 
 
 def config_with(**changes):

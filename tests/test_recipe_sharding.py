@@ -10,8 +10,8 @@ import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError
-from t2t_vit_jax.training.programs import build_programs
-from t2t_vit_jax.training.sharding import bytes_per_device, make_mesh, over_batch, state_sharding
+from t2t_vit_jax.recipe.build import build_programs
+from t2t_vit_jax.recipe.sharding import bytes_per_device, make_mesh, over_batch, state_sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ from configs import digits
 from t2t_vit_jax import UserError, create_model, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import read_header
-from t2t_vit_jax.training import loop, weight_files
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.model_card import model_card
-from t2t_vit_jax.training.run import build_run
+from t2t_vit_jax.recipe.run import build_run
+from t2t_vit_jax.training import loop
+from t2t_vit_jax.workdir import weight_files
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.model_card import model_card
 from tests import golden
 from tests.test_training_loop import small_config
 

@@ -17,13 +17,13 @@ from t2t_vit_jax.conversion.convert import Weights, read_header, write_weights
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.training import sharding
-from t2t_vit_jax.training.checkpoint import Checkpoints
-from t2t_vit_jax.training.distributed import check_agreement, together
-from t2t_vit_jax.training.init_from import DATA_FIELDS
-from t2t_vit_jax.training.model_card import model_card
-from t2t_vit_jax.training.programs import ARCHITECTURE, build_model
-from t2t_vit_jax.training.workdir import copy_to_bucket, is_bucket
+from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.build import ARCHITECTURE, build_model
+from t2t_vit_jax.recipe.init_from import DATA_FIELDS
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.folder import copy_to_bucket, is_bucket
+from t2t_vit_jax.workdir.model_card import model_card
 
 FOLDER = 'weights'  # in the workdir
 MODEL, RAW, CARD = 'model.safetensors', 'model_raw.safetensors', 'README.md'

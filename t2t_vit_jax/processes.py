@@ -225,7 +225,7 @@ def check_agreement(config: Any) -> None:
 
 def code_digest() -> str:
   """Twelve characters that stand for the content of this package's Python files."""
-  root = Path(__file__).parents[1]
+  root = Path(__file__).parent
   digest = hashlib.sha256()
   for file in sorted(root.rglob('*.py')):
     digest.update(file.relative_to(root).as_posix().encode() + b'\0' + file.read_bytes())

@@ -16,7 +16,7 @@ import t2t_vit_jax
 from t2t_vit_jax import UserError
 from t2t_vit_jax.conversion import names
 from t2t_vit_jax.models.stacked_blocks import stack_blocks
-from t2t_vit_jax.training import optimizer
+from t2t_vit_jax.recipe import optimizer
 from tests import golden
 from tests.golden import DATA
 

@@ -10,7 +10,7 @@ import yaml
 from t2t_vit_jax import __version__
 from t2t_vit_jax.conversion.convert import Weights
 from t2t_vit_jax.errors import printable
-from t2t_vit_jax.training.evaluation import Accuracy
+from t2t_vit_jax.recipe.evaluation import Accuracy
 
 KINDS = {'ema': 'moving average of the weights', 'raw': 'weights of the last step'}
 HUB_DATASETS = {  # names of tfds -> of Hugging Face's hub

@@ -14,9 +14,9 @@ from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.recipe.init_from import completed, with_data_fields
+from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
-from t2t_vit_jax.training.init_from import completed, with_data_fields
-from t2t_vit_jax.training.run import build_run
 from tests import golden
 from tests.image_folder import write_image_folder
 

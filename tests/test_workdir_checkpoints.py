@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.training.checkpoint import Checkpoints, fingerprint
-from t2t_vit_jax.training.run import build_run
-from t2t_vit_jax.training.workdir import open_workdir
+from t2t_vit_jax.recipe.run import build_run
+from t2t_vit_jax.workdir.checkpoints import Checkpoints, fingerprint
+from t2t_vit_jax.workdir.folder import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process
 from tests.test_training_loop import small_config

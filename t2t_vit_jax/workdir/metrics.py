@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.training.console import say, warn
-from t2t_vit_jax.training.evaluation import Accuracy
-from t2t_vit_jax.training.report import image_grid, write_report
-from t2t_vit_jax.training.workdir import Workdir
+from t2t_vit_jax.recipe.evaluation import Accuracy
+from t2t_vit_jax.workdir.folder import Workdir
+from t2t_vit_jax.workdir.report_page import image_grid, write_report
 
 
 class Reporter:

@@ -6,9 +6,9 @@ import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError
-from t2t_vit_jax.training.programs import build_programs
-from t2t_vit_jax.training.run import build_run
-from t2t_vit_jax.training.sharding import make_mesh
+from t2t_vit_jax.recipe.build import build_programs
+from t2t_vit_jax.recipe.run import build_run
+from t2t_vit_jax.recipe.sharding import make_mesh
 
 
 def one_step(data_dir, **changes):

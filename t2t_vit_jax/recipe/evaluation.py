@@ -17,7 +17,7 @@ from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
 from t2t_vit_jax.errors import printable
-from t2t_vit_jax.training.sharding import to_devices
+from t2t_vit_jax.recipe.sharding import to_devices
 
 # Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
 MAX_BATCHES_IN_FLIGHT = 2

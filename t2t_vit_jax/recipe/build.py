@@ -15,10 +15,10 @@ from t2t_vit_jax.data.loader import TrainOrder
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.training import optimizer, sharding, steps
-from t2t_vit_jax.training.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
-from t2t_vit_jax.training.config_checks import check_accumulation, check_ranges
-from t2t_vit_jax.training.state import TrainState, init_state
+from t2t_vit_jax.recipe import optimizer, sharding, steps
+from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.recipe.checks import check_accumulation, check_ranges
+from t2t_vit_jax.recipe.state import TrainState, init_state
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data import loader, pipeline, transforms
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.training import inputs, sharding, steps
-from t2t_vit_jax.training.config_checks import check_ranges
-from t2t_vit_jax.training.distributed import together
-from t2t_vit_jax.training.evaluation import Accuracy, Evaluator
-from t2t_vit_jax.training.programs import Programs, build_model, build_programs, eval_batch_size, pretrained_variables
-from t2t_vit_jax.training.provenance import provenance
-from t2t_vit_jax.training.state import TrainState
+from t2t_vit_jax.processes import together
+from t2t_vit_jax.recipe import sharding, steps
+from t2t_vit_jax.recipe.build import Programs, build_model, build_programs, eval_batch_size, pretrained_variables
+from t2t_vit_jax.recipe.checks import check_ranges
+from t2t_vit_jax.recipe.evaluation import Accuracy, Evaluator
+from t2t_vit_jax.recipe.state import TrainState
+from t2t_vit_jax.workdir.provenance import provenance
 
 SAMPLE_IMAGES = 32
 
@@ -156,14 +156,14 @@ def build_run(config: Any) -> Run:
     build_model(config, num_classes=1)  # says that there is no such model before data is prepared
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.data.batch_size, mesh)
-  train_source, eval_source = inputs.open_sources(config.data)
+  train_source, eval_source = pipeline.open_sources(config.data)
   programs = build_programs(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
   asked, found = config.data.batch_size, programs.order.batch_size
   return Run(
     **vars(programs),
     notes=() if found == asked else (f'batch: {found} images, not {asked}, so that an epoch has more steps',),
     train_source=train_source,
-    train_transform=inputs.train_transform(programs.config),
+    train_transform=pipeline.train_transform(programs.config),
     evaluator=make_evaluator(programs.config, mesh, programs.model, programs.eval_step, eval_source),
   )
 
@@ -183,7 +183,7 @@ def make_evaluator(
   return Evaluator(
     step=eval_step,
     source=source,
-    transform=inputs.eval_transform(config),
+    transform=pipeline.eval_transform(config),
     share=_share(eval_batch_size(config, mesh)),
     workers=_workers(config),
     mesh=mesh,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2t_vit_jax.training import augment
+from t2t_vit_jax.recipe import augment
 
 MIXING = augment.Mixing(mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_probability=0.5, group_size=4)
 ERASING = augment.RandomErasing(probability=0.25, area=(0.02, 1 / 3), aspect_ratio=(0.3, 1 / 0.3))
