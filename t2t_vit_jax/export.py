@@ -23,8 +23,8 @@ from t2t_vit_jax import __version__
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.conversion import files, parse_image_size
 from t2t_vit_jax.conversion.convert import ImageSize, Weights, load_classifier
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.recipe.augment import Normalization
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 DTYPES = ('float32', 'bfloat16')

@@ -29,8 +29,8 @@ from t2t_vit_jax.data.class_names import readable_names
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop, upright
 from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.recipe.augment import Normalization
 
 Array = jax.Array
 

@@ -1,6 +1,7 @@
 """Processes that don't fit together are refused, in time and by name."""
 
 import re
+import runpy
 import shutil
 import time
 
@@ -119,6 +120,17 @@ def test_meshes_and_batches_that_do_not_fit_end_all(data_dir, tmp_path):
     assert [code for code, _, _ in results] == [2, 2]
     assert all(message in line for line in errors(results))
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_digest_is_that_of_the_package_alone(tmp_path):
+  copy = tmp_path / 't2t_vit_jax'
+  shutil.copytree(ROOT / 't2t_vit_jax', copy, ignore=shutil.ignore_patterns('__pycache__'))
+  (tmp_path / 'train.py').write_text('changed = True')
+  of_copy = runpy.run_path(str(copy / 'processes.py'))['code_digest']
+  assert of_copy() == processes.code_digest()
+  with (copy / 'models' / 'encoder.py').open('a') as file:
+    file.write('# changed')
+  assert of_copy() != processes.code_digest()
 
 
 def test_one_process_needs_no_agreement():

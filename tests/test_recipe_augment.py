@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.recipe import augment
 
 MIXING = augment.Mixing(mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_probability=0.5, group_size=4)
@@ -24,7 +25,7 @@ def draw_weights(mixing, count, side=32):
 
 def test_normalization_by_hand():
   images = np.array([[[[0, 51, 255]]]], np.uint8)
-  normalized = augment.Normalization((0.5, 0.2, 0.0), (0.5, 0.1, 2.0))(images)
+  normalized = Normalization((0.5, 0.2, 0.0), (0.5, 0.1, 2.0))(images)
   np.testing.assert_allclose(normalized, [[[[-1.0, 0.0, 0.5]]]], atol=1e-6)
 
 
@@ -129,9 +130,7 @@ def test_erased_pixels_are_noise_and_the_others_are_untouched():
 
 
 def test_augmentation_does_not_depend_on_the_number_of_devices():
-  pipeline = augment.BatchAugmentation(
-    10, 0.1, MIXING, augment.Normalization((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), ERASING
-  )
+  pipeline = augment.BatchAugmentation(10, 0.1, MIXING, Normalization((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), ERASING)
   images, _ = random_batch(16)
   labels = np.arange(16, dtype=np.int32) % 10
   results = []
@@ -148,7 +147,7 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
 
 
 def test_what_an_image_gets_follows_from_its_position_and_group():
-  pipeline = jax.jit(augment.BatchAugmentation(10, 0.1, MIXING, augment.Normalization((0.5,) * 3, (0.2,) * 3), ERASING))
+  pipeline = jax.jit(augment.BatchAugmentation(10, 0.1, MIXING, Normalization((0.5,) * 3, (0.2,) * 3), ERASING))
   images, _ = random_batch(16)
   labels, positions = np.arange(16, dtype=np.int32) % 10, np.arange(16)
   whole = jax.device_get(pipeline(jax.random.key(5), images, labels, positions))

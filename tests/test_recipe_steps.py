@@ -12,8 +12,9 @@ import pytest
 
 import configs.default
 import t2t_vit_jax
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.recipe import optimizer, steps
-from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, RandomErasing
 from t2t_vit_jax.recipe.evaluation import Accuracy, evaluate
 from t2t_vit_jax.recipe.sharding import make_mesh, replicated, to_devices
 from t2t_vit_jax.recipe.state import init_state

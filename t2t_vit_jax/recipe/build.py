@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data.loader import TrainOrder
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.recipe import optimizer, sharding, steps
-from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, Normalization, RandomErasing
+from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, RandomErasing
 from t2t_vit_jax.recipe.checks import check_accumulation, check_ranges
 from t2t_vit_jax.recipe.state import TrainState, init_state
 

@@ -22,7 +22,6 @@ from t2t_vit_jax.recipe.build import Programs, build_model, build_programs, eval
 from t2t_vit_jax.recipe.checks import check_ranges
 from t2t_vit_jax.recipe.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.recipe.state import TrainState
-from t2t_vit_jax.workdir.provenance import provenance
 
 SAMPLE_IMAGES = 32
 
@@ -132,7 +131,6 @@ class Run(Programs):
       'train_images': len(self.train_source),
       'eval_part': self.evaluator.source.part,
       'class_names': self.train_source.class_names,
-      'provenance': provenance(),
     }
 
   def evaluate(

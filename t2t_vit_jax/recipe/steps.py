@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.recipe.augment import BatchAugmentation, Normalization
+from t2t_vit_jax.recipe.augment import BatchAugmentation
 from t2t_vit_jax.recipe.state import TrainState, Tree
 
 Array = jax.Array

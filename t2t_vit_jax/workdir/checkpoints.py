@@ -24,6 +24,7 @@ from t2t_vit_jax.processes import LostProcessError, lost_process, together
 from t2t_vit_jax.recipe.sharding import divided, replicated
 from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.workdir.folder import is_bucket, move_folder
+from t2t_vit_jax.workdir.provenance import provenance
 
 BEST_METRIC = 'top1'
 # What orbax and its storage say of trouble that leaves the checkpoint itself good.
@@ -118,7 +119,7 @@ class Checkpoints:
     return max(evaluated, key=lambda found: found[1][BEST_METRIC], default=None)
 
   def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
-    """Starts saving `state` under its step; `run` (JSON: model, config) travels with it.
+    """Starts saving `state` under its step; `run` (JSON: model, config) and what computes it travel along.
 
     Raises:
       UserError: there is no room for it, or the save before failed in the background.
@@ -130,7 +131,7 @@ class Checkpoints:
     with self._writing():
       together(lambda: self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved))))
       saved['fingerprint'] = fingerprints(saved)
-      self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run)
+      self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run | {'provenance': provenance()})
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
