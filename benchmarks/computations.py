@@ -18,7 +18,7 @@ from configs import default
 from t2t_vit_jax.errors import UserError, did_you_mean
 from t2t_vit_jax.models.variants import create_model, get_variant
 from t2t_vit_jax.recipe import sharding
-from t2t_vit_jax.recipe.build import DTYPES, Programs, abstract_batch, build_programs
+from t2t_vit_jax.recipe.build import DTYPES, Recipe, build_recipe
 
 YARDSTICK = 'ViT-S/16'
 IMAGENET = dict(num_classes=1000, num_train_images=1_281_167)
@@ -194,7 +194,7 @@ def compile_to_count(function: Any, arguments: Any) -> Any:
     return lowered.compile()  # a version of XLA without the library
 
 
-def training_programs(workload: Workload, mesh: Mesh) -> Programs:
+def training_recipe(workload: Workload, mesh: Mesh) -> Recipe:
   """A run of the published recipe, for ImageNet-1k, on `mesh`: its step has the loss, AdamW, EMA and augmentation.
 
   Raises:
@@ -205,13 +205,13 @@ def training_programs(workload: Workload, mesh: Mesh) -> Programs:
     config.model.update({'name': workload.model, 'dtype': workload.dtype, **workload.fields})
   config.data.batch_size, config.data.image_size = workload.batch_size, workload.image_size
   config.augment.mixing_group_size = math.gcd(config.augment.mixing_group_size, workload.batch_size)
-  return build_programs(config, mesh, **IMAGENET)
+  return build_recipe(config, mesh, **IMAGENET)
 
 
-def training_arguments(programs: Programs) -> tuple[Any, ...]:
-  """Descriptions of what `Programs.train_step` takes."""
-  rng = describe(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(programs.mesh))
-  return programs.abstract_state, abstract_batch(programs.config, programs.mesh, programs.order.batch_size), rng
+def training_arguments(recipe: Recipe) -> tuple[Any, ...]:
+  """Descriptions of what `Recipe.train_step` takes."""
+  rng = describe(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(recipe.mesh))
+  return recipe.abstract_state, recipe.abstract_batch(recipe.order.batch_size), rng
 
 
 def one_device_mesh(device: Any) -> Mesh:

@@ -118,8 +118,8 @@ class JaxComputations(Computations):
     return jax.jit(adamw_step, donate_argnums=0), _training, arguments
 
   def _training_step(self, workload: Workload) -> Any:
-    programs = computations.training_programs(workload, computations.one_device_mesh(self._device))
-    shapes = computations.training_arguments(programs)[1]
+    recipe = computations.training_recipe(workload, computations.one_device_mesh(self._device))
+    shapes = computations.training_arguments(recipe)[1]
     rng = np.random.default_rng(0)
     batch = {
       'image': rng.integers(256, size=shapes['image'].shape, dtype=np.uint8),
@@ -127,7 +127,7 @@ class JaxComputations(Computations):
       'mask': np.ones(workload.batch_size, np.float32),
     }
     batch = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, shapes)
-    return programs.train_step, _training, (programs.make_state(jax.random.key(0)), batch, jax.random.key(0))
+    return recipe.train_step, _training, (recipe.make_state(jax.random.key(0)), batch, jax.random.key(0))
 
   def _model(self, workload: Workload) -> Any:
     model = computations.build_model(workload)

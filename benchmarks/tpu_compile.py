@@ -53,8 +53,8 @@ def programs(name: str, workload: Workload, wanted: Sequence[str], device: Any) 
     function = computations.jitted(computations.value_and_grad, model, where)
     yield 'value_and_grad', function, (*given, computations.labels_of(workload, where))
   if 'training_step' in wanted and name != computations.YARDSTICK:
-    run = computations.training_programs(workload, mesh)
-    yield 'training_step', run.train_step, computations.training_arguments(run)
+    recipe = computations.training_recipe(workload, mesh)
+    yield 'training_step', recipe.train_step, computations.training_arguments(recipe)
 
 
 def measure(function: Any, arguments: Any, chip: tpu.Chip) -> dict[str, Any]:

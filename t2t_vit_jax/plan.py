@@ -25,24 +25,24 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.planning import report, tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
 from t2t_vit_jax.recipe import sharding
-from t2t_vit_jax.recipe.build import Programs, abstract_batch, build_programs, eval_batch_size
-from t2t_vit_jax.recipe.init_from import completed
+from t2t_vit_jax.recipe.build import Recipe, build_mesh, build_recipe
+from t2t_vit_jax.recipe.init_from import resolve
 
 IMAGENET_CLASSES = 1000
 
 
-def make_plan(programs: Programs, where: tpu.Slice) -> dict[str, Any]:
+def make_plan(recipe: Recipe, where: tpu.Slice) -> dict[str, Any]:
   """Compiles the steps of a run for a slice, for which `build` has made them.
 
   Returns:
     What `--output` writes. Sizes are in bytes and, like work and collectives, of one chip.
   """
-  mesh, chip, order = programs.mesh, where.chip, programs.order
-  train, evaluation = (_answer(step, programs, chip) for step in (compile_train_step, compile_eval_step))
+  mesh, chip, order = recipe.mesh, where.chip, recipe.order
+  train, evaluation = (_answer(step, recipe, chip) for step in (compile_train_step, compile_eval_step))
   if train['fits']:
     for kind in ('roofline', 'compiler_estimate'):
       seconds = train[f'{kind}_ms'] / 1e3
-      train[kind] = {'images_per_s': order.batch_size / seconds, 'days': programs.total_steps * seconds / 86400}
+      train[kind] = {'images_per_s': order.batch_size / seconds, 'days': recipe.total_steps * seconds / 86400}
   return {
     'compiler': tpu.compiler(),
     'slice': where.text,
@@ -50,19 +50,19 @@ def make_plan(programs: Programs, where: tpu.Slice) -> dict[str, Any]:
     'hosts': len({device.process_index for device in mesh.devices.flat}),
     'mesh': dict(mesh.shape),
     'chip': dataclasses.asdict(chip) | {'clock': chip.clock},
-    'config': programs.config.to_dict(),
-    'parameters': programs.num_parameters,
-    'state': sharding.bytes_per_device(programs.abstract_state),
-    'images_per_chip': programs.images_per_device,
-    'mixing_group_size': programs.augmentation.mixing.group_size,
-    'total_steps': programs.total_steps,
+    'config': recipe.config,
+    'parameters': recipe.num_parameters,
+    'state': sharding.bytes_per_device(recipe.abstract_state),
+    'images_per_chip': recipe.images_per_device,
+    'mixing_group_size': recipe.augmentation.mixing.group_size,
+    'total_steps': recipe.total_steps,
     'train_step': train,
     'eval_step': evaluation,
   }
 
 
-def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> Programs:
-  """The programs of a run on the slice's described devices, with the slice's mesh if it names one.
+def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> Recipe:
+  """The recipe of a run on the slice's described devices, with the slice's mesh if it names one.
 
   Raises:
     UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
@@ -70,29 +70,27 @@ def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int
   config = copy.deepcopy(config)
   if where.fsdp is not None:
     config.mesh.data, config.mesh.fsdp = -1, where.fsdp
-  mesh = sharding.make_mesh(config.mesh, where.devices())
-  return build_programs(config, mesh, num_classes=num_classes, num_train_images=num_train_images)
+  mesh = build_mesh(config, where.devices())
+  return build_recipe(config, mesh, num_classes=num_classes, num_train_images=num_train_images)
 
 
-def compile_train_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+def compile_train_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
   """Raises DoesNotFit."""
   rng = jax.eval_shape(lambda: jax.random.key(0))
-  rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(programs.mesh))
-  batch = abstract_batch(programs.config, programs.mesh, programs.order.batch_size)
-  arguments = programs.abstract_state, batch, rng
-  return _compile(programs.train_step, arguments, chip, programs.config.optimizer.accumulate_steps)
+  rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(recipe.mesh))
+  arguments = recipe.abstract_state, recipe.abstract_batch(recipe.order.batch_size), rng
+  return _compile(recipe.train_step, arguments, chip, recipe.accumulate_steps)
 
 
-def compile_eval_step(programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+def compile_eval_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
   """Raises DoesNotFit."""
-  config, mesh = programs.config, programs.mesh
-  arguments = programs.abstract_state.variables(), abstract_batch(config, mesh, eval_batch_size(config, mesh))
-  return _compile(programs.eval_step, arguments, chip, parts=1)
+  arguments = recipe.abstract_state.variables(), recipe.abstract_batch(recipe.eval_batch_size)
+  return _compile(recipe.eval_step, arguments, chip, parts=1)
 
 
-def _answer(step: Callable[[Programs, tpu.Chip], dict[str, Any]], programs: Programs, chip: tpu.Chip) -> dict[str, Any]:
+def _answer(step: Callable[[Recipe, tpu.Chip], dict[str, Any]], recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
   try:
-    return {'fits': True} | step(programs, chip)
+    return {'fits': True} | step(recipe, chip)
   except DoesNotFit as answer:
     return {'fits': False, 'compiler_says': str(answer)}
 
@@ -122,8 +120,8 @@ def data_size(config: Any, num_classes: int | None, num_train_images: int | None
 
 def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Callable[[str], None]) -> int:
   """The largest `data.batch_size` whose training step fits, to an eighth: see `search_batch`. 0 if none does."""
-  programs = build(config, where, *data)
-  chips = programs.mesh.size
+  recipe = build(config, where, *data)
+  chips = recipe.mesh.size
 
   def fits(images: int) -> bool:
     if images * chips > data[1]:
@@ -137,7 +135,7 @@ def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Cal
   mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
   group_size = config.augment.mixing_group_size if mixed else 1
   unit = batch_unit(group_size, chips, config.optimizer.accumulate_steps)
-  return chips * search_batch(fits, unit, programs.order.batch_size // chips)
+  return chips * search_batch(fits, unit, recipe.order.batch_size // chips)
 
 
 def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
@@ -211,13 +209,13 @@ def plan(config: Any, options: Any) -> None:
   if options.output and not (folder := Path(options.output).absolute().parent).is_dir():
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
-  config = completed(config)
+  config = resolve(config)
   data = data_size(config, options.num_classes, options.train_images)
   # All of them first: what is wrong with a slice is said before another is compiled for.
   built = [(where, build(config, where, *data)) for where in slices]
   plans = []
-  for where, programs in built:
-    plans.append(make_plan(programs, where))
+  for where, recipe in built:
+    plans.append(make_plan(recipe, where))
     if options.topology:
       say('\n'.join(report.describe(plans[-1])))
     else:

@@ -21,8 +21,8 @@ def main(overrides: str, process: str, count: str, port: str) -> None:
     config = digits.get_config()
     config.update_from_flattened_dict(json.loads(overrides) | {'data.eval_batch_size': batch_size})
     run = build_run(config)
-    state = state or run.fresh_state()
-    results[batch_size] = run.evaluate(state)['raw'].as_dict()
+    state = state or run.recipe.fresh_state()
+    results[batch_size] = run.evaluate(state, print)['raw'].as_dict()
   print(json.dumps(results))
 
 

@@ -79,13 +79,14 @@ def result(workdir: Path, settings: dict) -> tuple[list[dict], list[np.ndarray]]
   from configs import digits
   from t2t_vit_jax.recipe.run import build_run
   from t2t_vit_jax.workdir.checkpoints import Checkpoints
+  from t2t_vit_jax.workdir.description import description
 
   config = digits.get_config()
   config.update_from_flattened_dict(settings)
   run = build_run(config)
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    state = checkpoints.restore(run.abstract_state, run.description)[0]
-  assert int(state.step) == run.total_steps
+    state = checkpoints.restore(run.recipe.abstract_state, description(run))[0]
+  assert int(state.step) == run.recipe.total_steps
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows], jax.tree.leaves(jax.device_get(state))
 

@@ -15,12 +15,12 @@ def config_with(**changes):
 
 @pytest.mark.parametrize('count', [1, 2, 4, 8])
 def test_parts_of_whole_groups_are_accepted(count):
-  check_accumulation(config_with(optimizer__accumulate_steps=count), num_devices=1, group_size=64)
+  check_accumulation(count, images_per_device=512, num_devices=1, group_size=64)
 
 
 def test_a_batch_is_not_divided_by_default():
   # 32 devices share a mixing group of 64 images between two of them.
-  check_accumulation(config_with(), num_devices=32, group_size=64)
+  check_accumulation(1, images_per_device=16, num_devices=32, group_size=64)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_batch_is_not_divided_by_default():
 )
 def test_parts_that_do_not_fit_are_refused_in_one_line(count, num_devices, group_size, message):
   with pytest.raises(UserError) as caught:
-    check_accumulation(config_with(optimizer__accumulate_steps=count), num_devices, group_size)
+    check_accumulation(count, 512 // num_devices, num_devices, group_size)
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
 

@@ -35,7 +35,7 @@ def sums_one_by_one(overrides, images):
   config = digits.get_config()
   config.update_from_flattened_dict(overrides)
   run = build_run(config)
-  variables = run.fresh_state().variables()
+  variables = run.recipe.fresh_state().variables()
   size, mean, std = config.data.image_size, np.array(config.data.mean), np.array(config.data.std)
   top1 = top5 = loss = 0
   for path, label in images:
@@ -45,7 +45,7 @@ def sums_one_by_one(overrides, images):
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
     inputs = ((pixels / 255 - mean) / std).astype(np.float32)[None]
-    logits = np.asarray(golden.apply(run.model, variables, inputs)[0], float)
+    logits = np.asarray(golden.apply(run.recipe.model, variables, inputs)[0], float)
     rank = int((logits > logits[label]).sum())
     top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
     loss += np.log(np.exp(logits - logits[label]).sum())

@@ -14,7 +14,7 @@ from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
-from t2t_vit_jax.recipe.init_from import completed, with_data_fields
+from t2t_vit_jax.recipe.init_from import resolve, resolve_for_evaluation
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from tests import golden
@@ -43,7 +43,7 @@ def fixture_weights(tmp_path):
 def test_a_run_starts_with_the_files_weights_and_trains(config, weights, tmp_path):
   config.init_from = str(weights)
   run = build_run(config)
-  state = run.fresh_state()
+  state = run.recipe.fresh_state()
   loaded = load_pretrained(weights, num_classes=10, image_size=32, seed=config.seed)[1]
   assert loaded['frozen']['pos_embed'].shape == (1, 1 + 2 * 2, 64)
   for params in (state.params, state.ema):
@@ -52,14 +52,14 @@ def test_a_run_starts_with_the_files_weights_and_trains(config, weights, tmp_pat
   assert int(state.step) == 0
   images = np.zeros((16, 32, 32, 3), np.uint8)
   batch = {'image': images, 'label': np.zeros(16, np.int32)}
-  state, metrics = run.train_step(state, batch, run.rng)  # donates the state's buffers
+  state, metrics = run.recipe.train_step(state, batch, run.recipe.rng)  # donates the state's buffers
   assert np.isfinite(metrics['loss'])
   assert int(state.step) == 1
 
 
 def test_a_torch_checkpoint_will_do(config):
   config.init_from = str(golden.DATA / 'official_tiny_performer.pth.tar')
-  state = build_run(config).fresh_state()
+  state = build_run(config).recipe.fresh_state()
   expected = golden.load_variables('performer')['params']['blocks_0']
   jax.tree.map(np.testing.assert_array_equal, dict(state.params['blocks_0']), expected)
 
@@ -68,11 +68,11 @@ def test_another_model_is_refused(config, weights):
   config.init_from = str(weights)
   config.model.depth = 3
   with pytest.raises(UserError, match='depth=2 instead of 3'):
-    build_run(config).fresh_state()
+    build_run(config).recipe.fresh_state()
   config.model.depth = 2
   config.model.num_heads = 8
   with pytest.raises(UserError, match='num_heads=4, not 8'):
-    build_run(config).fresh_state()
+    build_run(config).recipe.fresh_state()
 
 
 def finetuning(weights, **changes):
@@ -82,23 +82,23 @@ def finetuning(weights, **changes):
 
 
 def test_the_weight_file_decides_what_the_config_leaves_open(weights, tmp_path):
-  config = completed(finetuning(weights))
+  config = resolve(finetuning(weights))
   assert config.model.name is None
   assert {field: config.model[field] for field in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'token_dim')} == {
     field: golden.TINY[field] for field in ('embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'token_dim')
   }
   assert (config.data.image_size, config.data.crop_fraction, config.data.interpolation) == (64, 0.9, 'bicubic')
   assert (config.data.mean, config.data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-  config = completed(finetuning(weights, **{'data.image_size': 96, 'data.mean': (0.5, 0.5, 0.5)}))
+  config = resolve(finetuning(weights, **{'data.image_size': 96, 'data.mean': (0.5, 0.5, 0.5)}))
   assert (config.data.image_size, config.data.mean, config.data.crop_fraction) == (96, (0.5, 0.5, 0.5), 0.9)
   # A checkpoint of torch, whose head counts tensors do not show.
-  config = completed(finetuning(golden.DATA / 'official_tiny_performer.pth.tar', **{'model.num_heads': 4}))
+  config = resolve(finetuning(golden.DATA / 'official_tiny_performer.pth.tar', **{'model.num_heads': 4}))
   assert (config.model.depth, config.data.image_size) == (golden.TINY['depth'], 64)
 
 
 def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
   config.init_from = 'nowhere.safetensors'
-  assert completed(config) is config
+  assert resolve(config).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
 )
 def test_what_does_not_fit_gets_one_line(weights, changes, message):
   with pytest.raises(UserError, match=message) as caught:
-    completed(finetuning(weights, **changes))
+    resolve(finetuning(weights, **changes))
   assert '\n' not in str(caught.value)
 
 
 def test_data_fields_that_make_no_sense_are_refused(weights):
   for data in ({}, {'image_size': (64, 96)}, {'image_size': 64, 'crop_fraction': 'all'}):
     with pytest.raises(UserError, match=r'^file has no data\.(image_size|crop_fraction) that fits here: set --config'):
-      with_data_fields(finetuning(weights), data, 'file')
+      resolve_for_evaluation(finetuning(weights), data, 'file')
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError
-from t2t_vit_jax.recipe.build import build_programs
+from t2t_vit_jax.recipe.build import build_recipe
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import make_mesh
 
@@ -22,8 +22,8 @@ def one_step(data_dir, **changes):
     'image': rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8),
     'label': rng.integers(0, 10, 64, dtype=np.int32),
   }
-  before = jax.device_get(run.make_state(run.rng))
-  after, metrics = jax.device_get(run.train_step(run.make_state(run.rng), batch, run.rng))
+  before = jax.device_get(run.recipe.make_state(run.recipe.rng))
+  after, metrics = jax.device_get(run.recipe.train_step(run.recipe.make_state(run.recipe.rng), batch, run.recipe.rng))
   return before.params, after.params, metrics
 
 
@@ -70,6 +70,6 @@ def test_an_unknown_optimizer_is_refused(data_dir):
 def test_a_cpu_trains_with_a_loop_where_that_is_faster(changes, expected):
   config = digits.get_config()
   config.update_from_flattened_dict({'model.depth': 3, **changes})
-  programs = build_programs(config, make_mesh(config.mesh), num_classes=10, num_train_images=1000)
-  assert programs.model.scan_blocks == expected
-  assert ('blocks' in programs.abstract_state.params) == expected
+  recipe = build_recipe(config, make_mesh(config.mesh), num_classes=10, num_train_images=1000)
+  assert recipe.model.scan_blocks == expected
+  assert ('blocks' in recipe.abstract_state.params) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError
-from t2t_vit_jax.recipe.build import build_programs
+from t2t_vit_jax.recipe.build import build_recipe
 from t2t_vit_jax.recipe.sharding import bytes_per_device, make_mesh, over_batch, state_sharding
 
 
@@ -82,13 +82,13 @@ def test_the_longest_axis_that_divides_is_divided(shape, spec):
   assert state_sharding(shape, mesh_of(8, 1, described(1, 8))).spec == PartitionSpec()
 
 
-def programs(fsdp):
+def recipe(fsdp):
   config = digits.get_config()
   config.mesh.fsdp = fsdp
   config.data.image_size = 16
   config.model.depth = 1
   mesh = make_mesh(config.mesh)
-  return build_programs(config, mesh, num_classes=10, num_train_images=1000)
+  return build_recipe(config, mesh, num_classes=10, num_train_images=1000)
 
 
 def test_the_state_is_divided_and_the_step_computes_the_same():
@@ -96,7 +96,7 @@ def test_the_state_is_divided_and_the_step_computes_the_same():
   batch = {'image': images, 'label': np.arange(128, dtype=np.int32) % 10, 'mask': np.ones(128, np.float32)}
   states, sizes = [], []
   for fsdp in (1, 2):
-    parts = programs(fsdp)
+    parts = recipe(fsdp)
     state = parts.make_state(jax.random.key(0))
     on_devices = jax.device_put(batch, over_batch(parts.mesh))
     for _ in range(2):

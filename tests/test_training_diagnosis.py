@@ -17,6 +17,7 @@ from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import description
 from tests.image_folder import encoded, write_image_folder
 from tests.test_training_loop import small_config
 
@@ -53,16 +54,16 @@ def config_of(folder, **changes):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(folder):
   run = build_run(config_of(folder))
-  state = run.make_state(run.rng)
+  state = run.recipe.make_state(run.recipe.rng)
   batch = {'image': np.zeros((8, 16, 16, 3), np.uint8), 'label': np.zeros(8, np.int32), 'mask': np.ones(8, np.float32)}
   before = jax.device_get(state)
   batch['image'][3] = 255
-  state, metrics = run.train_step(state, batch, run.rng)
+  state, metrics = run.recipe.train_step(state, batch, run.recipe.rng)
   assert not metrics['applied']
   assert int(state.step) == 1
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state).replace(step=before.step), before)
   batch['image'][3] = 0
-  state, metrics = run.train_step(state, batch, run.rng)
+  state, metrics = run.recipe.train_step(state, batch, run.recipe.rng)
   assert metrics['applied']
   assert any((x != y).any() for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True))
 
@@ -95,14 +96,14 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_pat
   run = build_run(config)
   with Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True) as checkpoints:
     assert checkpoints.latest_step == 4
-    state = checkpoints.restore(run.abstract_state, run.description)[0]
+    state = checkpoints.restore(run.recipe.abstract_state, description(run))[0]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
 
 
 @pytest.mark.slow
 def test_a_layer_in_a_loop_over_blocks_is_found(data_dir):
   run = build_run(small_config(data_dir, **{'model.depth': 3, 'model.scan_blocks': True}))
-  state = run.make_state(run.rng)
+  state = run.recipe.make_state(run.recipe.rng)
   state.params['blocks']['mlp']['fc2']['kernel'] = state.params['blocks']['mlp']['fc2']['kernel'].at[1].set(jnp.nan)
   assert explain(run, state, step=1).startswith('the output of blocks_1/mlp/fc2 is not finite for ')
 
@@ -110,10 +111,10 @@ def test_a_layer_in_a_loop_over_blocks_is_found(data_dir):
 @pytest.mark.slow
 def test_the_first_layer_in_order_of_computation_is_found(data_dir):
   run = build_run(small_config(data_dir, **{'model.depth': 2}))
-  variables = jax.device_get(run.make_state(run.rng).variables())
+  variables = jax.device_get(run.recipe.make_state(run.recipe.rng).variables())
   images = jnp.zeros((3, 16, 16, 3)).at[1].set(0.5)
   rngs = {'dropout': jax.random.key(0)}
-  assert first_nonfinite_layer(run.model, variables, images, rngs) is None
+  assert first_nonfinite_layer(run.recipe.model, variables, images, rngs) is None
   for path in (
     ('tokens_to_token', 'attention2', 'kqv'),
     ('blocks_0', 'attn', 'qkv'),
@@ -126,11 +127,11 @@ def test_the_first_layer_in_order_of_computation_is_found(data_dir):
     for name in path:
       layer = layer[name]
     next(iter(layer.values()))[...] = np.nan
-    name, guilty = first_nonfinite_layer(run.model, poisoned, images, rngs)
+    name, guilty = first_nonfinite_layer(run.recipe.model, poisoned, images, rngs)
     assert name == '/'.join(path)
     assert guilty.all()
   # Only the second image overflows in the first convolution-like layer.
-  name, guilty = first_nonfinite_layer(run.model, variables, images.at[1].set(jnp.inf), rngs)
+  name, guilty = first_nonfinite_layer(run.recipe.model, variables, images.at[1].set(jnp.inf), rngs)
   assert (name, guilty.tolist()) == ('the augmented image', [False, True, False])
 
 

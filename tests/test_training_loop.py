@@ -1,5 +1,6 @@
 """Whole runs in this process: resume, refusal, completeness, and that every config field counts."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from t2t_vit_jax.models.stacked_blocks import unstack_blocks
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import description
 
 
 def small_config(data_dir, **changes):
@@ -41,7 +43,7 @@ def small_config(data_dir, **changes):
 def final_state(config, workdir):
   run = build_run(config)
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    return jax.device_get(checkpoints.restore(run.abstract_state, run.description)[0])
+    return jax.device_get(checkpoints.restore(run.recipe.abstract_state, description(run))[0])
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +56,7 @@ def four_steps(data_dir, tmp_path_factory):
 
 def test_two_steps_and_two_more_equal_four(data_dir, four_steps, tmp_path):
   config = small_config(data_dir, **{'schedule.max_steps': 4})
-  assert build_run(config).mesh.size == 2
+  assert build_run(config).recipe.mesh.size == 2
   loop.train(small_config(data_dir, **{'schedule.max_steps': 2}), tmp_path)
   loop.train(config, tmp_path)
   straight, resumed = final_state(config, four_steps), final_state(config, tmp_path)
@@ -96,15 +98,15 @@ def test_another_models_workdir_is_refused_and_left_alone(data_dir, four_steps):
 
 def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data_dir, tmp_path):
   run = build_run(small_config(data_dir))
-  state = run.make_state(run.rng)
+  state = run.recipe.make_state(run.recipe.rng)
   batches = run.train_batches(0)
   with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
     saved = jax.device_get(state)
-    checkpoints.save(state, metrics=None, run=run.description)
+    checkpoints.save(state, metrics=None, run=description(run))
     for _ in range(3):  # while the save runs in the background
-      state, _ = run.train_step(state, next(batches), run.rng)
+      state, _ = run.recipe.train_step(state, next(batches), run.recipe.rng)
   with Checkpoints(tmp_path) as checkpoints:
-    restored, changes = checkpoints.restore(run.abstract_state, run.description)[:2]
+    restored, changes = checkpoints.restore(run.recipe.abstract_state, description(run))[:2]
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
     assert changes == []
   batches.close()
@@ -112,7 +114,7 @@ def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data
 
 def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
   run = build_run(small_config(data_dir))
-  state = run.make_state(run.rng)
+  state = run.recipe.make_state(run.recipe.rng)
   with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
     for step, top1 in enumerate([0.1, 0.9, 0.3, 0.2, 0.5]):
       checkpoints.save(state.replace(step=jax.numpy.int32(step)), metrics={'top1': top1}, run={})
@@ -221,6 +223,12 @@ class Recorder:
     if not callable(value):
       self._read.add(path)
     return value
+
+  def __getitem__(self, field):
+    return getattr(self, field)
+
+  def __deepcopy__(self, memo):
+    return Recorder(copy.deepcopy(self._config), self._read, self._path)
 
   def items(self):
     return [(field, getattr(self, field)) for field in self._config]

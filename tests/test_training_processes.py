@@ -17,6 +17,7 @@ import pytest
 from configs import digits
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import description
 from t2t_vit_jax.workdir.weight_files import export_checkpoint
 from tests.image_folder import write_image_folder
 from tests.processes import ROOT, finish, free_port, losses, run, start
@@ -67,9 +68,9 @@ def final_state(workdir, data_dir):
   config.update_from_flattened_dict(
     {'data.data_dir': data_dir, 'data.image_size': 16, 'data.batch_size': 64, 'model.depth': 1, 'mesh.fsdp': 2}
   )
-  parts = build_run(config)
+  run = build_run(config)
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
-    return jax.device_get(checkpoints.restore(parts.abstract_state, parts.description)[0])
+    return jax.device_get(checkpoints.restore(run.recipe.abstract_state, description(run))[0])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.workdir.checkpoints import Checkpoints, fingerprint
+from t2t_vit_jax.workdir.description import description
 from t2t_vit_jax.workdir.folder import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process
@@ -30,10 +31,10 @@ def run(data_dir):
 @pytest.fixture
 def two_checkpoints(run, tmp_path):
   """Steps 3 and 7 of one state."""
-  state = run.make_state(run.rng)
+  state = run.recipe.make_state(run.recipe.rng)
   with Checkpoints(tmp_path / 'checkpoints', keep_latest=2) as checkpoints:
     for step in (3, 7):
-      checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=run.description)
+      checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=description(run))
   return tmp_path / 'checkpoints'
 
 
@@ -47,11 +48,11 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_taken(run, two_check
   content[len(content) // 2] ^= 1
   numbers.write_bytes(content)
   with Checkpoints(two_checkpoints) as checkpoints:
-    state, changes, (line,) = checkpoints.restore(run.abstract_state, run.description)
+    state, changes, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
     assert checkpoints.latest_step == 3
   assert int(state.step) == 3
   assert changes == []
-  jax.tree.map(np.testing.assert_array_equal, state.params, run.make_state(run.rng).params)
+  jax.tree.map(np.testing.assert_array_equal, state.params, run.recipe.make_state(run.recipe.rng).params)
   shelf = two_checkpoints.parent / 'damaged' / '7'
   assert f'{two_checkpoints}/7 is damaged' in line
   assert str(shelf) in line
@@ -63,7 +64,7 @@ def test_one_line_says_why_a_checkpoint_cannot_be_read(run, two_checkpoints, cap
   numbers = largest_file(two_checkpoints / '7')
   os.truncate(numbers, numbers.stat().st_size // 2)
   with Checkpoints(two_checkpoints) as checkpoints:
-    _, _, (line,) = checkpoints.restore(run.abstract_state, run.description)
+    _, _, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
   assert f'{two_checkpoints}/7 is damaged (ValueError: OUT_OF_RANGE: Error reading ' in line
   assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
@@ -84,7 +85,7 @@ def test_fingerprints_see_every_bit_and_the_order(data):
 
 def test_fingerprints_do_not_depend_on_the_sharding(run):
   x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
-  sharding = jax.sharding.NamedSharding(run.mesh, PartitionSpec('data'))
+  sharding = jax.sharding.NamedSharding(run.recipe.mesh, PartitionSpec('data'))
   assert len(sharding.device_set) == 2
   assert fingerprint([x]) == fingerprint([jax.device_put(x, sharding)])
 
@@ -95,15 +96,15 @@ def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
   ):
     pytest.skip('needs the right to mount a small disk')
   try:
-    state = run.make_state(run.rng)
+    state = run.recipe.make_state(run.recipe.rng)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
-    checkpoints.save(state, metrics=None, run=run.description)
+    checkpoints.save(state, metrics=None, run=description(run))
     checkpoints.wait()
     (tmp_path / 'filler').write_bytes(bytes(shutil.disk_usage(tmp_path).free - size // 2))
     with pytest.raises(UserError, match=rf'is full: a checkpoint needs {size / 1e9:.3f} GB, 0\.\d+ GB are free'):
-      checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=run.description)
-    restored, _, set_aside = checkpoints.restore(run.abstract_state, run.description)
+      checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=description(run))
+    restored, _, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
     checkpoints._checkpointer.close()
     assert (int(restored.step), set_aside) == (0, [])
   finally:

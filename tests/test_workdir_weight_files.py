@@ -21,6 +21,7 @@ from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import description
 from t2t_vit_jax.workdir.model_card import model_card
 from tests import golden
 from tests.test_training_loop import small_config
@@ -54,15 +55,15 @@ def contents(folder):
 def test_the_files_are_the_last_states_weights_bit_for_bit(config, workdir):
   run = build_run(config)
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
-    state = jax.device_get(checkpoints.restore(run.abstract_state, run.description)[0])
+    state = jax.device_get(checkpoints.restore(run.recipe.abstract_state, description(run))[0])
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True))
   images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
   for name, params in (('model', state.ema), ('model_raw', state.params)):
     model, variables = load_pretrained(workdir / 'weights' / f'{name}.safetensors')
     jax.tree.map(np.testing.assert_array_equal, variables, state.variables(params))
-    assert model == dataclasses.replace(run.model, stochastic_depth_rate=0.0)
+    assert model == dataclasses.replace(run.recipe.model, stochastic_depth_rate=0.0)
     logits = golden.apply(model, variables, images)
-    np.testing.assert_array_equal(logits, golden.apply(run.model, state.variables(params), images))
+    np.testing.assert_array_equal(logits, golden.apply(run.recipe.model, state.variables(params), images))
 
 
 def test_the_header_says_what_the_weights_are(workdir):

@@ -44,6 +44,22 @@ class Features(NamedTuple):
   tokens: Array  # (B, H, W, D), the other tokens on their grid
 
 
+# The fields of `T2TViT` that two models must share for the weights of one to mean the same in the other.
+ARCHITECTURE = (
+  'tokens_type',
+  'embed_dim',
+  'depth',
+  'num_heads',
+  'mlp_ratio',
+  'qkv_bias',
+  'qk_scale',
+  'token_dim',
+  'block_type',
+  'dense_stages',
+  'growth_rate',
+)
+
+
 class T2TViT(nn.Module):
   """Image classifier: normalised images (B, height, width, C) -> logits (B, num_classes).
 

@@ -1,8 +1,8 @@
 """The computations of a run, built from its config alone: without data, and for devices that need not be there."""
 
-from collections.abc import Callable
-import copy
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,29 +10,35 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.data.loader import TrainOrder
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
+from t2t_vit_jax.processes import together
 from t2t_vit_jax.recipe import optimizer, sharding, steps
 from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, RandomErasing
-from t2t_vit_jax.recipe.checks import check_accumulation, check_ranges
+from t2t_vit_jax.recipe.checks import check_accumulation
+from t2t_vit_jax.recipe.init_from import pretrained_variables
 from t2t_vit_jax.recipe.state import TrainState, init_state
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-  """What the devices of a mesh compute in a run. `config` is the whole of `configs/default.py`."""
+class Recipe:
+  """What the devices of a mesh compute in a run, without its data."""
 
-  config: Any
+  config: dict[str, Any]  # all fields that it was built from, to be saved and shown
+  configured_batch_size: int  # images; `order` has the one that fits the data
   mesh: Mesh
   model: T2TViT
+  init_from: str | None  # the weight file to start from
   augmentation: BatchAugmentation
   order: TrainOrder
+  eval_batch_size: int  # images
+  accumulate_steps: int  # parts of a batch that go through the model one by one
+  ema_decay: float  # 0 without a moving average of the weights
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
   make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
@@ -41,38 +47,69 @@ class Programs:
 
   @property
   def num_parameters(self) -> int:
-    """Trained ones."""
+    """Number of trained parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
 
   @property
   def images_per_device(self) -> int:
-    """Of a training batch."""
+    """Number of images of a training batch on each device."""
     return self.order.batch_size // self.mesh.size
 
+  @functools.cached_property
+  def rng(self) -> jax.Array:
+    """The run's random key; steps derive theirs from it by number."""
+    # Made on the devices: device_put does not reach those of other processes.
+    return jax.jit(lambda: jax.random.key(self.order.seed), out_shardings=sharding.replicated(self.mesh))()
 
-def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Programs:
-  """Builds them for data of so many classes and training images.
+  def fresh_state(self) -> TrainState:
+    """The state before the first step: random, or with the weights of the file `init_from`.
+
+    Raises:
+      UserError: they can't be read, or are another model's.
+    """
+    if self.init_from is None:
+      return self.make_state(self.rng)
+    path = self.init_from
+    return self.make_state(self.rng, together(lambda: pretrained_variables(path, self.model, self.order.seed)))
+
+  def abstract_batch(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of a batch of `count` images."""
+    size, where = self.model.image_size, sharding.over_batch(self.mesh)
+    return {
+      'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=where),
+      'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=where),
+      'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
+    }
+
+
+def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Recipe:
+  """Builds what a run computes for data of that many classes and training images.
+
+  Args:
+    config: resolved; see `init_from.resolve`.
+    mesh: the devices, which may be described only.
+    num_classes: of the data.
+    num_train_images: of the data.
 
   Raises:
-    UserError: a field is out of range, or the parts don't fit together.
+    UserError: the parts don't fit together.
   """
-  check_ranges(config)
-  sharding.check_batch_size(config.data.batch_size, mesh)
-  config = with_fitting_batch(config, mesh, num_train_images)
+  batch_size = fitting_batch_size(config.data, mesh, num_train_images)
   model = build_model(config, num_classes)
   if config.model.scan_blocks is None:
     model = model.clone(scan_blocks=loop_is_faster(model, mesh))
-  order = TrainOrder(num_train_images, config.data.batch_size, config.seed)
+  order = TrainOrder(num_train_images, batch_size, config.seed)
   backbone_factor = config.schedule.backbone_factor
   learning_rate, backbone_learning_rate = (
     optimizer.learning_rate_schedule(
-      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
+      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=batch_size, peak_factor=factor
     )
     for factor in (1.0, backbone_factor)
   )
   tx = optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate)
-  augmentation = batch_augmentation(config, model.num_classes)
-  check_accumulation(config, mesh.size, augmentation.mixing.group_size)
+  augmentation = batch_augmentation(config, model.num_classes, batch_size)
+  accumulate_steps = config.optimizer.accumulate_steps
+  check_accumulation(accumulate_steps, batch_size // mesh.size, mesh.size, augmentation.mixing.group_size)
 
   def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
     return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
@@ -80,30 +117,43 @@ def build_programs(config: Any, mesh: Mesh, *, num_classes: int, num_train_image
   shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
   abstract_state = sharding.divided(shapes, mesh)
   state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-  return Programs(
-    config=config,
+  train_step = steps.make_train_step(
+    model,
+    tx,
+    learning_rate,
+    augmentation=augmentation,
+    ema_decay=config.ema.decay,
+    accumulate_steps=accumulate_steps,
+    head_only=not backbone_factor,
+  )
+  return Recipe(
+    config=config.to_dict() | {'data': config.data.to_dict() | {'batch_size': batch_size}},
+    configured_batch_size=config.data.batch_size,
     mesh=mesh,
     model=model,
+    init_from=config.init_from,
     augmentation=augmentation,
     order=order,
+    eval_batch_size=eval_batch_size(config, mesh),
+    accumulate_steps=accumulate_steps,
+    ema_decay=config.ema.decay,
     total_steps=optimizer.total_steps(config.schedule, order.steps_per_epoch),
     abstract_state=abstract_state,
     make_state=jax.jit(make_state, out_shardings=state_shardings),
-    train_step=jax.jit(
-      steps.make_train_step(
-        model,
-        tx,
-        learning_rate,
-        augmentation=augmentation,
-        ema_decay=config.ema.decay,
-        accumulate_steps=config.optimizer.accumulate_steps,
-        head_only=not backbone_factor,
-      ),
-      donate_argnums=0,
-      out_shardings=(state_shardings, sharding.replicated(mesh)),
-    ),
+    train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))),
     eval_step=make_eval_step(config, mesh, model),
   )
+
+
+def build_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of `config.mesh`, of all devices or of those given, which divide a batch among them.
+
+  Raises:
+    UserError: they can't.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  sharding.check_batch_size(config.data.batch_size, mesh)
+  return mesh
 
 
 def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
@@ -115,19 +165,15 @@ def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
   return several_blocks and model.dtype == jnp.float32 and mesh.devices.flat[0].platform == 'cpu'
 
 
-def with_fitting_batch(config: Any, mesh: Mesh, num_train_images: int) -> Any:
-  """`config` with `data.batch_size` halved until an epoch has `data.min_steps_per_epoch`, as far as devices divide it.
+def fitting_batch_size(data: Any, mesh: Mesh, num_train_images: int) -> int:
+  """`data.batch_size`, halved until an epoch has `data.min_steps_per_epoch`, as far as devices divide it.
 
   The learning rate, which is linear in the batch, follows.
   """
-  batch_size = config.data.batch_size
-  while num_train_images < batch_size * config.data.min_steps_per_epoch and batch_size % (2 * mesh.size) == 0:
+  batch_size: int = data.batch_size
+  while num_train_images < batch_size * data.min_steps_per_epoch and batch_size % (2 * mesh.size) == 0:
     batch_size //= 2
-  if batch_size == config.data.batch_size:
-    return config
-  config = copy.deepcopy(config)
-  config.data.batch_size = batch_size
-  return config
+  return batch_size
 
 
 def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped:
@@ -141,18 +187,8 @@ def eval_batch_size(config: Any, mesh: Mesh) -> int:
   return math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
 
 
-def abstract_batch(config: Any, mesh: Mesh, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and sharding of a batch of `count` images."""
-  size, where = config.data.image_size, sharding.over_batch(mesh)
-  return {
-    'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=where),
-    'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=where),
-    'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
-  }
-
-
 def normalization(config: Any) -> Normalization:
-  """That of `config.data`."""
+  """Normalization with the mean and std of `config.data`."""
   return Normalization(tuple(config.data.mean), tuple(config.data.std))
 
 
@@ -181,50 +217,13 @@ def compute_dtype(config: Any) -> Any:
   return jnp.dtype(config.model.dtype)
 
 
-# What two models must share for the weights of one to mean the same in the other.
-ARCHITECTURE = (
-  'tokens_type',
-  'embed_dim',
-  'depth',
-  'num_heads',
-  'mlp_ratio',
-  'qkv_bias',
-  'qk_scale',
-  'token_dim',
-  'block_type',
-  'dense_stages',
-  'growth_rate',
-)
-
-
-def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
-  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
-
-  A head of another number of classes is made anew, from `seed`.
-
-  Raises:
-    UserError: the file can't be read, or holds another model.
-  """
-  settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
-  wrong = [
-    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
-    for field in ARCHITECTURE
-    if getattr(loaded, field) != getattr(model, field)
-  ]
-  if wrong:
-    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
-  return variables
-
-
-def batch_augmentation(config: Any, num_classes: int) -> BatchAugmentation:
-  """The device's part of `config.augment`.
+def batch_augmentation(config: Any, num_classes: int, batch_size: int) -> BatchAugmentation:
+  """The device's part of `config.augment`, for batches of `batch_size` images.
 
   Raises:
     UserError: the mixing groups don't divide the batch.
   """
   augment = config.augment
-  batch_size = config.data.batch_size
   mixed = augment.mixup_alpha or augment.cutmix_alpha
   group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
   if batch_size % group_size:

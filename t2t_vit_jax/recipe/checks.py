@@ -83,20 +83,22 @@ def check_ranges(config: Any) -> None:
     raise UserError('data.mean and data.std must have three numbers each, those of std positive')
 
 
-def check_accumulation(config: Any, num_devices: int, group_size: int) -> None:
+def check_accumulation(accumulate_steps: int, images_per_device: int, num_devices: int, group_size: int) -> None:
   """Raises UserError unless every micro-batch takes the same number of whole groups of images from each device.
 
   Args:
-    config: of a run.
-    num_devices: which divide `config.data.batch_size`.
+    accumulate_steps: the number of micro-batches, `optimizer.accumulate_steps`.
+    images_per_device: of a batch.
+    num_devices: for the message.
     group_size: images that are mixed with each other; 1 where none are.
   """
-  count, share = config.optimizer.accumulate_steps, config.data.batch_size // num_devices
-  fitting = [n for n in range(1, share + 1) if n == 1 or share % (n * group_size) == 0]
-  if count not in fitting:
+  counts = range(1, images_per_device + 1)
+  fitting = [n for n in counts if n == 1 or images_per_device % (n * group_size) == 0]
+  if accumulate_steps not in fitting:
     groups = f' into whole groups of augment.mixing_group_size {group_size}' if group_size > 1 else ''
     raise UserError(
-      f'optimizer.accumulate_steps {count} does not divide the {share} images of each of {num_devices} device(s)'
+      f'optimizer.accumulate_steps {accumulate_steps} does not divide the {images_per_device} images of each of '
+      f'{num_devices} device(s)'
       f'{groups}: set it to {" or ".join(map(str, fitting))}'
     )
 

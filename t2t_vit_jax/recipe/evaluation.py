@@ -104,6 +104,7 @@ class Evaluator:
     share: this process's part of each batch.
     workers: how this process prepares its images.
     mesh: the devices.
+    split: its name, for messages.
   """
 
   step: Callable[[Any, Any], dict[str, jax.Array]]
@@ -112,6 +113,7 @@ class Evaluator:
   share: Share
   workers: Workers
   mesh: Mesh
+  split: str
 
   def __call__(
     self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False

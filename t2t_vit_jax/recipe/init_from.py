@@ -1,49 +1,65 @@
-"""What a config leaves to the weights that a run starts from: the model, and how its images are prepared."""
+"""What a run takes from the weights that it starts from: open fields of its config, and variables."""
 
 from collections.abc import Mapping
 import copy
 from pathlib import Path
 from typing import Any
 
-from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion import Options, load_pretrained
 from t2t_vit_jax.conversion.convert import Weights, load
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
+from t2t_vit_jax.models.variants import get_variant
+from t2t_vit_jax.recipe.checks import check_ranges
 
 DATA_FIELDS = ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std')  # of `config.data` and of weight files
-MODEL_FIELDS = ('tokens_type', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'qkv_bias', 'qk_scale', 'token_dim')
 
 
-def completed(config: Any) -> Any:
-  """`config` with what its weight file says of the fields that are None: `model.name` and those of `DATA_FIELDS`.
+def resolve(config: Any) -> Any:
+  """A checked copy of `config` in which nothing is open: the one that a run is built from.
 
-  Weights of a model without a name set the other fields of `config.model` instead. A config without such a None is
-  returned as it is, and its file is not read.
+  Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`.
+  Weights of a model without a name set the other fields of `config.model` instead. Without such a None the file is not
+  read.
 
   Raises:
-    UserError: there is no weight file, it can't be read, or it contradicts the config.
+    UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
   """
-  open_fields = [f'data.{field}' for field in DATA_FIELDS if getattr(config.data, field) is None]
+  config = copy.deepcopy(config)
+  open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
-  if not open_fields:
-    return config
-  if config.init_from is None:
+  if open_fields and config.init_from is None:
     raise UserError(f'{", ".join(open_fields)} must be set: this config takes what is not from --config.init_from=FILE')
-  found = _load(config)
-  config = with_data_fields(config, found.data, config.init_from)
-  if config.model.name is None:
-    config.model.name = found.model
-    if found.model is None:
-      _describe_model(config, found)
+  if open_fields:
+    weights = _load(config)
+    _set_data_fields(config, weights.data, config.init_from)
+    if config.model.name is None:
+      config.model.name = weights.model
+      if weights.model is None:
+        _describe_model(config, weights)
+  _check(config)
   return config
 
 
-def with_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> Any:
-  """A copy of `config` whose fields of `DATA_FIELDS` are those of `data` where they are None.
+def resolve_for_evaluation(config: Any, data: Mapping[str, Any], origin: str) -> Any:
+  """A checked copy of `config` for weights whose images are prepared as `data` says where `config.data` is None.
 
   Raises:
-    UserError: they are no sensible values; it names `origin`.
+    UserError: `data` has no sensible values, or a field is out of its range; it names `origin`.
   """
   config = copy.deepcopy(config)
+  _set_data_fields(config, data, origin)
+  _check(config)
+  return config
+
+
+def _check(config: Any) -> None:
+  check_ranges(config)
+  if config.model.name:
+    get_variant(config.model.name)  # says that there is no such model before data is prepared
+
+
+def _set_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> None:
   for field in DATA_FIELDS:
     if config.data[field] is None:
       try:
@@ -51,7 +67,6 @@ def with_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> Any:
         config.data[field] = tuple(map(float, value)) if field in ('mean', 'std') else value
       except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{origin} has no data.{field} that fits here: set --config.data.{field}=...') from error
-  return config
 
 
 def _load(config: Any) -> Weights:
@@ -64,13 +79,33 @@ def _load(config: Any) -> Weights:
     raise UserError(f'init_from: {advice}') from error
 
 
-def _describe_model(config: Any, found: Weights) -> None:
+def _describe_model(config: Any, weights: Weights) -> None:
   """Sets the fields of `config.model` that are None to those of a model without a name."""
-  if found.arguments['block_type'] != 'standard':
+  if weights.arguments['block_type'] != 'standard':
     raise UserError(
-      f'init_from: {config.init_from} holds a {found.arguments["block_type"]} model without a name, which a config '
+      f'init_from: {config.init_from} holds a {weights.arguments["block_type"]} model without a name, which a config '
       'cannot describe'
     )
-  for field in MODEL_FIELDS:
-    if config.model[field] is None and found.arguments[field] is not None:
-      config.model[field] = found.arguments[field]
+  for field in set(config.model) & set(ARCHITECTURE):
+    if config.model[field] is None and weights.arguments[field] is not None:
+      config.model[field] = weights.arguments[field]
+
+
+def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
+  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
+
+  A head of another number of classes is made anew, from `seed`.
+
+  Raises:
+    UserError: the file can't be read, or holds another model.
+  """
+  settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
+  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
+  wrong = [
+    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
+    for field in ARCHITECTURE
+    if getattr(loaded, field) != getattr(model, field)
+  ]
+  if wrong:
+    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
+  return variables

@@ -13,6 +13,7 @@ from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.stacked_blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.run import Run
 from t2t_vit_jax.recipe.sharding import gathered
 from t2t_vit_jax.recipe.state import TrainState
@@ -26,10 +27,12 @@ class NonFiniteSteps:
 
   Args:
     run: the run.
+    tolerance: steps in a row that may fail before the run ends.
     warn: shows a line to the user.
   """
 
   run: Run
+  tolerance: int
   warn: Callable[[str], None]
   _in_a_row: int = 0
   _last: int = -1
@@ -51,16 +54,16 @@ class NonFiniteSteps:
     for step in steps:
       self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
       self._last = step
-      if self._in_a_row >= self.run.config.optimizer.nan_tolerance:
+      if self._in_a_row >= self.tolerance:
         raise UserError(
           f'{self._in_a_row} steps in a row up to {step} had a loss or gradients that are not finite ({explanation}). '
           'None of them was applied and the checkpoints are good. Continue with a lower '
-          f'--config.schedule.base_learning_rate{_advice(self.run.config)}'
+          f'--config.schedule.base_learning_rate{_advice(self.run.recipe.model.dtype)}'
         )
 
 
-def _advice(config: Any) -> str:
-  if config.model.dtype != 'float16':
+def _advice(dtype: Any) -> str:
+  if dtype != jnp.float16:
     return ''
   return ", or with --config.model.dtype=bfloat16: float16 overflows, in the performer's exponentials first"
 
@@ -73,9 +76,9 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
-  variables = jax.device_get(gathered(state.variables(), run.mesh))
+  variables = jax.device_get(gathered(state.variables(), run.recipe.mesh))
   images, rngs = run.augmented(batch, step)
-  found = first_nonfinite_layer(run.model, variables, images, rngs)
+  found = first_nonfinite_layer(run.recipe.model, variables, images, rngs)
   if found is None:
     return 'its forward pass is finite now, so it was the weights of that moment, or a gradient'
   layer, guilty = found
@@ -123,12 +126,12 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
   return None
 
 
-def out_of_memory(error: Exception, config: Any) -> UserError | None:
+def out_of_memory(error: Exception, recipe: Recipe) -> UserError | None:
   """The error to raise in place of a device's that has too little memory; None if `error` is another."""
   if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
     return None
   return UserError(
-    f'out of memory with a batch of {config.data.batch_size} images of {config.data.image_size} px '
+    f'out of memory with a batch of {recipe.order.batch_size} images of {recipe.model.image_size} px '
     f'({str(error).splitlines()[0][:120]}): raise --config.optimizer.accumulate_steps, which computes the same batch '
     'in parts, or lower --config.data.batch_size'
   )

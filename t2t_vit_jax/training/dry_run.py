@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from t2t_vit_jax.console import say
-from t2t_vit_jax.processes import check_agreement, together
-from t2t_vit_jax.recipe.build import abstract_batch
-from t2t_vit_jax.recipe.init_from import completed
-from t2t_vit_jax.recipe.run import Run, build_run
+from t2t_vit_jax.recipe.build import Recipe
+from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import bytes_per_device
+from t2t_vit_jax.workdir.description import summary
 
 
 def dry_run(config: Any) -> None:
@@ -20,29 +19,28 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would.
   """
-  config = together(lambda: completed(config))
-  check_agreement(config)
-  run = together(lambda: build_run(config))
-  if config.init_from is not None:
-    run.fresh_state()  # reads the file
-  batch = abstract_batch(config, run.mesh, run.order.batch_size)
-  jax.eval_shape(run.train_step, run.abstract_state, batch, jax.random.key(0))
-  for line in run.summary():
+  run = build_run(config)
+  recipe = run.recipe
+  if recipe.init_from is not None:
+    recipe.fresh_state()  # reads the file
+  batch = recipe.abstract_batch(recipe.order.batch_size)
+  jax.eval_shape(recipe.train_step, recipe.abstract_state, batch, jax.random.key(0))
+  for line in summary(run):
     say(line)
-  images = run.images_per_device // config.optimizer.accumulate_steps
-  gradients = _gigabytes(run.abstract_state.params)
-  state = bytes_per_device(run.abstract_state) / 1e9
+  images = recipe.images_per_device // recipe.accumulate_steps
+  gradients = _gigabytes(recipe.abstract_state.params)
+  state = bytes_per_device(recipe.abstract_state) / 1e9
   say(
     f'memory of each device, estimated: {state:.2f} GB state, {gradients:.2f} GB gradients, '
-    f'{_activations(run, images):.2f} GB for the backward pass of {images} images '
+    f'{_activations(recipe, images):.2f} GB for the backward pass of {images} images '
     '(all that it could read; the compiler keeps less)'
   )
   say('dry run: nothing was trained, nothing written')
 
 
-def _activations(run: Run, images: int) -> float:
+def _activations(recipe: Recipe, images: int) -> float:
   """GB of all values that the backward pass of a batch reads."""
-  model, size = run.model, run.config.data.image_size
+  model, size = recipe.model, recipe.model.image_size
 
   def residuals(variables: Any, batch: jax.Array, rng: jax.Array) -> Any:
     def loss_of(params: Any) -> jax.Array:
@@ -52,7 +50,7 @@ def _activations(run: Run, images: int) -> float:
     return jax.vjp(loss_of, variables['params'])[1]  # a tree that holds them
 
   batch = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
-  return _gigabytes(jax.eval_shape(residuals, run.abstract_state.variables(), batch, jax.random.key(0)))
+  return _gigabytes(jax.eval_shape(residuals, recipe.abstract_state.variables(), batch, jax.random.key(0)))
 
 
 def _gigabytes(tree: Any) -> float:

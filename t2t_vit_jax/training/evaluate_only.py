@@ -16,9 +16,8 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.processes import check_agreement, together
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
-from t2t_vit_jax.recipe.checks import check_ranges
 from t2t_vit_jax.recipe.evaluation import Accuracy
-from t2t_vit_jax.recipe.init_from import with_data_fields
+from t2t_vit_jax.recipe.init_from import resolve_for_evaluation
 from t2t_vit_jax.recipe.run import make_evaluator
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
@@ -52,8 +51,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     found, _ = together(lambda: load(Path(path), Options()))
     (model, variables), data = found.build(), found.data
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
-  config = together(lambda: with_data_fields(config, data, os.fspath(path)))
-  check_ranges(config)
+  config = together(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   source = together(lambda: pipeline.open_eval_source(config.data))

@@ -1,6 +1,7 @@
 """A run from start to end: train, evaluate, save, report; stop and carry on."""
 
 import collections
+from collections.abc import Iterator
 import contextlib
 import os
 from typing import Any
@@ -8,17 +9,19 @@ from typing import Any
 import jax
 
 from t2t_vit_jax.console import say, warn
+from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.errors import DataError
-from t2t_vit_jax.processes import check_agreement, lost_process, together
+from t2t_vit_jax.processes import lost_process
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.evaluation import Accuracy
-from t2t_vit_jax.recipe.init_from import completed
 from t2t_vit_jax.recipe.run import Run, build_run
 from t2t_vit_jax.recipe.state import TrainState
+from t2t_vit_jax.training.calendar import Calendar
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import description, summary, title
 from t2t_vit_jax.workdir.folder import Workdir, open_workdir
 from t2t_vit_jax.workdir.metrics import Reporter
 
@@ -51,9 +54,15 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       way that the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
-  config = together(lambda: completed(config))
-  check_agreement(config)
-  run = together(lambda: build_run(config))
+  run = build_run(config)
+  total_steps = run.recipe.total_steps
+  calendar = Calendar(
+    last_step=total_steps,
+    evaluate_every=config.checkpoint.every_epochs * run.recipe.order.steps_per_epoch,
+    save_every=config.checkpoint.every_steps or total_steps,
+    report_every=config.logging.every_steps,
+  )
+  nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
   with (
     open_workdir(workdir) as folder,
     Checkpoints(
@@ -62,18 +71,18 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
   ):
     state, notes = _initial_state(run, checkpoints)
     metrics = checkpoints.latest_metrics
-    if int(state.step) >= run.total_steps and metrics:
+    if int(state.step) >= total_steps and metrics:
       say(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
-      written = weight_files.are_written(folder.root, checkpoints, with_ema=bool(config.ema.decay))
+      written = weight_files.are_written(folder.root, checkpoints, with_ema=bool(run.recipe.ema_decay))
     else:
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
           say(note)
-        metrics = _train(run, state, checkpoints, reporter)
+        metrics = _train(Progress(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
       checkpoints.wait()  # whatever becomes of the weight files, this is safe
       written = False
     if not written:  # or an earlier run was killed before they were
-      for line in weight_files.write_weight_files(folder.root, checkpoints, run.mesh, metrics):
+      for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh, metrics):
         say(line)
   accuracy = Accuracy.from_dict(metrics)
   say(accuracy.last_line(metrics['split']))
@@ -83,20 +92,20 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
 def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
   """The state to start from, and what the user should know about it."""
   if checkpoints.latest_step is None:
-    return run.fresh_state(), []
-  state, changes, set_aside = checkpoints.restore(run.abstract_state, run.description)
+    return run.recipe.fresh_state(), []
+  state, changes, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
   return state, set_aside + ([f'changed since the checkpoint: {"; ".join(changes)}'] if changes else [])
 
 
 def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
   reporter = Reporter(
     workdir,
-    total_steps=run.total_steps,
+    total_steps=run.recipe.total_steps,
     first_step=first_step,
-    steps_per_epoch=run.order.steps_per_epoch,
-    batch_size=run.order.batch_size,
+    steps_per_epoch=run.recipe.order.steps_per_epoch,
+    batch_size=run.recipe.order.batch_size,
   )
-  for line in run.summary():
+  for line in summary(run):
     say(line)
   say(f'workdir: {workdir.root}')
   start = f'continuing from the checkpoint of step {first_step}' if first_step else 'starting'
@@ -104,80 +113,111 @@ def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
   return reporter
 
 
-def _train(run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> dict[str, Any]:
-  """The steps from `state` to the end of the run, and what the evaluation there found; see `_evaluate`."""
-  config = run.config
-  evaluate_every = config.checkpoint.every_epochs * run.order.steps_per_epoch
-  save_every = config.checkpoint.every_steps or run.total_steps
-  rng, first_step = run.rng, int(state.step)
-  in_flight: collections.deque[jax.Array] = collections.deque()
+class Progress:
+  """A run on its way: its state, and the one place each that computes a step, evaluates and saves."""
+
+  def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter):
+    self.run = run
+    self.state = state
+    self.checkpoints = checkpoints
+    self.reporter = reporter
+    self.first_step = int(state.step)  # the number of steps done before
+    self._in_flight: collections.deque[jax.Array] = collections.deque()
+
+  @property
+  def step(self) -> int:
+    """The number of steps done; waits for the last one."""
+    return int(self.state.step)
+
+  def train(self, batch: Batch) -> None:
+    """Starts a step, without waiting for its end unless too many are under way."""
+    recipe = self.run.recipe
+    self.state, metrics = recipe.train_step(self.state, sharding.to_devices(batch, recipe.mesh), recipe.rng)
+    self.reporter.collect(metrics)
+    self._in_flight.append(metrics['loss'])
+    if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
+      self._in_flight.popleft().block_until_ready()
+
+  def evaluate(self, stop: StopRequest) -> dict[str, Any] | None:
+    """Evaluates and reports; ends early, without a result, if the run is to `stop`.
+
+    Returns:
+      What is saved with a checkpoint, as JSON: the accuracy that counts, which is the moving average's if the run keeps
+      one, the split, and under `every` the accuracy of each kind of weights.
+    """
+    accuracies = self.run.evaluate(self.state, warn, stop.__bool__)
+    if stop:
+      return None
+    step, split, recipe = self.step, self.run.evaluator.split, self.run.recipe
+    self.reporter.evaluation(step, split, accuracies)
+    start = recipe.ema_decay**step
+    if 'ema' in accuracies and start > 0.01:
+      say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
+    accuracy = accuracies.get('ema', accuracies['raw'])
+    self.reporter.classes(accuracy, show=step == recipe.total_steps)
+    return {**accuracy.as_dict(), 'split': split, 'every': {kind: each.as_dict() for kind, each in accuracies.items()}}
+
+  def save(self, metrics: dict[str, Any] | None = None) -> None:
+    """Starts saving a checkpoint, with what an evaluation of it found."""
+    self.checkpoints.save(self.state, metrics=metrics, run=description(self.run))
+    self.reporter.publish()
+
+
+def _train(progress: Progress, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
+  """Computes the steps that are left, and returns what the evaluation of the last one found: `Progress.evaluate`."""
+  run, reporter, first_step = progress.run, progress.reporter, progress.first_step
   faults = run.train_faults(warn)
-  nonfinite = NonFiniteSteps(run, warn)
+  metrics = sample = None
+  with (
+    contextlib.closing(run.train_batches(first_step)) as batches,
+    stop_request() as stop,
+    _saved_when_it_ends_early(progress, stop),
+  ):
+    for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
+      if sample is None:
+        sample = run.sample(batch)
+        if log_images:
+          reporter.images(run.pictures(sample, step))
+      progress.train(batch)
+      if step == first_step + 1:
+        reporter.start_clock()  # that call compiled
 
-  with contextlib.closing(run.train_batches(first_step)) as batches, stop_request() as stop:
-    try:
-      for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
-        if step == first_step + 1:
-          sample = run.sample(batch)
-          if config.log_images:
-            reporter.images(run.pictures(sample, step))
-        state, metrics = run.train_step(state, sharding.to_devices(batch, run.mesh), rng)
-        reporter.collect(metrics)
-        if step == first_step + 1:
-          reporter.start_clock()  # that call compiled
-        in_flight.append(metrics['loss'])
-        if len(in_flight) > MAX_STEPS_IN_FLIGHT:
-          in_flight.popleft().block_until_ready()
-
-        evaluate = step == run.total_steps or step % evaluate_every == 0
-        save = stop.reached(step) or evaluate or step % save_every == 0
-        if save or step % config.logging.every_steps == 0:
-          nonfinite.note(reporter.report(step, faults.num_bad), state)
-        if stop:
-          break
-        if evaluate:
-          found = _evaluate(run, state, reporter, stop)
-          checkpoints.save(state, metrics=found, run=run.description)
-          reporter.start_clock()
-          if step == run.total_steps:
-            reporter.page(run.pictures(sample, first_step + 1), run.title(Accuracy.from_dict(found)))
-            return found
-        elif save:
-          checkpoints.save(state, metrics=None, run=run.description)
-        if save:
-          reporter.publish()
-    except Exception as error:
-      # Workers may get the same signal and die of it: what is done is still to be saved.
-      if not stop:
-        # Alone: several processes save together or not at all, and the others know nothing of this.
-        if isinstance(error, DataError) and jax.process_count() == 1 and int(state.step) > first_step:
-          checkpoints.save(state, metrics=None, run=run.description)
-        if known := out_of_memory(error, config) or lost_process(error):
-          raise known from error
-        raise
-    if stop.signal:
-      checkpoints.save(state, metrics=None, run=run.description)
-      checkpoints.wait()  # before it is said that all is saved
-      raise Stopped(int(state.step), stop.signal)
-    return _evaluate(run, state, reporter, stop)  # an earlier run was stopped before its last evaluation
+      if stop.reached(step) or calendar.reports(step):
+        nonfinite.note(reporter.report(step, faults.num_bad), progress.state)
+      metrics = progress.evaluate(stop) if calendar.evaluates(step) and not stop else None
+      if stop and not metrics:
+        break
+      if calendar.saves(step):
+        progress.save(metrics)
+      if metrics:
+        reporter.start_clock()
+    if sample is None:  # no step was left: the run was stopped right before its last evaluation
+      metrics = progress.evaluate(stop)
+  assert metrics is not None
+  if sample is not None:
+    reporter.page(run.pictures(sample, first_step + 1), title(run, Accuracy.from_dict(metrics)))
+  return metrics
 
 
-def _evaluate(run: Run, state: TrainState, reporter: Reporter, stop: StopRequest) -> dict[str, Any]:
-  """Evaluates, reports, and returns what is saved with a checkpoint, as JSON.
-
-  It is the accuracy that counts, which is the moving average's if the run keeps one, the split, and under `every` the
-  accuracy of each kind of weights.
+@contextlib.contextmanager
+def _saved_when_it_ends_early(progress: Progress, stop: StopRequest) -> Iterator[None]:
+  """Saves what is done where a signal stops the run or its data fails, and puts an error into words.
 
   Raises:
-    InterruptedError: the run is to `stop`.
+    Stopped: the run was to `stop`.
+    UserError: in place of an error that the user can do something about.
   """
-  accuracies = run.evaluate(state, warn, stop.__bool__)
-  if stop:
-    raise InterruptedError
-  reporter.evaluation(int(state.step), run.config.data.eval_split, accuracies)
-  start = run.config.ema.decay ** int(state.step)
-  if 'ema' in accuracies and start > 0.01:
-    say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
-  accuracy, split, last = accuracies.get('ema', accuracies['raw']), run.config.data.eval_split, run.total_steps
-  reporter.classes(accuracy, show=int(state.step) == last)
-  return {**accuracy.as_dict(), 'split': split, 'every': {kind: each.as_dict() for kind, each in accuracies.items()}}
+  try:
+    yield
+  except Exception as error:
+    if not stop:  # else workers may have got the same signal and died of it
+      # Alone: several processes save together or not at all, and the others know nothing of this.
+      if isinstance(error, DataError) and jax.process_count() == 1 and progress.step > progress.first_step:
+        progress.save()
+      if known := out_of_memory(error, progress.run.recipe) or lost_process(error):
+        raise known from error
+      raise
+  if stop.signal:
+    progress.save()
+    progress.checkpoints.wait()  # before it is said that all is saved
+    raise Stopped(progress.step, stop.signal)

@@ -16,10 +16,11 @@ import numpy as np
 from t2t_vit_jax.conversion.convert import Weights, read_header, write_weights
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.processes import check_agreement, together
 from t2t_vit_jax.recipe import sharding
-from t2t_vit_jax.recipe.build import ARCHITECTURE, build_model
+from t2t_vit_jax.recipe.build import build_model
 from t2t_vit_jax.recipe.init_from import DATA_FIELDS
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.folder import copy_to_bucket, is_bucket

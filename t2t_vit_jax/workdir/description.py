@@ -1,0 +1,68 @@
+"""What a run is: in words for its user, and as JSON beside each of its checkpoints."""
+
+from typing import Any
+
+import jax
+
+from t2t_vit_jax.recipe import sharding
+from t2t_vit_jax.recipe.build import Recipe
+from t2t_vit_jax.recipe.evaluation import Accuracy
+from t2t_vit_jax.recipe.run import Run
+
+
+def summary(run: Run) -> list[str]:
+  """Lines about a run, one for each part."""
+  recipe, evaluated = run.recipe, run.evaluator.source
+  order, mesh = recipe.order, recipe.mesh
+  return [
+    f'model: {_model_name(recipe)}, {recipe.num_parameters:,} trained parameters, {recipe.model.dtype}',
+    f'train: {run.train_source.description}, {len(run.train_source):,} images',
+    f'evaluation: {evaluated.description}, {len(evaluated):,} images',
+    f'steps: {recipe.total_steps:,} of {order.batch_size} images, {order.steps_per_epoch:,} an epoch, '
+    f'on {mesh.size} {jax.default_backend()} device(s)',
+    f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
+    f'{recipe.images_per_device} images of a batch and '
+    f'{sharding.bytes_per_device(recipe.abstract_state) / 1e6:,.1f} MB of state',
+    *_mixing_note(recipe),
+    *_batch_note(recipe),
+  ]
+
+
+def title(run: Run, accuracy: Accuracy) -> str:
+  """Title of a page about a run's result."""
+  return f'{_model_name(run.recipe)}, {run.evaluator.split} {accuracy}'
+
+
+def description(run: Run) -> dict[str, Any]:
+  """What is saved with each checkpoint of a run, as JSON."""
+  return {
+    'model': _model_name(run.recipe),
+    'config': run.recipe.config,
+    'train_images': len(run.train_source),
+    'eval_part': run.evaluator.source.part,
+    'class_names': run.train_source.class_names,
+  }
+
+
+def _mixing_note(recipe: Recipe) -> list[str]:
+  """A line about what it costs if images are mixed with some on other devices."""
+  share, group_size = recipe.images_per_device, recipe.augmentation.mixing.group_size
+  if share % group_size == 0:
+    return []
+  megabytes = share * 3 * recipe.config['data']['image_size'] ** 2 / 1e6
+  return [
+    f'mixing: groups of {group_size} images do not fit the {share} images of a device, so devices exchange pixels: '
+    f'each gets up to {megabytes:.1f} MB a step; results do not change'
+  ]
+
+
+def _batch_note(recipe: Recipe) -> list[str]:
+  """A line if the batch is smaller than the config has it."""
+  batch_size, configured = recipe.order.batch_size, recipe.configured_batch_size
+  if batch_size == configured:
+    return []
+  return [f'batch: {batch_size} images, not {configured}, so that an epoch has more steps']
+
+
+def _model_name(recipe: Recipe) -> str:
+  return recipe.config['model']['name'] or 'a model without a name'
