@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 import re
 import shutil
+import signal
 import struct
 
 import jax
@@ -17,9 +18,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
+from t2t_vit_jax.data import loader
 from t2t_vit_jax.models.stacked_blocks import unstack_blocks
+from t2t_vit_jax.recipe import evaluation
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
+from t2t_vit_jax.training.calendar import Calendar
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 
@@ -283,6 +287,32 @@ def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, caps
   output = capsys.readouterr().out
   assert 'changed since the checkpoint: ' in output
   assert 'seed was 0 and is 7' in output
+
+
+def test_a_signal_during_the_last_evaluation_stops_the_run_as_often_as_it_comes(data_dir, tmp_path, monkeypatch):
+  config = small_config(data_dir, **{'schedule.max_steps': 2})
+
+  def interrupted(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    yield from loader.eval_batches(*arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, 'eval_batches', interrupted)
+    for _ in range(2):  # the second time no step is left
+      with pytest.raises(loop.Stopped, match='stopped at step 2 and saved') as stopped:
+        loop.train(config, tmp_path / 'run')
+      assert stopped.value.exit_code == 128 + signal.SIGINT
+      assert not (tmp_path / 'run' / 'weights').exists()
+  accuracy = loop.train(config, tmp_path / 'run')
+  assert accuracy == loop.train(config, tmp_path / 'straight')
+
+
+def test_what_is_due_after_a_step():
+  calendar = Calendar(last_step=20, evaluate_every=9, save_every=6, report_every=4)
+  steps = range(1, 21)
+  assert [step for step in steps if calendar.evaluates(step)] == [9, 18, 20]
+  assert [step for step in steps if calendar.saves(step)] == [6, 9, 12, 18, 20]
+  assert [step for step in steps if calendar.reports(step)] == [4, 6, 8, 9, 12, 16, 18, 20]
 
 
 @pytest.mark.slow
