@@ -44,18 +44,18 @@ FAULTS = (
   Fault(
     "half LayerNorm's gradient has a wrong sign",
     'models/layers.py',
-    'keepdims=True) - kept * along)',
-    'keepdims=True) + kept * along)',
+    'keepdims=True) - x_hat * along)',
+    'keepdims=True) + x_hat * along)',
   ),
   Fault(
     'the squeeze takes the largest token, not the mean',
-    'models/encoder.py',
+    'models/block_variants.py',
     'gate = x.mean(axis=1, keepdims=True)',
     'gate = x.max(axis=1, keepdims=True)',
   ),
   Fault(
     'blocks in a loop run in the reverse order',
-    'models/stacked_blocks.py',
+    'models/blocks.py',
     'jnp.stack(arrays), *(tree[name] for name in names)',
     'jnp.stack(arrays), *(tree[name] for name in reversed(names))',
   ),

@@ -15,6 +15,7 @@ import torch
 import t2t_vit_jax
 from t2t_vit_jax import T2TViT, UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert, infer, names
+from t2t_vit_jax.models import positions
 from t2t_vit_jax.models.variants import VARIANTS
 from tests import checkpoints, golden
 
@@ -178,7 +179,7 @@ def test_another_image_size_resizes_the_stored_table(tmp_path):
 
 def test_the_resized_table_is_the_references():
   numbers = golden.load_numbers('pos_embed_resize')
-  resized = t2t_vit_jax.models.layers.resize_position_embedding(jnp.asarray(numbers['old']), (14, 14), (24, 24))
+  resized = positions.resize_position_embedding(jnp.asarray(numbers['old']), (14, 14), (24, 24))
   np.testing.assert_allclose(resized, numbers['new_24'], atol=LOGITS_ATOL)
 
 

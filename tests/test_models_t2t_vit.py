@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from t2t_vit_jax import Features, T2TViT, UserError
-from t2t_vit_jax.models.layers import resize_position_embedding
-from t2t_vit_jax.models.stacked_blocks import stack_blocks, unstack_blocks
+from t2t_vit_jax.models.blocks import stack_blocks, unstack_blocks
+from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.planning.flops import count_flops
 from tests import golden
 
@@ -66,7 +66,8 @@ def test_gradients_equal_the_references(name):
   gradient = golden.loss_and_gradients(tiny(name))
   (loss, _), gradients = gradient(variables['params'], variables['frozen'], numbers['images_nhwc'], numbers['labels'])
   expected = golden.to_variables({key[5:]: value for key, value in numbers.items() if key.startswith('grad/')})
-  assert loss == pytest.approx(float(numbers['loss']), abs=1e-6)
+  # Eight of float32's steps: which products a CPU has moves it by five.
+  assert loss == pytest.approx(float(numbers['loss']), abs=2e-6)
   assert expected.keys() == {'params'}
   assert jax.tree.structure(gradients) == jax.tree.structure(expected['params'])
   errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), gradients, expected['params'])
@@ -187,9 +188,9 @@ def test_the_last_block_computes_what_the_head_needs():
     features = jax.jit(functools.partial(model.apply, features=True))
     return count_flops(features, shapes, images) + head - count_flops(jax.jit(model.apply), shapes, images)
 
-  products_of_a_token = 2 * dim**2 + 2 * tokens * dim + 2 * 2 * dim**2
-  assert spared('performer') == 2 * (tokens - 1) * products_of_a_token
-  assert spared('se') == 0  # its gate needs the mean over all tokens
+  attention, mlp = 2 * dim**2 + 2 * tokens * dim, 2 * 2 * dim**2  # products of a token
+  assert spared('performer') == 2 * (tokens - 1) * (attention + mlp)
+  assert spared('se') == 2 * (tokens - 1) * mlp  # its gate needs the mean over all tokens of the attention's output
 
 
 def test_dense_blocks_are_not_scanned():

@@ -15,7 +15,7 @@ import configs.t2t_vit_14_cifar10
 import t2t_vit_jax
 from t2t_vit_jax import UserError
 from t2t_vit_jax.conversion import names
-from t2t_vit_jax.models.stacked_blocks import stack_blocks
+from t2t_vit_jax.models.blocks import stack_blocks
 from t2t_vit_jax.recipe import optimizer
 from tests import golden
 from tests.golden import DATA

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.data import loader
-from t2t_vit_jax.models.stacked_blocks import unstack_blocks
+from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.recipe import evaluation
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop

@@ -18,7 +18,8 @@ import safetensors.numpy
 from t2t_vit_jax.conversion import files, infer, names
 from t2t_vit_jax.conversion.checkpoint import WeightsKind, read_checkpoint
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.layers import Dense, resize_position_embedding
+from t2t_vit_jax.models.layers import Dense
+from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults

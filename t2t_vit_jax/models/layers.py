@@ -1,4 +1,4 @@
-"""Layers with the reference's constants, and the position table.
+"""Layers with the reference's constants.
 
 Flax's defaults differ from PyTorch's in three places that change results, so every layer of the
 model comes from here: LayerNorm's epsilon is 1e-5 (Flax: 1e-6) and its variance is computed in two
@@ -11,7 +11,6 @@ start values of the layer itself: for code that computes the layer's result in a
 
 from collections.abc import Callable
 import functools
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -19,7 +18,6 @@ import jax
 from jax import lax
 from jax.nn import initializers
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
 Dtype = Any
@@ -51,9 +49,14 @@ class LayerNorm(nn.LayerNorm):
 def half_layer_norm(epsilon: float, dtype: Dtype, x: Array, scale: Array, bias: Array) -> Array:
   """LayerNorm over the last axis of x, computed in float32 and rounded to half precision, at less cost.
 
+    x_hat  = (x - mean) / deviation,    deviation = sqrt(variance + epsilon)
+    result = x_hat * scale + bias
+    dx_hat = (dx - mean(dx) - x_hat * mean(dx * x_hat)) / deviation
+    dresult = dx_hat * scale + x_hat * dscale + dbias
+
   The variance comes from one pass, mean of squares less square of the mean. That loses digits of float32 as the mean
   grows beyond the standard deviation: at 100 times, half precision rounds as much away. And gradients are computed from
-  the normalised values in half precision, which takes less memory and traffic than to keep x.
+  x_hat in half precision, which takes less memory and traffic than to keep x.
   """
   return (_normalise(x, epsilon)[0] * scale + bias).astype(dtype)
 
@@ -63,16 +66,16 @@ def _derivative_of_layer_norm(
   epsilon: float, dtype: Dtype, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
   (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-  normalised, inverse_deviation = _normalise(x, epsilon)
-  kept = normalised.astype(dtype).astype(jnp.float32)
+  exact_x_hat, inverse_deviation = _normalise(x, epsilon)
+  x_hat = exact_x_hat.astype(dtype).astype(jnp.float32)  # what is kept for the backward pass
   dx = dx.astype(jnp.float32)
-  along = (dx * kept).mean(axis=-1, keepdims=True)
-  dnormalised = (dx - dx.mean(axis=-1, keepdims=True) - kept * along) * inverse_deviation
-  return (normalised * scale + bias).astype(dtype), (dnormalised * scale + kept * dscale + dbias).astype(dtype)
+  along = (dx * x_hat).mean(axis=-1, keepdims=True)
+  dx_hat = (dx - dx.mean(axis=-1, keepdims=True) - x_hat * along) * inverse_deviation
+  return (exact_x_hat * scale + bias).astype(dtype), (dx_hat * scale + x_hat * dscale + dbias).astype(dtype)
 
 
 def _normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
-  """Gives x mean 0 and variance 1 over the last axis; also 1 / the deviation that it had. Both are float32."""
+  """Returns x_hat, x with mean 0 and variance 1 over the last axis, and 1 / deviation: both float32."""
   x = x.astype(jnp.float32)
   mean = x.mean(axis=-1, keepdims=True)
   variance = jnp.maximum((x * x).mean(axis=-1, keepdims=True) - mean * mean, 0)  # rounding may pass 0
@@ -156,44 +159,3 @@ class StochasticDepth(nn.Module):
     keep = 1 - self.rate
     kept = jax.random.bernoulli(self.make_rng('dropout'), keep, (branch.shape[0], 1, 1))
     return jnp.where(kept, branch / jnp.asarray(keep, branch.dtype), 0)
-
-
-def sinusoidal_position_embedding(num_positions: int, dim: int) -> np.ndarray:
-  """The fixed table of shape (1, num_positions, dim); row 0 belongs to the cls token.
-
-  table[p, 2i] = sin(p / 10000^(2i/dim)) and table[p, 2i+1] = cos of the same angle. The angles are
-  computed in float64: in float32 the large ones are off by 1e-5.
-  """
-  exponent = 2 * (np.arange(dim) // 2) / dim
-  angle = np.arange(num_positions)[:, None] / np.power(10000.0, exponent)
-  table = np.where(np.arange(dim) % 2 == 0, np.sin(angle), np.cos(angle))
-  return table[None].astype(np.float32)
-
-
-def resize_position_embedding(table: Array, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Array:
-  """Resizes the grid rows of a position table as the reference does when it loads a checkpoint.
-
-  Bicubic in PyTorch's convention (a = -0.75, align_corners=False, no anti-aliasing); row 0, the cls
-  token's, is kept.
-
-  Args:
-    table: (1, 1 + H * W, D).
-    old_grid: (H, W) of `table`.
-    new_grid: (H', W') wanted.
-
-  Returns:
-    (1, 1 + H' * W', D).
-  """
-  if old_grid == new_grid:
-    return table
-  cls_row, rows = table[:, :1], table[:, 1:]
-  dim = table.shape[-1]
-  # Interpolated in float32 and with full products on every backend: positions are small differences of large terms.
-  resized = jax.image.resize(
-    rows.reshape(1, *old_grid, dim).astype(jnp.float32),
-    (1, *new_grid, dim),
-    jax.image.ResizeMethod.CUBIC_PYTORCH,
-    antialias=False,
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return jnp.concatenate([cls_row, resized.reshape(1, math.prod(new_grid), dim).astype(table.dtype)], axis=1)

@@ -1,6 +1,6 @@
 """T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): tokens-to-token module, transformer encoder, linear head."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import itertools
 import math
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,39 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.encoder import BlockType, EncoderBlock, Transition
-from t2t_vit_jax.models.layers import (
-  Dense,
-  Dtype,
-  LayerNorm,
-  resize_position_embedding,
-  sinusoidal_position_embedding,
-)
-from t2t_vit_jax.models.soft_split import SoftSplitForm, token_grid
-from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks
-from t2t_vit_jax.models.tokens_to_token import TokenAttentionForm, TokensToToken, tokens_types
+from t2t_vit_jax.models.block_variants import BLOCK_TYPES, Transition
+from t2t_vit_jax.models.blocks import STACK, RematPolicy, rematerialised, run_as_loop, stack_blocks
+from t2t_vit_jax.models.encoder import EncoderBlock
+from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm
+from t2t_vit_jax.models.patch_layers import SoftSplitForm
+from t2t_vit_jax.models.positions import resize_position_embedding, sinusoidal_position_embedding
+from t2t_vit_jax.models.soft_split import token_grid
+from t2t_vit_jax.models.tokens_to_token import TOKEN_ATTENTIONS, TokenAttentionForm, TokensToToken
 
 Array = jax.Array
-# Of `jax.checkpoint_policies`, for one block: what it saves for its backward pass; the rest is computed again.
-RematPolicy = Literal['none', 'nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable']
 ResidualDtype = Literal['float32', 'bfloat16']
-CHOICES = {  # fields that name one of several ways; `tokens_types` are another
-  'block_type': get_args(BlockType),
+CHOICES: dict[str, Collection[str]] = {  # fields of `T2TViT` that name one of several ways
+  'tokens_type': TOKEN_ATTENTIONS.keys(),
+  'block_type': BLOCK_TYPES.keys(),
   'soft_split_form': get_args(SoftSplitForm),
   'token_attention_form': get_args(TokenAttentionForm),
   'remat': get_args(RematPolicy),
   'residual_dtype': get_args(ResidualDtype),
 }
-
-
-class Features(NamedTuple):
-  """What the encoder says of a batch, after its last LayerNorm."""
-
-  cls: Array  # (B, D), the class token
-  tokens: Array  # (B, H, W, D), the other tokens on their grid
-
-
-# The fields of `T2TViT` that two models must share for the weights of one to mean the same in the other.
+# Fields of `T2TViT` that two models must share for the weights of one to mean the same in the other.
 ARCHITECTURE = (
   'tokens_type',
   'embed_dim',
@@ -58,6 +45,13 @@ ARCHITECTURE = (
   'dense_stages',
   'growth_rate',
 )
+
+
+class Features(NamedTuple):
+  """What the encoder says of a batch, after its last LayerNorm."""
+
+  cls: Array  # (B, D), the class token
+  tokens: Array  # (B, H, W, D), the other tokens on their grid
 
 
 class T2TViT(nn.Module):
@@ -84,7 +78,7 @@ class T2TViT(nn.Module):
     performer_dropout_rate: inside the token performer, where the reference fixes 0.1.
     norm_layer: makes the encoder's normalisation layers; called with `dtype` and `name`.
     token_dim: width inside the tokens-to-token module.
-    block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `encoder`.
+    block_type: 'standard', 'se' (squeeze-and-excitation), 'ghost' or 'dense'; see `block_variants`.
     dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
@@ -120,7 +114,7 @@ class T2TViT(nn.Module):
   performer_dropout_rate: float = 0.1
   norm_layer: Any = LayerNorm
   token_dim: int = 64
-  block_type: BlockType = 'standard'
+  block_type: str = 'standard'
   dense_stages: tuple[int, ...] = (3, 6, 6, 4)
   growth_rate: int = 64
   soft_split_form: SoftSplitForm = 'conv'
@@ -131,14 +125,18 @@ class T2TViT(nn.Module):
   residual_dtype: ResidualDtype = 'float32'
 
   def __post_init__(self) -> None:
-    for field, known in {'tokens_type': tokens_types(), **CHOICES}.items():
+    for field, known in CHOICES.items():
       if getattr(self, field) not in known:
         raise UserError(f'{field} must be one of {", ".join(known)}, not {getattr(self, field)!r}')
-    if self.block_type == 'ghost' and (self.mlp_ratio != 3 or self.embed_dim % 2):
-      raise UserError('ghost blocks need mlp_ratio 3 and an even embed_dim')
-    if self.block_type == 'dense' and self.scan_blocks:
+    self.block_class.check_widths(self.embed_dim, self.mlp_ratio)
+    if self.block_class.grows and self.scan_blocks:
       raise UserError('scan_blocks needs blocks of one width: those of a dense encoder grow')
     super().__post_init__()
+
+  @property
+  def block_class(self) -> type[EncoderBlock]:
+    """The class of the encoder's blocks."""
+    return BLOCK_TYPES[self.block_type].block
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False, features: bool = False) -> Array | Features:
@@ -181,47 +179,33 @@ class T2TViT(nn.Module):
   def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
     """(B, T, D) -> (B, T, D'); where only the first `num_outputs` are wanted, the last block may spare the others."""
     by_name = self.is_initializing() or self.is_mutable_collection('intermediates')
-    if by_name or self.block_type == 'se':  # somebody may look at all tokens, or the block does
-      num_outputs = None
     *blocks, last = self._blocks()
     if self.scan_blocks and blocks and not by_name:
-      x = self._scan(x, train)
+      x = self._run_as_loop(x, train)
     else:
       for block in blocks:
         x = block(x, train, None)
-    return last(x, train, num_outputs)
+    return last(x, train, None if by_name else num_outputs)  # by name, somebody may look at all tokens
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
-    block_class: Any = EncoderBlock
-    if self.remat != 'none':  # arguments 2 and 3 are `train` and `num_outputs`
-      block_class = nn.remat(EncoderBlock, policy=self._remat_policy(), static_argnums=(2, 3))
-
-    def block(number: int, stochastic_depth_rate: float) -> EncoderBlock:
-      return self._block(block_class, stochastic_depth_rate, name=f'blocks_{number}')
-
-    if self.block_type != 'dense':
-      for number, rate in enumerate(np.linspace(0, self.stochastic_depth_rate, self.depth)):
-        yield block(number, float(rate))
+    block_class, names = rematerialised(self.block_class, self.remat), (f'blocks_{i}' for i in itertools.count())
+    if not self.block_class.grows:
+      for rate in np.linspace(0, self.stochastic_depth_rate, self.depth):
+        yield self._block(block_class, float(rate), name=next(names))
       return
     # The reference spreads the rate over 12 blocks, its default depth, but picks from it by stage.
     stage_rates = np.linspace(0, self.stochastic_depth_rate, 12)
-    numbers = itertools.count()
     for stage, num_blocks in enumerate(self.dense_stages):
       if stage:
-        yield Transition(dtype=self.dtype, name=f'blocks_{next(numbers)}')
+        yield Transition(dtype=self.dtype, name=next(names))
       for _ in range(num_blocks):
-        yield block(next(numbers), float(stage_rates[stage]))
-
-  def _remat_policy(self) -> Any:
-    return getattr(jax.checkpoint_policies, self.remat)
+        yield self._block(block_class, float(stage_rates[stage]), name=next(names))
 
   def _block(self, block_class: type[EncoderBlock], stochastic_depth_rate: Any, **more: Any) -> EncoderBlock:
     return block_class(
       self.num_heads,
       self.mlp_ratio,
-      block_type=self.block_type,
-      growth_rate=self.growth_rate,
       qkv_bias=self.qkv_bias,
       qk_scale=self.qk_scale,
       dropout_rate=self.dropout_rate,
@@ -229,24 +213,21 @@ class T2TViT(nn.Module):
       stochastic_depth_rate=stochastic_depth_rate,
       norm_layer=self.norm_layer,
       dtype=self.dtype,
+      **{field: getattr(self, source) for field, source in BLOCK_TYPES[self.block_type].fields.items()},
       **more,
     )
 
-  def _scan(self, x: Array, train: bool) -> Array:
-    """All blocks but the last one after the other, as a loop over their parameters laid on top of each other."""
-    params = stack_blocks(self.variables['params'])[STACK]
-    rates = jnp.linspace(0, self.stochastic_depth_rate, self.depth)[:-1] if self.stochastic_depth_rate else None
-    keys = jax.random.split(self.make_rng('dropout'), self.depth - 1) if train and self.has_rng('dropout') else None
-
-    def body(x: Array, block: tuple[Any, Array | None, Array | None]) -> tuple[Any, None]:
-      params, rate, key = block
-      module = self._block(EncoderBlock, 0.0 if rate is None else rate, parent=None)
-      return module.apply({'params': params}, x, train, rngs={} if key is None else {'dropout': key}), None
-
-    if self.remat != 'none':
-      # XLA can't merge computations across the iterations of a loop: nothing has to prevent it.
-      body = jax.checkpoint(body, policy=self._remat_policy(), prevent_cse=False)
-    return jax.lax.scan(body, x, (params, rates, keys))[0]
+  def _run_as_loop(self, x: Array, train: bool) -> Array:
+    """All blocks but the last."""
+    return run_as_loop(
+      x,
+      lambda rate: self._block(self.block_class, rate, parent=None),
+      stack_blocks(self.variables['params'])[STACK],
+      train=train,
+      rates=jnp.linspace(0, self.stochastic_depth_rate, self.depth)[:-1] if self.stochastic_depth_rate else None,
+      keys=jax.random.split(self.make_rng('dropout'), self.depth - 1) if train and self.has_rng('dropout') else None,
+      remat=self.remat,
+    )
 
   def _position_embedding(self, grid: tuple[int, int]) -> Array:
     """The stored table, (1, 1 + H * W, D), resized if the images are not of `image_size`."""

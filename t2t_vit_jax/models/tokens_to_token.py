@@ -1,6 +1,6 @@
 """The tokens-to-token module (paper section 3.1): soft splits with a small attention between them."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -17,7 +17,8 @@ from t2t_vit_jax.models.layers import (
   Mlp,
   torch_conv_init,
 )
-from t2t_vit_jax.models.soft_split import SPLITS, SoftSplitForm, Split, patch_dense, patch_norm_dense
+from t2t_vit_jax.models.patch_layers import SoftSplitForm, patch_dense, patch_norm_dense
+from t2t_vit_jax.models.soft_split import SPLITS, Split
 
 Array = jax.Array
 TokenAttentionForm = Literal['auto', 'full', 'chunked']
@@ -26,16 +27,58 @@ QUERY_CHUNK = 256
 FULL_ATTENTION_TOKENS = 1024  # most tokens for which 'auto' keeps all scores in memory
 
 
-class TokenAttention(nn.Module):
-  """What both attentions of the module share: their fields, and LayerNorm and three projections of every patch.
+class TokenLayer(nn.Module):
+  """A step from the image or tokens on a grid to fewer, wider tokens: (B, H, W, C) -> (B, H', W', token_dim).
 
-  Both sow their weights, (B, T, T) for T patches row by row, as `attention`.
+  Attributes:
+    split: the patches that become tokens.
+    token_dim: width of the tokens that it makes.
+    soft_split_form: how layers of patches are computed; see `patch_layers`.
+    dtype: of computation and result.
   """
 
   split: Split
   token_dim: int
   soft_split_form: SoftSplitForm = 'conv'
   dtype: Dtype = jnp.float32
+
+
+class Projection(TokenLayer):
+  """A Dense layer of every patch, the module's last step."""
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    del train
+    dense = DenseParameters(self.split.kernel**2 * x.shape[-1], self.token_dim)
+    nn.share_scope(self, dense)
+    return patch_dense(x, self.split, dense(), form=self.soft_split_form, dtype=self.dtype)
+
+
+class Convolution(TokenLayer):
+  """The paper's ablation: a plain convolution in place of a soft split with what follows it."""
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    del train
+    init = torch_conv_init(fan_in=self.split.kernel**2 * x.shape[-1])
+    convolution = nn.Conv(
+      self.token_dim,
+      (self.split.kernel, self.split.kernel),
+      self.split.stride,
+      padding=self.split.padding,
+      kernel_init=init,
+      bias_init=init,
+      dtype=self.dtype,
+    )
+    nn.share_scope(self, convolution)
+    return convolution(x)
+
+
+class TokenAttention(TokenLayer):
+  """What both attentions share: LayerNorm and three projections of every patch.
+
+  Both sow their weights, (B, T, T) for T patches row by row, as `attention`.
+  """
 
   def projections(self, x: Array, dense_name: str, *, use_bias: bool) -> list[Array]:
     """Three projections of the patches of (B, H, W, C), each (B, H', W', token_dim)."""
@@ -164,24 +207,34 @@ class TokenPerformer(TokenAttention):
     return x + nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
 
-# The attention between the splits, by `tokens_type`: a class, and its own fields with those of `TokensToToken` that
-# fill them. docs/extending.md adds one.
-TOKEN_ATTENTIONS: dict[str, tuple[type[TokenAttention], dict[str, str]]] = {
-  'performer': (TokenPerformer, {'dropout_rate': 'performer_dropout_rate'}),
-  'transformer': (TokenTransformer, {'attention_form': 'token_attention_form'}),
+class TokensType(NamedTuple):
+  """A row of `TOKEN_ATTENTIONS`.
+
+  Attributes:
+    layer: the step after each of the first two soft splits.
+    fields: its own fields -> the fields of `TokensToToken` that fill them.
+    names: of the two layers, in the parameters.
+    projection: the last step.
+  """
+
+  layer: type[TokenLayer]
+  fields: dict[str, str] = {}
+  names: tuple[str, str] = ('attention1', 'attention2')
+  projection: type[TokenLayer] = Projection
+
+
+# What makes tokens, by `tokens_type`. docs/extending.md adds one.
+TOKEN_ATTENTIONS = {
+  'performer': TokensType(TokenPerformer, {'dropout_rate': 'performer_dropout_rate'}),
+  'transformer': TokensType(TokenTransformer, {'attention_form': 'token_attention_form'}),
+  'convolution': TokensType(Convolution, names=('soft_split0', 'soft_split1'), projection=Convolution),
 }
-
-
-def tokens_types() -> tuple[str, ...]:
-  """What `tokens_type` may be."""
-  return (*TOKEN_ATTENTIONS, 'convolution')
 
 
 class TokensToToken(nn.Module):
   """Image to token grid: (B, H, W, C) -> (B, H', W', embed_dim), with (H', W') = `token_grid((H, W))`.
 
-  `tokens_type` names the attention between the splits, one of `TOKEN_ATTENTIONS`; or 'convolution', the
-  paper's ablation with three plain convolutions.
+  `tokens_type` is a row of `TOKEN_ATTENTIONS`: the attention between the splits, or 'convolution'.
   """
 
   tokens_type: str
@@ -193,33 +246,10 @@ class TokensToToken(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, images: Array, *, train: bool = False) -> Array:
-    if self.tokens_type == 'convolution':
-      return self._convolutions(images)
-    x = images
-    for number, split in enumerate(SPLITS[:-1], start=1):
-      x = self._attention(split, f'attention{number}')(x, train=train)
-    dense = DenseParameters(SPLITS[-1].kernel ** 2 * self.token_dim, self.embed_dim, name='project')()
-    return patch_dense(x, SPLITS[-1], dense, form=self.soft_split_form, dtype=self.dtype)
-
-  def _attention(self, split: Split, name: str) -> nn.Module:
-    attention, own = TOKEN_ATTENTIONS[self.tokens_type]
-    fields = {field: getattr(self, source) for field, source in own.items()}
-    return attention(split, self.token_dim, soft_split_form=self.soft_split_form, dtype=self.dtype, name=name, **fields)
-
-  def _convolutions(self, x: Array) -> Array:
-    widths = (self.token_dim, self.token_dim, self.embed_dim)
-    names = ('soft_split0', 'soft_split1', 'project')
-    for split, width, name in zip(SPLITS, widths, names, strict=True):
-      init = torch_conv_init(fan_in=split.kernel**2 * x.shape[-1])
-      x = nn.Conv(
-        width,
-        (split.kernel, split.kernel),
-        split.stride,
-        padding=split.padding,
-        kernel_init=init,
-        bias_init=init,
-        dtype=self.dtype,
-        name=name,
-      )(x)
-    return x
+  def __call__(self, x: Array, *, train: bool = False) -> Array:
+    kind = TOKEN_ATTENTIONS[self.tokens_type]
+    fields = {field: getattr(self, source) for field, source in kind.fields.items()}
+    how: dict[str, Any] = dict(soft_split_form=self.soft_split_form, dtype=self.dtype)
+    for split, name in zip(SPLITS[:-1], kind.names, strict=True):
+      x = kind.layer(split, self.token_dim, **how, **fields, name=name)(x, train=train)
+    return kind.projection(SPLITS[-1], self.embed_dim, **how, name='project')(x, train=train)

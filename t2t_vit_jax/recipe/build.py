@@ -161,7 +161,7 @@ def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
 
   Without a loop XLA:CPU computes the gradient of the residual stream anew for each block; see docs/performance.md.
   """
-  several_blocks = model.depth > 2 and model.block_type != 'dense'  # the last is no part of the loop
+  several_blocks = model.depth > 2 and not model.block_class.grows  # the last is no part of the loop
   return several_blocks and model.dtype == jnp.float32 and mesh.devices.flat[0].platform == 'cpu'
 
 

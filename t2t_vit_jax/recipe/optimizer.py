@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.stacked_blocks import STACK
+from t2t_vit_jax.models.blocks import STACK
 
 Array = jax.Array
 UNDECAYED = ('cls_token',)

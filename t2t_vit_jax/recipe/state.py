@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t2t_vit_jax.models.stacked_blocks import stack_blocks
+from t2t_vit_jax.models.blocks import stack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
 Array = jax.Array

@@ -11,7 +11,7 @@ import numpy as np
 
 from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.stacked_blocks import unstack_blocks
+from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.run import Run

@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.stacked_blocks import STACK, stack_blocks, unstack_blocks
+from t2t_vit_jax.models.blocks import STACK, stack_blocks, unstack_blocks
 from t2t_vit_jax.processes import LostProcessError, lost_process, together
 from t2t_vit_jax.recipe.sharding import divided, replicated
 from t2t_vit_jax.recipe.state import TrainState

@@ -105,8 +105,7 @@ def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, 
   config = ConfigDict(description['config'])
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
   model = build_model(config, arrays['params/head/bias'].size)
-  dense = model.block_type == 'dense'
-  fields = [field for field in ARCHITECTURE if dense or field not in ('dense_stages', 'growth_rate')]
+  fields = [field for field in ARCHITECTURE if model.block_class.grows or field not in ('dense_stages', 'growth_rate')]
   name = config.model.name
   named = name and all(getattr(create_model(name), field) == getattr(model, field) for field in fields)
   class_names = description.get('class_names')

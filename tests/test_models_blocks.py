@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax import T2TViT
-from t2t_vit_jax.models.stacked_blocks import stack_blocks, unstack_blocks
+from t2t_vit_jax.models.blocks import stack_blocks, unstack_blocks
 from tests import golden
 
 
