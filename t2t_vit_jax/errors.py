@@ -1,7 +1,10 @@
-"""The error for input that the user can correct, and suggestions for misspelt names."""
+"""The error for input that the user can correct, and names that are looked up in a table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import difflib
+from typing import TypeVar
+
+Row = TypeVar('Row')
 
 
 class UserError(ValueError):
@@ -24,3 +27,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   if near:
     return f'did you mean {" or ".join(map(repr, near))}?'
   return f'known names: {", ".join(known)}'
+
+
+def choose(table: Mapping[str, Row], field: str, name: str) -> Row:
+  """The row of `table` that `name`, the value of a config's `field`, names.
+
+  Raises:
+    UserError: there is none.
+  """
+  if name not in table:
+    raise UserError(f'{field} must be {" or ".join(map(repr, table))}, not {name!r}')
+  return table[name]

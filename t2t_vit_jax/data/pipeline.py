@@ -1,12 +1,13 @@
 """The input pipeline that `config.data` and `config.augment` describe."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.data import transforms
 from t2t_vit_jax.data.randaugment import RandAugment
 from t2t_vit_jax.data.sources import Source, open_divided_folder, open_folder, open_tfds
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, choose
 
 
 def open_sources(data: Any) -> tuple[Source, Source]:
@@ -15,10 +16,9 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  if divided := _divided(data):
-    return divided
-  train = _open_split(data, data.train_split)
-  return train, _open_split(data, data.eval_split, train.class_names)
+  open_split = choose(SOURCES, 'data.source', data.source)
+  train = open_split(data, data.train_split, None)
+  return train, open_split(data, data.eval_split, train.class_names)
 
 
 def open_eval_source(data: Any) -> Source:
@@ -27,48 +27,44 @@ def open_eval_source(data: Any) -> Source:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  if divided := _divided(data):
-    return divided[1]
-  if data.source == 'folder' and data.path is not None and (Path(data.path).expanduser() / data.train_split).is_dir():
-    return open_sources(data)[1]  # the training split decides which label a folder has
-  return _open_split(data, data.eval_split)
+  return choose(SOURCES, 'data.source', data.source)(data, data.eval_split, None)
 
 
-def _divided(data: Any) -> tuple[Source, Source] | None:
-  """Both splits of an image folder that has none for evaluation, if `data.eval_fraction` says what to do then."""
-  if data.source != 'folder' or data.path is None or not data.eval_fraction:
-    return None
-  return open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
+def _tfds_split(data: Any, split: str, class_names: tuple[str, ...] | None) -> Source:
+  del class_names  # the dataset has its own
+  if data.path is not None:
+    raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
+  return open_tfds(data.name, split, data.data_dir)
 
 
-def _open_split(data: Any, split: str, class_names: tuple[str, ...] | None = None) -> Source:
-  if data.source == 'tfds':
-    if data.path is not None:
-      raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
-    return open_tfds(data.name, split, data.data_dir)
-  if data.source == 'folder':
-    if data.path is None:
-      raise UserError("data.source 'folder' needs --config.data.path")
-    return open_folder(data.path, split, class_names)
-  raise UserError(f"data.source must be 'tfds' or 'folder', not {data.source!r}")
+def _folder_split(data: Any, split: str, class_names: tuple[str, ...] | None) -> Source:
+  if data.path is None:
+    raise UserError("data.source 'folder' needs --config.data.path")
+  if data.eval_fraction and (
+    divided := open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
+  ):
+    return divided[split == data.eval_split]
+  if class_names is None and split != data.train_split and (Path(data.path).expanduser() / data.train_split).is_dir():
+    class_names = open_folder(data.path, data.train_split).class_names  # they decide which label a folder has
+  return open_folder(data.path, split, class_names)
+
+
+# Where images come from, by `data.source`: from `config.data`, the name of a split, and the classes of the training
+# split where that is open already, to the split. docs/extending.md adds one.
+SOURCES: dict[str, Callable[[Any, str, tuple[str, ...] | None], Source]] = {
+  'tfds': _tfds_split,
+  'folder': _folder_split,
+}
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:
-  """The host's part of `config.augment`.
+  """The host's part of `config.augment`, in the published order.
 
   Raises:
     UserError: `config.augment.crop` or `config.data.interpolation` is unknown, or `config.data.fast_decode` needs
       another crop or another package.
   """
-  size, augment, fast = config.data.image_size, config.augment, config.data.fast_decode
-  if augment.crop == 'resized':
-    crop: Any = transforms.RandomResizedCrop(size, tuple(augment.crop_scale), tuple(augment.crop_ratio), fast=fast)
-  elif augment.crop == 'padded':
-    if fast:
-      raise UserError("data.fast_decode is for augment.crop='resized' only")
-    crop = transforms.RandomPaddedCrop(size, augment.crop_padding, _interpolation(config))
-  else:
-    raise UserError(f"augment.crop must be 'resized' or 'padded', not {augment.crop!r}")
+  augment = config.augment
   randaugment = RandAugment(
     augment.randaugment_operations,
     augment.randaugment_magnitude,
@@ -76,7 +72,25 @@ def train_transform(config: Any) -> transforms.TrainTransform:
     augment.randaugment_probability,
     fill=tuple(round(255 * channel) for channel in config.data.mean),
   )
+  crop = choose(CROPS, 'augment.crop', augment.crop)(config)
   return transforms.Chain(crop, (transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
+
+
+def _resized_crop(config: Any) -> transforms.TrainTransform:
+  size, augment = config.data.image_size, config.augment
+  return transforms.RandomResizedCrop(
+    size, tuple(augment.crop_scale), tuple(augment.crop_ratio), fast=config.data.fast_decode
+  )
+
+
+def _padded_crop(config: Any) -> transforms.TrainTransform:
+  if config.data.fast_decode:
+    raise UserError("data.fast_decode is for augment.crop='resized' only")
+  return transforms.RandomPaddedCrop(config.data.image_size, config.augment.crop_padding, _interpolation(config))
+
+
+# From the encoded image to a crop of `data.image_size`, by `augment.crop`.
+CROPS: dict[str, Callable[[Any], transforms.TrainTransform]] = {'resized': _resized_crop, 'padded': _padded_crop}
 
 
 def eval_transform(config: Any) -> transforms.EvalTransform:
@@ -85,7 +99,6 @@ def eval_transform(config: Any) -> transforms.EvalTransform:
 
 
 def _interpolation(config: Any) -> str:
-  if config.data.interpolation not in transforms.INTERPOLATIONS:
-    known = ' or '.join(map(repr, transforms.INTERPOLATIONS))
-    raise UserError(f'data.interpolation must be {known}, not {config.data.interpolation!r}')
-  return config.data.interpolation
+  choose(transforms.INTERPOLATIONS, 'data.interpolation', config.data.interpolation)
+  name: str = config.data.interpolation
+  return name

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, choose
 from t2t_vit_jax.models.blocks import STACK
 
 Array = jax.Array
@@ -63,13 +63,28 @@ def weight_decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def adamw(config: Any) -> optax.GradientTransformation:
+  """AdamW: weight decay is multiplied by the learning rate, and spares what `weight_decay_mask` says."""
+  return optax.chain(
+    optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    optax.add_decayed_weights(config.weight_decay, weight_decay_mask),
+  )
+
+
+def sgd(config: Any) -> optax.GradientTransformation:
+  """SGD with momentum: weight decay is added to the gradient, before momentum, for every parameter."""
+  return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.trace(config.momentum))
+
+
+# What makes the direction of an update from `config.optimizer`, by `name`; the learning rate comes after it.
+# docs/extending.md adds one.
+OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
+
+
 def make_optimizer(
   config: Any, learning_rate: optax.Schedule, backbone_learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-  """The optimizer of `config.optimizer`, with torch's updates.
-
-  AdamW multiplies weight decay by the learning rate and spares what `weight_decay_mask` says; SGD adds it to the
-  gradient, before momentum, for every parameter. Gradients are clipped first.
+  """The optimizer of `config.optimizer`, with torch's updates. Gradients are clipped first.
 
   Args:
     config: `config.optimizer` of a run.
@@ -80,15 +95,7 @@ def make_optimizer(
   Raises:
     UserError: unknown `config.name`.
   """
-  if config.name == 'adamw':
-    direction = optax.chain(
-      optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-      optax.add_decayed_weights(config.weight_decay, weight_decay_mask),
-    )
-  elif config.name == 'sgd':
-    direction = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.trace(config.momentum))
-  else:
-    raise UserError(f"optimizer.name must be 'adamw' or 'sgd', not {config.name!r}")
+  direction = choose(OPTIMIZERS, 'optimizer.name', config.name)(config)
   rates = {
     'head': optax.scale_by_learning_rate(learning_rate),
     'backbone': optax.scale_by_learning_rate(backbone_learning_rate),
