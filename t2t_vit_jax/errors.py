@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import difflib
+import math
 from typing import TypeVar
 
 Row = TypeVar('Row')
@@ -27,6 +28,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   if near:
     return f'did you mean {" or ".join(map(repr, near))}?'
   return f'known names: {", ".join(known)}'
+
+
+def check_positive(field: str, number: float) -> None:
+  """Raises UserError, with the name of a config's field, unless its number is above 0."""
+  if not number > 0:
+    raise UserError(f'{field} must be positive, not {number}')
+
+
+def check_not_negative(field: str, number: float) -> None:
+  """Raises UserError, with the name of a config's field, if its number is below 0."""
+  if not number >= 0:
+    raise UserError(f'{field} must not be negative, not {number}')
+
+
+def check_share(field: str, number: float) -> None:
+  """Raises UserError, with the name of a config's field, unless its number is a share, from 0 to 1."""
+  if not 0 <= number <= 1:
+    raise UserError(f'{field} must lie between 0 and 1, not {number}')
+
+
+def check_interval(field: str, interval: tuple[float, float], most: float = math.inf) -> None:
+  """Raises UserError, with the name of a config's field, unless it holds two numbers, 0 < low <= high <= `most`."""
+  low, high = interval
+  if not 0 < low <= high <= most:
+    above = f' and up to {most:g}' if most < math.inf else ''
+    raise UserError(f'{field} must hold two numbers above 0{above}, the smaller one first, not {low} and {high}')
 
 
 def choose(table: Mapping[str, Row], field: str, name: str) -> Row:

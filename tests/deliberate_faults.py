@@ -128,7 +128,7 @@ FAULTS = (
   ),
   Fault(
     'checksums of a checkpoint are not compared',
-    'workdir/checkpoints.py',
+    'workdir/fingerprints.py',
     'if any((saved[name] != found[name]).any() for name in found):',
     'if any(saved[name].shape != found[name].shape for name in found):',
   ),

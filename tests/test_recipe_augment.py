@@ -1,10 +1,15 @@
 """Device-side augmentation: by hand, and against the published distributions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2t_vit_jax import UserError
+from t2t_vit_jax.data.randaugment import RandAugment
+from t2t_vit_jax.data.transforms import RandomHorizontalFlip, RandomPaddedCrop, RandomResizedCrop
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.recipe import augment
 
@@ -155,3 +160,24 @@ def test_what_an_image_gets_follows_from_its_position_and_group():
   found = jax.device_get(pipeline(jax.random.key(5), images[part], labels[part], positions[part]))
   for everything, some in zip(whole, found, strict=True):
     np.testing.assert_allclose(everything[part], some, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('build', 'message'),
+  [
+    (lambda: dataclasses.replace(MIXING, mixup_alpha=-1.0), r'^augment\.mixup_alpha must not be negative, not -1\.0$'),
+    (lambda: dataclasses.replace(MIXING, cutmix_probability=2.0), r'^augment\.cutmix_probability must lie between'),
+    (lambda: dataclasses.replace(MIXING, group_size=0), r'^augment\.mixing_group_size must be positive, not 0$'),
+    (
+      lambda: dataclasses.replace(ERASING, area=(0.3, 0.1)),
+      r'area must hold two numbers above 0 and up to 1, the smaller',
+    ),
+    (lambda: RandAugment(num_operations=-2), r'^augment\.randaugment_operations must not be negative'),
+    (lambda: RandomHorizontalFlip(float('nan')), r'^augment\.horizontal_flip_probability must lie between 0 and 1'),
+    (lambda: RandomResizedCrop(8, scale=(0.0, 1.0)), r'^augment\.crop_scale must hold two numbers above 0 and up to 1'),
+    (lambda: RandomPaddedCrop(8, -1), r'^augment\.crop_padding must not be negative'),
+  ],
+)
+def test_augmentations_refuse_numbers_out_of_range(build, message):
+  with pytest.raises(UserError, match=message):
+    build()

@@ -15,8 +15,9 @@ import pytest
 
 from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.run import build_run
-from t2t_vit_jax.workdir.checkpoints import Checkpoints, fingerprint
+from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
+from t2t_vit_jax.workdir.fingerprints import fingerprint
 from t2t_vit_jax.workdir.folder import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process

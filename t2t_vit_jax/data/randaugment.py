@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from t2t_vit_jax.errors import check_not_negative, check_share
+
 MAX_MAGNITUDE = 10
 SIGNS = (-1, 1)
 RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
@@ -128,6 +130,12 @@ class RandAugment:
   magnitude_std: float = 0.5
   probability: float = 0.5
   fill: tuple[int, int, int] = (124, 116, 104)  # ImageNet's mean
+
+  def __post_init__(self) -> None:
+    check_not_negative('augment.randaugment_operations', self.num_operations)
+    check_not_negative('augment.randaugment_magnitude', self.magnitude)
+    check_not_negative('augment.randaugment_magnitude_std', self.magnitude_std)
+    check_share('augment.randaugment_probability', self.probability)
 
   def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     names = list(OPERATIONS)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, check_interval, check_not_negative, check_share
 
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 JPEG_END = b'\xff\xd9'
@@ -175,6 +175,8 @@ class RandomResizedCrop:
   fast: bool = False  # other decoder, and `fast_resize`
 
   def __post_init__(self) -> None:
+    check_interval('augment.crop_scale', self.scale, most=1)
+    check_interval('augment.crop_ratio', self.ratio)
     if self.fast and not all(map(importlib.util.find_spec, ('cykooz_resizer', 'simplejpeg'))):
       raise UserError("data.fast_decode needs other packages: pip install 't2t-vit-jax[fast]'")
 
@@ -226,6 +228,9 @@ class RandomPaddedCrop:
   padding: int  # px on each side
   interpolation: str = 'bilinear'
 
+  def __post_init__(self) -> None:
+    check_not_negative('augment.crop_padding', self.padding)
+
   def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     whole = image.crop((0, 0, image.width, image.height))
     resized = whole.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
@@ -239,6 +244,9 @@ class RandomHorizontalFlip:
   """Mirrors left and right with the given probability."""
 
   probability: float
+
+  def __post_init__(self) -> None:
+    check_share('augment.horizontal_flip_probability', self.probability)
 
   def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     if rng.random() < self.probability:

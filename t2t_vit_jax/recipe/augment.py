@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t2t_vit_jax.errors import check_interval, check_not_negative, check_positive, check_share
 from t2t_vit_jax.models.preprocessing import Normalization
 
 Array = jax.Array
@@ -23,7 +24,8 @@ def soft_targets(labels: Array, num_classes: int, label_smoothing: float) -> Arr
   return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
 
 
-def _keys_at(rng: Array, positions: Array) -> Array:
+def keys_at(rng: Array, positions: Array) -> Array:
+  """A key for each image, (B,), that its position in the step's batch decides, whatever device holds it."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
 
 
@@ -41,13 +43,19 @@ class Mixing:
   cutmix_probability: float
   group_size: int
 
+  def __post_init__(self) -> None:
+    check_not_negative('augment.mixup_alpha', self.mixup_alpha)
+    check_not_negative('augment.cutmix_alpha', self.cutmix_alpha)
+    check_share('augment.cutmix_probability', self.cutmix_probability)
+    check_positive('augment.mixing_group_size', self.group_size)
+
   def __call__(self, rng: Array, images: Array, targets: Array, positions: Array) -> tuple[Array, Array]:
     """Mixes uint8 images (B, H, W, 3), which become float32 whole numbers, and their targets (B, K)."""
     if not (self.mixup_alpha or self.cutmix_alpha):
       return images, targets
     batch, height, width, channels = images.shape
     num_groups = batch // self.group_size
-    keys = _keys_at(rng, positions[:: self.group_size])
+    keys = keys_at(rng, positions[:: self.group_size])
     weights = jax.vmap(lambda key: self.draw_weights(key, height, width))(keys)  # (groups, H, W)
 
     x = images.reshape(num_groups, self.group_size, height, width, channels)
@@ -94,11 +102,16 @@ class RandomErasing:
   area: tuple[float, float]  # share of the image, drawn uniformly
   aspect_ratio: tuple[float, float]  # height / width, drawn log-uniformly
 
+  def __post_init__(self) -> None:
+    check_share('augment.random_erasing_probability', self.probability)
+    check_interval('augment.random_erasing_area', self.area, most=1)
+    check_interval('augment.random_erasing_aspect_ratio', self.aspect_ratio)
+
   def __call__(self, rng: Array, images: Array, positions: Array) -> Array:
     """Normalised images (B, H, W, 3)."""
     if not self.probability:
       return images
-    return jax.vmap(self.erase)(_keys_at(rng, positions), images)
+    return jax.vmap(self.erase)(keys_at(rng, positions), images)
 
   def erase(self, rng: Array, image: Array) -> Array:
     """One image, (H, W, 3)."""
@@ -135,6 +148,9 @@ class BatchAugmentation:
   mixing: Mixing
   normalization: Normalization
   erasing: RandomErasing
+
+  def __post_init__(self) -> None:
+    check_share('augment.label_smoothing', self.label_smoothing)
 
   def __call__(self, rng: Array, images: Array, labels: Array, positions: Array) -> tuple[Array, Array]:
     """(B, H, W, 3) uint8, (B,) and (B,) -> (B, H, W, 3) float32 and (B, K).

@@ -226,7 +226,7 @@ def batch_augmentation(config: Any, num_classes: int, batch_size: int) -> BatchA
   augment = config.augment
   mixed = augment.mixup_alpha or augment.cutmix_alpha
   group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
-  if batch_size % group_size:
+  if group_size > 0 and batch_size % group_size:
     raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
   mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
   erasing = RandomErasing(

@@ -3,11 +3,10 @@
 import functools
 from typing import Any
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share
 
-# What a number means for these fields; others are checked where they are used.
+# What a number means for these fields; others, such as those of augmentations, are checked by what is built from them.
 POSITIVE = (
-  'augment.mixing_group_size',
   'checkpoint.every_epochs',
   'checkpoint.keep_latest',
   'data.batch_size',
@@ -29,10 +28,6 @@ POSITIVE = (
   'schedule.epochs',
 )
 NOT_NEGATIVE = (
-  'augment.crop_padding',
-  'augment.cutmix_alpha',
-  'augment.mixup_alpha',
-  'augment.randaugment_operations',
   'checkpoint.every_steps',
   'data.min_steps_per_epoch',
   'data.num_threads',
@@ -47,11 +42,6 @@ NOT_NEGATIVE = (
   'schedule.warmup_learning_rate',
 )
 SHARES = (
-  'augment.cutmix_probability',
-  'augment.horizontal_flip_probability',
-  'augment.label_smoothing',
-  'augment.randaugment_probability',
-  'augment.random_erasing_probability',
   'data.crop_fraction',
   'data.eval_fraction',
   'data.max_bad_fraction',
@@ -68,15 +58,11 @@ SHARES = (
 
 def check_ranges(config: Any) -> None:
   """Raises UserError, which names the field and what it must be, for the first number out of its range."""
-  for paths, fits, meaning in (
-    (POSITIVE, lambda value: value > 0, 'be positive'),
-    (NOT_NEGATIVE, lambda value: value >= 0, 'not be negative'),
-    (SHARES, lambda value: 0 <= value <= 1, 'lie between 0 and 1'),
-  ):
+  for paths, check in ((POSITIVE, check_positive), (NOT_NEGATIVE, check_not_negative), (SHARES, check_share)):
     for path in paths:
       value = _field(config, path)
-      if value is not None and not fits(value):  # a placeholder leaves the choice to the named model
-        raise UserError(f'{path} must {meaning}, not {value}')
+      if value is not None:  # a placeholder leaves the choice to the named model
+        check(path, value)
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
   if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:

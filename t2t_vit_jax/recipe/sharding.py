@@ -77,6 +77,11 @@ def divided(state: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(x.shape, mesh)), state)
 
 
+def mesh_of(tree: Any) -> Mesh:
+  """The mesh that the arrays of `tree` are divided over."""
+  return next(leaf.sharding.mesh for leaf in jax.tree.leaves(tree))
+
+
 def gathered(tree: Any, mesh: Mesh) -> Any:
   """All of every array on every device. With several processes all must call it."""
   return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)

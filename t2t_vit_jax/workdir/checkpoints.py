@@ -1,46 +1,34 @@
-"""Checkpoints of a run: saved in the background, verified when read, the latest and the best kept."""
+"""Checkpoints of a run: saved in the background, verified when read, the latest and the best kept.
 
-from collections.abc import Callable, Iterator, Sequence
+`fingerprints` tells whether one is whole, `compatibility` whether it fits the run, `orbax_errors` what went wrong.
+"""
+
+from collections.abc import Iterator, Sequence
 import contextlib
-import functools
-import json
 import logging
 import os
 import shutil
-import sys
 from typing import Any, Self
 
 from etils import epath
-from flax import serialization, traverse_util
+from flax import serialization
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.models.blocks import STACK, stack_blocks, unstack_blocks
+from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.processes import LostProcessError, lost_process, together
-from t2t_vit_jax.recipe.sharding import divided, replicated
+from t2t_vit_jax.recipe.sharding import divided, mesh_of
 from t2t_vit_jax.recipe.state import TrainState
+from t2t_vit_jax.workdir import orbax_errors
+from t2t_vit_jax.workdir.compatibility import block_form, check_shapes, run_changes
+from t2t_vit_jax.workdir.fingerprints import abstract_fingerprints, fingerprints, verified
 from t2t_vit_jax.workdir.folder import is_bucket, move_folder
 from t2t_vit_jax.workdir.provenance import provenance
 
 BEST_METRIC = 'top1'
-# What orbax and its storage say of trouble that leaves the checkpoint itself good.
-NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
-# Fields without which a continued run would be another one: what the model computes, and the order of its data.
-UNCHANGEABLE = (
-  'model.',
-  'seed',
-  'data.source',
-  'data.name',
-  'data.train_split',
-  'data.batch_size',
-  'train_images',
-  'optimizer.name',
-)
-SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # but not these: the same results, otherwise
 policies = ocp.training.preservation_policies
 
 
@@ -144,7 +132,8 @@ class Checkpoints:
       if lost := lost_process(error):
         raise lost from error
       raise UserError(
-        f'a checkpoint could not be written to {self.folder} ({_first_line(error)}); those written before are intact'
+        f'a checkpoint could not be written to {self.folder} ({orbax_errors.first_line(error)}); those written before '
+        'are intact'
       ) from error
 
   def _check_room(self, needed: int) -> None:
@@ -175,15 +164,15 @@ class Checkpoints:
     set_aside: list[str] = []
     while self.latest_step is not None:
       failure = None
-      with _silence() as logged:
+      with orbax_errors.silence() as logged:
         try:
           state, changes = self._load_newest(abstract_state, run, logged)
         except UserError:
           raise
         except Exception as error:
-          if any(text in str(_cause(error)) for text in NOT_DAMAGE):
-            raise UserError(f'cannot read {self.folder}: {_first_line(error)}') from error
-          failure = _first_line(error)
+          if orbax_errors.leaves_checkpoint_good(error):
+            raise UserError(f'cannot read {self.folder}: {orbax_errors.first_line(error)}') from error
+          failure = orbax_errors.first_line(error)
         whole = multihost_utils.process_allgather(np.array(failure is None)).all()
       if whole:
         return state, changes, set_aside
@@ -196,23 +185,22 @@ class Checkpoints:
     stored = self._description(logged)
     wanted = serialization.to_state_dict(abstract_state)
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
-    as_stored, as_wanted = _arrangement(stored.metadata), _arrangement(wanted)
+    as_stored, as_wanted = block_form(stored.metadata), block_form(wanted)
     if as_stored is not as_wanted:  # `scan_blocks` is another than it was
-      wanted = divided(jax.eval_shape(as_stored, wanted), _mesh_of(wanted))
-    wanted['fingerprint'] = _abstract_fingerprints(wanted)
-    self._check_shapes(stored, wanted, run['model'])
+      wanted = divided(jax.eval_shape(as_stored, wanted), mesh_of(wanted))
+    wanted['fingerprint'] = abstract_fingerprints(wanted)
     before = stored.custom_metadata or {}
-    changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, run)))
-    fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE) and field not in SPEED_ONLY]
+    check_shapes(stored.metadata, before.get('model', 'a model'), wanted, run['model'], self.folder)
+    changes, fatal = run_changes(before, run)
     if fatal and not self._allow_changes:
       raise UserError(
         f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir, '
         'or go on all the same with --config.checkpoint.allow_changes=True'
       )
-    restored = _verified(self._checkpointer.load(None, wanted))
+    restored = verified(self._checkpointer.load(None, wanted))
     if as_stored is not as_wanted:
       restored = jax.jit(as_wanted, out_shardings=shardings)(restored)
-    return serialization.from_state_dict(abstract_state, restored), list(changes.values())
+    return serialization.from_state_dict(abstract_state, restored), changes
 
   def load_weights(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest checkpoint's description, and its variables by the name of the weights: 'raw' and perhaps 'ema'.
@@ -225,7 +213,7 @@ class Checkpoints:
     if self.latest_step is None:
       raise UserError(f'there is no checkpoint in {self.folder}')
     try:
-      with _silence() as logged:
+      with orbax_errors.silence() as logged:
         stored = self._description(logged)
         saved = stored.metadata['fingerprint']  # none of an average that the run does not keep
         wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in saved}
@@ -234,10 +222,10 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-          restored = _verified(self._checkpointer.load(None, wanted))
+          restored = verified(self._checkpointer.load(None, wanted))
     except Exception as error:
       raise UserError(
-        f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({_first_line(error)})'
+        f'the checkpoint {self.folder}/{self.latest_step} cannot be read ({orbax_errors.first_line(error)})'
       ) from error
     restored = unstack_blocks(restored)
     frozen = restored.pop('frozen')
@@ -252,8 +240,7 @@ class Checkpoints:
     """
     stored = self._checkpointer.metadata()
     if stored.metadata is None:
-      arguments = [argument for record in logged for argument in record.args or ()]
-      raise next((x for x in arguments if isinstance(x, Exception)), ValueError('it does not say what it holds'))
+      raise orbax_errors.logged_error(logged)
     return stored
 
   def _set_aside(self, failure: str) -> str:
@@ -268,148 +255,3 @@ class Checkpoints:
     multihost_utils.sync_global_devices('set aside')
     self._checkpointer.reload()
     return f'The checkpoint {damaged} is damaged ({failure}) and was moved to {target}.'
-
-  def _check_shapes(self, stored: Any, wanted: dict[str, Any], model_name: str) -> None:
-    # The optimizer's state repeats the parameters' names: it speaks only where they are the same.
-    differences = tree_differences(_variables(stored.metadata), _variables(wanted)) or tree_differences(
-      stored.metadata, wanted
-    )
-    if differences:
-      stored_name = (stored.custom_metadata or {}).get('model', 'a model')
-      shown = '; '.join(differences[:3]) + (f'; and {len(differences) - 3} more' if len(differences) > 3 else '')
-      raise UserError(
-        f'{self.folder} has a checkpoint of {stored_name}, which does not fit the {model_name} of this config: '
-        f'{shown}. Nothing was changed; choose another --workdir'
-      )
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[list[logging.LogRecord]]:
-  """Leaves it to one exception to say what is wrong with a checkpoint; yields what orbax logs meanwhile."""
-  logged: list[logging.LogRecord] = []
-
-  def keep(record: logging.LogRecord) -> bool:
-    logged.append(record)
-    return False
-
-  _silence_late_failures()
-  logger = logging.getLogger('absl')
-  logger.addFilter(keep)
-  try:
-    yield logged
-  finally:
-    logger.removeFilter(keep)
-
-
-@functools.cache
-def _silence_late_failures() -> None:
-  """For good: of what fails after the first failure nobody knows when it is reported.
-
-  Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
-  its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
-  would stand still, and the others of its run wait for it.
-  """
-  report = sys.unraisablehook
-
-  def pass_on(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      report(unraisable)
-
-  sys.unraisablehook = pass_on
-  asyncio = logging.getLogger('asyncio')
-  asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
-
-
-def _cause(error: BaseException) -> BaseException:
-  """What was raised first: orbax takes every failure to read for a wrong handler."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  return error
-
-
-def _first_line(error: BaseException) -> str:
-  cause = _cause(error)
-  return f'{type(cause).__name__}: {cause}'.splitlines()[0][:200]
-
-
-def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
-  """The checksums of each part of a state that has any arrays."""
-  return {name: fingerprint(part) for name, part in state.items() if jax.tree.leaves(part)}
-
-
-def _abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  where, shapes = replicated(_mesh_of(state)), jax.eval_shape(fingerprints, state)
-  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
-
-
-def _mesh_of(state: dict[str, Any]) -> jax.sharding.Mesh:
-  return next(leaf.sharding.mesh for leaf in jax.tree.leaves(state))
-
-
-def _arrangement(state: dict[str, Any]) -> Callable[[Any], Any]:
-  """What gives the blocks of any state the form that they have in this one."""
-  return stack_blocks if STACK in state.get('params', ()) else unstack_blocks
-
-
-def _verified(restored: dict[str, Any]) -> dict[str, Any]:
-  """What was read, without its checksums.
-
-  Raises:
-    ValueError: they are not those of the arrays.
-  """
-  saved = restored.pop('fingerprint')
-  found = fingerprints(restored)
-  if any((saved[name] != found[name]).any() for name in found):
-    raise ValueError('its numbers are not those that were saved')
-  return restored
-
-
-@jax.jit
-def fingerprint(tree: Any) -> jax.Array:
-  """A checksum for each array of `tree`, (number of arrays,) uint32: reading alone does not notice flipped bits.
-
-  The sum of the array's bits as 32-bit numbers times odd weights, modulo 2**32, which no order of summation
-  changes: it is the same however the array is divided among devices.
-  """
-  return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  position = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-  return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
-
-
-def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-  """Fields in which two configs differ -> a phrase that says how."""
-  # As JSON both: a tuple comes back from a checkpoint as a list.
-  old, new = (traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (before, now))
-  return {
-    field: f'{field} was {old[field]} and is {new[field]}'
-    for field in sorted(old.keys() & new.keys())
-    if old[field] != new[field]
-  }
-
-
-def _variables(state: dict[str, Any]) -> dict[str, Any]:
-  return {name: state[name] for name in ('params', 'frozen') if name in state}
-
-
-def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
-  """Names and shapes in which two nested dicts of arrays (or their descriptions) differ, one line each."""
-  stored_shapes, wanted_shapes = (
-    {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep='/').items()}
-    for tree in (stored, wanted)
-  )
-  lines = []
-  for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
-    there, here = stored_shapes.get(name), wanted_shapes.get(name)
-    if there != here:
-      lines.append(f'{name} is {_shape(there)} there, {_shape(here)} here')
-  return lines
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-  return 'missing' if shape is None else str(shape)

@@ -1,0 +1,72 @@
+"""What orbax and its storage raise and log, made into one cause: which files are at fault, and which are not."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import functools
+import logging
+import sys
+from typing import Any
+
+# What they say of trouble that leaves the checkpoint itself good.
+NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+
+
+def leaves_checkpoint_good(error: BaseException) -> bool:
+  """Whether a failure to read says nothing against what is stored."""
+  return any(text in str(cause(error)) for text in NOT_DAMAGE)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[list[logging.LogRecord]]:
+  """Leaves it to one exception to say what is wrong with a checkpoint; yields what orbax logs meanwhile."""
+  logged: list[logging.LogRecord] = []
+
+  def keep(record: logging.LogRecord) -> bool:
+    logged.append(record)
+    return False
+
+  _silence_late_failures()
+  logger = logging.getLogger('absl')
+  logger.addFilter(keep)
+  try:
+    yield logged
+  finally:
+    logger.removeFilter(keep)
+
+
+@functools.cache
+def _silence_late_failures() -> None:
+  """For good: of what fails after the first failure nobody knows when it is reported.
+
+  Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
+  its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
+  would stand still, and the others of its run wait for it.
+  """
+  report = sys.unraisablehook
+
+  def pass_on(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+
+  sys.unraisablehook = pass_on
+  asyncio = logging.getLogger('asyncio')
+  asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
+
+
+def cause(error: BaseException) -> BaseException:
+  """What was raised first: orbax takes every failure to read for a wrong handler."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+def first_line(error: BaseException) -> str:
+  """The cause of an error, for a message."""
+  first = cause(error)
+  return f'{type(first).__name__}: {first}'.splitlines()[0][:200]
+
+
+def logged_error(logged: Sequence[logging.LogRecord]) -> Exception:
+  """The exception that orbax only logged where it found no description of a checkpoint."""
+  arguments = [argument for record in logged for argument in record.args or ()]
+  return next((x for x in arguments if isinstance(x, Exception)), ValueError('it does not say what it holds'))
