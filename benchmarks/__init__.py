@@ -1,1 +1,1 @@
-"""What the implementation costs: each module is one command, `python -m benchmarks.NAME`."""
+"""Measurements of what the implementation costs: each module is one command, `python -m benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: forms on the command line, rounds in turn, tables, and files with their circumstances."""
+"""Parts of all benchmarks: forms on the command line, rounds in turn, tables, and files with their circumstances."""
 
 import argparse
 import ast
@@ -92,7 +92,7 @@ def forms(
 
 
 def in_turn(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-  """What each measurement says in each round, in which all take their turn: other work on the machine meets all.
+  """Results of each measurement in each round, in which all take their turn: other work on the machine meets all.
 
   Every second round runs backwards, so that none always follows the same one.
   """
@@ -124,7 +124,7 @@ def require(package: str, message: str) -> None:
 
 
 def check_output(path: str | None, option: str = '--output') -> None:
-  """For the start of a benchmark, which may take long.
+  """Refuses a file that could not be written, at the start of a benchmark that may take long.
 
   Raises:
     UserError: no file can be written at `path`.

@@ -1,4 +1,4 @@
-"""What is measured: a model's forward pass, loss with gradients, and whole training step, for data or descriptions."""
+"""Computations to measure: forward pass, loss with gradients, and whole training step, for data or descriptions."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int, dtype: st
 
 
 def positive(text: str) -> int:
-  """For argparse: a whole number above 0."""
+  """Reads a whole number above 0, for argparse."""
   number = int(text)
   if number < 1:
     raise ValueError

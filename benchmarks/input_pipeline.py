@@ -124,7 +124,7 @@ class Pipeline:
     return index, np.random.default_rng((SEED, epoch, index))
 
   def example(self, position: int, lap: Lap) -> np.ndarray:
-    """What the loader does for one example, stage by stage."""
+    """Computes what the loader does for one example, stage by stage."""
     crop, augmentations = self.transform.crop, self.transform.augmentations
     index, rng = self.draw(position)
     record = self.source[index]
@@ -231,7 +231,7 @@ class Results(NamedTuple):
 
 
 class Rivals(NamedTuple):
-  """What takes part."""
+  """The pipelines that are compared."""
 
   plain: PlainPipeline
   exact: Pipeline
@@ -239,7 +239,7 @@ class Rivals(NamedTuple):
 
 
 def cpu_seconds() -> float:
-  """Of this process and the children it has."""
+  """Seconds of processor time of this process and the children it has."""
   seconds = time.process_time()
   for children in Path('/proc/self/task').glob('*/children'):
     for child in children.read_text().split():
@@ -311,7 +311,7 @@ def check_pixels(rivals: Rivals, num_batches: int) -> None:
 
 
 def difference(rivals: Rivals, num_crops: int) -> dict[str, float]:
-  """How far the crops of `fast_decode` are from Pillow's, of 255."""
+  """Differences of the crops of `fast_decode` from Pillow's, of 255."""
   means, maxima = [], []
   for position in range(num_crops):
     crops = []

@@ -140,7 +140,7 @@ def say(text: str) -> None:
 
 
 def rows(entries: Mapping[str, Entry], seconds: Mapping[str, list[float]], device: dict[str, Any]) -> list[list[str]]:
-  """Of the table."""
+  """Rows of the table."""
   found = []
   for key, entry in entries.items():
     facts, own = entry.facts, seconds[key]

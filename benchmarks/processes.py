@@ -18,16 +18,16 @@ from t2t_vit_jax.errors import UserError
 
 
 class Computations(Protocol):
-  """What a process can do."""
+  """The computations of a process."""
 
   def device(self) -> dict[str, Any]:
-    """What it computes on."""
+    """The device that it computes on."""
 
   def prepare(self, key: str, computation: str, **details: Any) -> dict[str, Any]:
     """Compiles a computation and runs it twice; what is known of it then, as `first_s` and `warm_s`."""
 
   def seconds(self, key: str, calls: int) -> float:
-    """Of each call, when so many follow each other."""
+    """Seconds of each call, when that many follow each other."""
 
 
 class Worker:
@@ -107,7 +107,7 @@ def choose_processors(count: int | None) -> set[int] | None:
 
 
 def resident_growth(function: Callable[[], Any]) -> int | None:
-  """How much a call raises this process's resident memory at its highest, in bytes; None where Linux does not say."""
+  """Bytes by which a call raises this process's resident memory at its highest; None where Linux does not say."""
   gc.collect()
   with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL('libc.so.6').malloc_trim(0)  # or freed memory would hide what the call takes

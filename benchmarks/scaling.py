@@ -1,4 +1,4 @@
-"""How the cost of a model grows with image size, depth and batch: `python -m benchmarks.scaling --plot scaling.png`.
+"""Growth of a model's cost with image size, depth and batch: `python -m benchmarks.scaling --plot scaling.png`.
 
 Over image sizes also the tokens-to-token module alone, with both attentions: the performer is linear in the number of
 tokens, the transformer quadratic; and the transformer with all scores in memory. Costs are of one image.
@@ -75,14 +75,14 @@ class Point:
 
   @property
   def value(self) -> int:
-    """Where it is on its sweep's axis."""
+    """Position on the axis of its sweep."""
     if self.sweep == 'depth':
       return self.workload.fields['depth']
     return self.workload.batch_size if self.sweep == 'batch size' else self.workload.image_size
 
   @property
   def tokens(self) -> int:
-    """Of the first attention."""
+    """Number of tokens of the first attention."""
     return SPLITS[0].output_size(self.workload.image_size) ** 2
 
   def model(self) -> Any:
@@ -170,7 +170,7 @@ def stopwatch(compiled: Any, arguments: Any) -> Callable[[], float]:
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-  """Of the power of x that y grows with, between the last two points."""
+  """Exponent of the power of x that y grows with, between the last two points."""
   return math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2]) if ys[-1] and ys[-2] else math.nan
 
 
@@ -275,7 +275,7 @@ def guides(panel: Any) -> None:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-  """For argparse: '112,224'."""
+  """Reads numbers such as '112,224', for argparse."""
   return tuple(sorted(map(computations.positive, text.split(','))))
 
 

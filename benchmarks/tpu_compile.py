@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a model, without a TPU: `python -m benchmarks.tpu_compile`. pip install 'jax[tpu]'.
+"""Results of the TPU compiler for a model, without a TPU: `python -m benchmarks.tpu_compile`. pip install 'jax[tpu]'.
 
 Compiles for one chip the forward pass, the mean cross entropy with its gradients (`value_and_grad`), and the training
 step as it really runs, with AdamW, moving average and augmentation; each in several forms, beside a plain ViT-S/16.
@@ -85,7 +85,7 @@ def profile(operations: Sequence[Operation]) -> dict[str, dict[str, int]]:
 
 
 def place_and_pass(source: str) -> tuple[str, str]:
-  """Where in a model an operation is, and whether it is of the forward pass, backward pass or its recomputation.
+  """Place of an operation in a model, and its pass: forward, backward or its recomputation.
 
   A fusion counts where its root belongs. Blocks of a kind are one place: 'blocks/attn'.
 
@@ -109,7 +109,7 @@ def place_and_pass(source: str) -> tuple[str, str]:
 
 
 def row(form: str, computation: str, result: dict[str, Any]) -> list[str]:
-  """Of the table."""
+  """Row of the table."""
   flops = f'{result["product_flops"] / 1e9:,.0f}'
   if not result['fits']:
     return [form, computation, 'does not fit', flops, *[''] * (len(HEADER) - 4)]
@@ -127,7 +127,7 @@ def row(form: str, computation: str, result: dict[str, Any]) -> list[str]:
 
 
 def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
-  """Where a program's cycles go, and its largest operations."""
+  """Prints where a program's cycles go, and its largest operations."""
   if not result['fits']:
     return
   print(f'\n{title}: M cycles by the place of the last operation of a fusion\n')

@@ -20,7 +20,7 @@ def config_names() -> list[str]:
 
 
 def results(card: str) -> tuple[str, str]:
-  """What a run card gives as published and as measured here, such as '81.5 % (paper)' and 'nothing'.
+  """Results that a run card gives, published and measured here, such as '81.5 % (paper)' and 'nothing'.
 
   Raises:
     AttributeError: the card does not say.

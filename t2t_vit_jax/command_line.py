@@ -16,7 +16,7 @@ from t2t_vit_jax.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-  """For tools without a config: raises a UserError for wrong arguments, and knows no abbreviations of flags."""
+  """Parser for tools without a config: raises a UserError for wrong arguments, and knows no abbreviations of flags."""
 
   def __init__(self, **options: Any):
     super().__init__(allow_abbrev=False, **options)
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_tool(tool: Callable[[], int]) -> int:
-  """For the `main` of such a tool: its exit code, or 2 after a line that says what the user can correct."""
+  """Runs the `main` of such a tool and returns its exit code: 2 after a line that says what the user can correct."""
   try:
     code = tool()
     sys.stdout.flush()
@@ -46,13 +46,13 @@ def run_tool(tool: Callable[[], int]) -> int:
 
 
 def _drop_output() -> None:
-  """What is left of standard output goes nowhere: Python would fail again when it ends."""
+  """Sends what is left of standard output nowhere: Python would fail again when it ends."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> Iterator[None]:
-  """For the definition and parsing of flags, among them `config`: ends the program if one is wrong.
+  """Ends the program if a flag is wrong; a context for the definition and parsing of flags, among them `config`.
 
   An unknown config field is refused like an unknown flag.
 
@@ -77,7 +77,7 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 
 
 def check_and_quiet(argv: list[str]) -> None:
-  """For the start of `main`: ends the program if something is left of its arguments; keeps libraries from chatting."""
+  """Ends the program if an argument is left, and keeps libraries from chatting; for the start of `main`."""
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
@@ -85,7 +85,7 @@ def check_and_quiet(argv: list[str]) -> None:
 
 
 def config_file(argv: list[str]) -> str | None:
-  """What `--config=FILE` or `--config FILE` names, without an argument for the config."""
+  """The file that `--config=FILE` or `--config FILE` names, without an argument for the config."""
   given = re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE)
   return given[-1].split(':')[0] if given else None
 

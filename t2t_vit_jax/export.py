@@ -93,7 +93,7 @@ def _sides(found: Weights) -> list[int]:
 
 
 def _metadata(found: Weights, dtype: str, program: export.Exported) -> dict[str, Any]:
-  """What a user of the program must know, and where it comes from."""
+  """Facts that a user of the program must know, and where it comes from."""
   return {
     **found.data,
     'image_size': _sides(found),

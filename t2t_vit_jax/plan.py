@@ -1,4 +1,4 @@
-"""What a run needs on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
+"""Needs of a run on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
 
 The real training and evaluation step are compiled by the real TPU compiler, on any Linux machine, without a TPU and
 without data: pip install 'jax[tpu]'. docs/distributed.md says how to read the result.
@@ -144,7 +144,7 @@ def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
   It doubles while that fits, or halves until it does; then it halves the gap three times.
 
   Args:
-    fits: compiles for so many images of each chip.
+    fits: compiles for a number of images of each chip.
     unit: only multiples of it are allowed.
     start: the first number to try, rounded up to an allowed one.
   """

@@ -37,7 +37,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """A model with what a weight file says of its use."""
+  """A model, and how its weight file wants it used."""
 
   model: T2TViT
   variables: dict[str, Any]
@@ -55,7 +55,7 @@ class Guess(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  """What is said of one image: guesses, the likeliest first, or why it cannot be read."""
+  """Result for one image: guesses, the likeliest first, or why it cannot be read."""
 
   image: str
   guesses: tuple[Guess, ...]

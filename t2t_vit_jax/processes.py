@@ -85,7 +85,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _say(text: str) -> None:
-  """To standard error: standard output is for results, and who is first may not be known yet."""
+  """Prints to standard error: standard output is for results, and who is first may not be known yet."""
   print(text, file=sys.stderr, flush=True)
 
 
@@ -102,7 +102,7 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
-  """What JAX finds out by itself about (address of process 0, number of processes, own number, own devices)."""
+  """Returns what JAX finds out by itself: (address of process 0, number of processes, own number, own devices)."""
   # Not a public function. `jax.distributed.initialize` calls it too, but would not tell whom it is waiting for.
   from jax._src.clusters import ClusterEnv
 
@@ -175,7 +175,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def lost_process(error: Exception) -> LostProcessError | None:
-  """What to raise in place of JAX's `error` when another process is gone; None if it is something else."""
+  """The error to raise in place of JAX's `error` when another process is gone; None if it is something else."""
   if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
     return None
   if not any(sign in str(error) for sign in SIGNS_OF_LOSS):

@@ -43,7 +43,7 @@ LEAST_WIDTH = 9.0  # for the longest lines
 
 @dataclasses.dataclass(frozen=True)
 class Inside:
-  """What a model makes of one image.
+  """Results of a model's layers for one image.
 
   Attributes:
     image: (height, width, 3) uint8, as the model got it.
@@ -284,13 +284,13 @@ def _read(path: Path) -> Image.Image:
 
 
 def _short(text: str) -> str:
-  """For a title: at most 40 printable characters."""
+  """Text of at most 40 printable characters, for a title."""
   text = printable(text)
   return text if len(text) <= 40 else f'{text[:39]}…'
 
 
 def _chosen(arguments: argparse.Namespace, option: str, known: list[Any]) -> list[Any]:
-  """What a list such as '0,3' picks of `known`, in the order given; all of it if the option is not."""
+  """The items of `known` that a list such as '0,3' picks, in the order given; all if the option is not."""
   text = getattr(arguments, option)
   if text is None:
     return known

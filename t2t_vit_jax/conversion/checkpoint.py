@@ -90,7 +90,7 @@ def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
 
 
 def _mmpretrain_sets(state: State, other: State) -> dict[WeightsKind | None, State]:
-  """As mmpretrain swaps both when it saves, `state_dict` is the average and `ema_state_dict` the raw weights.
+  """Returns both sets of weights. Since mmpretrain swaps them when it saves, `state_dict` is the average.
 
   In older files the raw ones lie beside the average, with underscores for dots in their names, and
   without the position table, which is not trained.
@@ -116,7 +116,7 @@ def _renamed(state: State, new_name: Callable[[str], str]) -> dict[Any, Any]:
 
 
 def _class_names(saved: State) -> tuple[str, ...] | None:
-  """What mmpretrain notes of its dataset: `CLASSES`, later `dataset_meta.classes`."""
+  """The names of the classes as mmpretrain notes them: `CLASSES`, later `dataset_meta.classes`."""
   meta = saved.get('meta')
   if not isinstance(meta, dict):
     return None

@@ -35,7 +35,7 @@ _CIFAR = dict(  # how the reference's CIFAR transfer prepares images
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a user may say about a file. A converted one knows the first three, and must agree."""
+  """Facts that a user may give about a file. A converted one knows the first three, and must agree."""
 
   model_name: str | None = None  # where the tensors fit more than one named model
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments that tensors don't show
@@ -132,7 +132,7 @@ def write_weights(found: Weights, path: Path) -> None:
 
 
 def read_header(file: BinaryIO) -> dict[str, Any] | None:
-  """What an open file of `write_weights` says of its weights: the fields of `Weights` but the arrays, and `version`.
+  """Reads the header of an open file of `write_weights`: the fields of `Weights` but the arrays, and `version`.
 
   Returns:
     None for any other file.
@@ -306,7 +306,7 @@ def _write_torch(found: Weights, path: Path) -> None:
 
 
 def _read(path: Path) -> Weights:
-  """What `_write` wrote, checked as closely as a stranger's file."""
+  """Reads what `_write` wrote, and checks it as closely as a stranger's file."""
   arrays = files.read_safetensors(path)
   try:
     metadata = _from_json(json.loads(files.read_metadata(path)[METADATA_KEY]))

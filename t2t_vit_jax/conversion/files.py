@@ -38,7 +38,7 @@ def problem(path: Path, text: str) -> UserError:
 
 
 def file_format(path: Path) -> Format:
-  """What a weight file is, by its first bytes and never by its name.
+  """Format of a weight file, by its first bytes and never by its name.
 
   Raises:
     UserError: it is none that can be read safely; the message says what it is.
@@ -81,7 +81,7 @@ def import_torch() -> Any:
 
 
 def read_torch(path: Path, kind: Format) -> Any:
-  """What was saved in a PyTorch file ('zip' or 'legacy'): containers, numbers, strings and tensors only.
+  """Reads a PyTorch file ('zip' or 'legacy') of containers, numbers, strings and tensors only.
 
   Raises:
     UserError: the file is damaged, is no checkpoint, declares more than it holds, or asks for anything but tensors
@@ -145,7 +145,7 @@ def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, n
 
 
 def _trouble(name: Any, tensor: Any, torch: Any) -> str | None:
-  """What keeps an entry from being a name and a plain CPU tensor of floating-point numbers."""
+  """The reason why an entry is not a name and a plain CPU tensor of floating-point numbers."""
   if not isinstance(name, str):
     return f'a {type(name).__name__}, not a name'
   if not isinstance(tensor, torch.Tensor):

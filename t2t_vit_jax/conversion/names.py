@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Transform(NamedTuple):
-  """What happens to a tensor's axes: `axes` lists torch's in our order, None leaves them alone."""
+  """Change of a tensor's axes: `axes` lists torch's in our order, None leaves them alone."""
 
   name: str
   axes: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""What people call the classes: ImageNet's travel as ids of WordNet synsets, or not at all."""
+"""Names that people give the classes: ImageNet's travel as ids of WordNet synsets, or not at all."""
 
 from collections.abc import Sequence
 import functools

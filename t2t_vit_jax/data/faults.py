@@ -1,4 +1,4 @@
-"""What is done about data that cannot be used: named, counted, and not for too long."""
+"""Names and counts data that cannot be used, and ends a run that meets too much of it."""
 
 from collections.abc import Callable, Generator, Iterable
 

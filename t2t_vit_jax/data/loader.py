@@ -145,7 +145,7 @@ def _example(image: Any, label: int, index: int, *, mask: int = 1, bad: bool = F
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-  """How a process prepares its images."""
+  """Settings for the preparation of a process's images."""
 
   num_workers: int = 0  # processes; 0 for threads of this one
   num_threads: int = 1  # in each process

@@ -21,7 +21,7 @@ RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """What one application of an operation draws at random."""
+  """Random numbers of one application of an operation."""
 
   level: float  # magnitude / 10, in [0, 1]
   sign: int  # 1 or -1, for the operations that have a direction

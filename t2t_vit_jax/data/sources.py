@@ -1,4 +1,4 @@
-"""Where images come from: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
+"""Sources of images: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -326,7 +326,7 @@ def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
 
 
 def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
-  """What to say about a dataset that is prepared in a format without random access, such as tfrecord."""
+  """A line about a dataset that is prepared in a format without random access, such as tfrecord."""
   folder = shlex.quote(builder.data_dir.rstrip('/'))
   return (
     f'{builder.data_path} holds no array_record files, which random access needs; convert what is there with: '

@@ -112,7 +112,7 @@ def _without_rows_below(bottom: int, encoded: bytes, width: int, height: int) ->
 
 
 def _jpeg_frame(width: int, height: int) -> bytes:
-  """How the frame header of a baseline JPEG file with three components begins."""
+  """The start of the frame header of a baseline JPEG file with three components."""
   return struct.pack('>HHBHHB', 0xFFC0, 17, 8, height, width, 3)
 
 
@@ -189,7 +189,7 @@ class RandomResizedCrop:
     return crop.resize((self.size, self.size), INTERPOLATIONS[interpolation])
 
   def draw_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
-    """Where to crop."""
+    """Draws the box to crop."""
     log_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
     for _ in range(10):
       area = width * height * rng.uniform(*self.scale)

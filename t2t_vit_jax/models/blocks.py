@@ -1,4 +1,4 @@
-"""How an encoder's blocks are run: one by one, recomputed in the backward pass, or as a loop over stacked arrays."""
+"""Runs an encoder's blocks: one by one, recomputed in the backward pass, or as a loop over stacked arrays."""
 
 from collections.abc import Callable
 from typing import Any, Literal

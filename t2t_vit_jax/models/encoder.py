@@ -133,7 +133,7 @@ class EncoderBlock(nn.Module):
     return self.result(inputs, x + stochastic_depth(y, train=train))
 
   def result(self, inputs: Array, x: Array) -> Array:
-    """What the block returns, from its own inputs and what attention and MLP made of them: (B, T, D) both."""
+    """Result of the block, from its inputs and from what attention and MLP made of them, both (B, T, D)."""
     del inputs
     return x
 

@@ -1,4 +1,4 @@
-"""What layers compute inside a model: their outputs, and the attention weights, by name.
+"""Values inside a model, by name: the outputs of its layers, and the attention weights.
 
 A layer's name is its path in the parameters, such as 'blocks_3', 'blocks_3/mlp/fc1' or 'tokens_to_token/attention1'.
 Attention weights are called after the layer that forms them: 'blocks_3/attn/attention', (B, num_heads, T, T) with

@@ -1,4 +1,4 @@
-"""How pixels become the numbers that a model takes."""
+"""Turns pixels into the numbers that a model takes."""
 
 import dataclasses
 

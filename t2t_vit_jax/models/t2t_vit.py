@@ -48,7 +48,7 @@ ARCHITECTURE = (
 
 
 class Features(NamedTuple):
-  """What the encoder says of a batch, after its last LayerNorm."""
+  """Outputs of the encoder for a batch, after its last LayerNorm."""
 
   cls: Array  # (B, D), the class token
   tokens: Array  # (B, H, W, D), the other tokens on their grid
@@ -218,7 +218,7 @@ class T2TViT(nn.Module):
     )
 
   def _run_as_loop(self, x: Array, train: bool) -> Array:
-    """All blocks but the last."""
+    """Runs all blocks but the last."""
     return run_as_loop(
       x,
       lambda rate: self._block(self.block_class, rate, parent=None),

@@ -75,7 +75,7 @@ class Convolution(TokenLayer):
 
 
 class TokenAttention(TokenLayer):
-  """What both attentions share: LayerNorm and three projections of every patch.
+  """Base of both attentions: LayerNorm and three projections of every patch.
 
   Both sow their weights, (B, T, T) for T patches row by row, as `attention`.
   """

@@ -9,7 +9,7 @@ from t2t_vit_jax.models.t2t_vit import T2TViT
 
 @dataclasses.dataclass(frozen=True)
 class DataDefaults:
-  """How images must be prepared for a model whose weights were trained by the published recipe."""
+  """Preparation of images for a model whose weights were trained by the published recipe."""
 
   image_size: int = 224  # px, height and width
   crop_fraction: float = 0.9  # evaluation: share of the resized short side that the centre crop keeps

@@ -36,7 +36,7 @@ def compile_program(function: jax.stages.Wrapped, arguments: Sequence[Any]) -> t
 
 
 def figures(compiled: Any, chip: Chip, parts: int = 1) -> dict[str, Any]:
-  """What a program compiled for TPU takes of each chip: bytes of memory, work, and the time it may need.
+  """Figures of a program compiled for TPU, of each chip: bytes of memory, work, and the time it may need.
 
   Args:
     compiled: from `compile_program`.
@@ -63,6 +63,6 @@ def figures(compiled: Any, chip: Chip, parts: int = 1) -> dict[str, Any]:
 
 
 def shortage(message: str) -> str:
-  """What the compiler says about memory, without the list of buffers that follows."""
+  """The compiler's line about memory, without the list of buffers that follows."""
   paragraph = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')[0]
   return ' '.join(paragraph.split())[:300]

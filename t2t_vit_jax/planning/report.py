@@ -58,7 +58,7 @@ def _describe_step(name: str, step: dict[str, Any], chip: dict[str, Any]) -> lis
 
 
 def memory(step: dict[str, Any], hbm_gib: float) -> str:
-  """What a step takes of a chip's memory, and whether that is too much."""
+  """A phrase about the memory of a chip that a step takes, and whether that is too much."""
   if step['fits']:
     return f'fits, {step["memory"] / GIB:.2f} of {hbm_gib:g} GiB'
   return f'DOES NOT FIT: {step["compiler_says"]}'

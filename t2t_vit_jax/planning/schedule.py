@@ -1,4 +1,4 @@
-"""What a compiled program does on each chip, read from the text of XLA's scheduled HLO for TPU."""
+"""Reads what a compiled program does on each chip from the text of XLA's scheduled HLO for TPU."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -121,7 +121,7 @@ def read_schedule(text: str) -> Schedule:
 
 
 def read_operations(text: str) -> list[Operation]:
-  """All that `read_schedule` sums up the cycles of, the costliest first; those in a loop are one."""
+  """The operations whose cycles `read_schedule` adds up, the costliest first; those in a loop are one."""
   computations, entry = _computations(text)
   operations = []
   for name, times, _ in _executed(computations, entry, 1, False):
@@ -172,7 +172,7 @@ def _executed(
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
-  """How often a loop runs: as the compiler noted, or as the condition `counter < constant` of `lax.scan` says."""
+  """Number of rounds of a loop: the compiler's, or that of the condition `counter < constant` of `lax.scan`."""
   if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
     return int(noted[1])
   condition = computations[loop.called('condition')]
@@ -217,6 +217,6 @@ def _in_hbm(layout: str) -> bool:
 
 
 def _num_bytes(dtype: str, dims: str) -> int:
-  """Of an array such as bf16[128,197]; layouts may pad it, which is not counted."""
+  """Bytes of an array such as bf16[128,197]; layouts may pad it, which is not counted."""
   bits = re.search(r'\d+', dtype)
   return math.prod(int(size) for size in dims.split(',') if size) * (int(bits[0]) if bits else 8) // 8

@@ -102,7 +102,7 @@ class Slice:
 
 
 def compiler() -> str:
-  """What figures about programs depend on."""
+  """The versions that figures about programs depend on."""
   return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
 
 

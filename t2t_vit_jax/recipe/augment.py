@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: mixing, normalisation and random erasing, in the published order.
+"""Augments a batch on the device: mixing, normalisation and random erasing, in the published order.
 
 The reference mixes the uint8 crops and rounds the result to uint8 again, then normalises, then erases.
 All randomness follows from the key that is passed in and an image's position in the step's batch, and not from how

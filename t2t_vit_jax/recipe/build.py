@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import optax
 
 from t2t_vit_jax.data.loader import TrainOrder
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, check_positive
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
@@ -27,7 +28,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What the devices of a mesh compute in a run, without its data."""
+  """The computations of a run on the devices of a mesh, without its data."""
 
   config: dict[str, Any]  # all fields that it was built from, to be saved and shown
   configured_batch_size: int  # images; `order` has the one that fits the data
@@ -100,13 +101,13 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
     model = model.clone(scan_blocks=loop_is_faster(model, mesh))
   order = TrainOrder(num_train_images, batch_size, config.seed)
   backbone_factor = config.schedule.backbone_factor
-  learning_rate, backbone_learning_rate = (
-    optimizer.learning_rate_schedule(
-      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=batch_size, peak_factor=factor
+
+  def rate(peak_factor: float) -> optax.Schedule:
+    return optimizer.learning_rate_schedule(
+      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=batch_size, peak_factor=peak_factor
     )
-    for factor in (1.0, backbone_factor)
-  )
-  tx = optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate)
+
+  tx = optimizer.make_optimizer(config.optimizer, rate(1.0), rate(backbone_factor))
   augmentation = batch_augmentation(config, model.num_classes, batch_size)
   accumulate_steps = config.optimizer.accumulate_steps
   check_accumulation(accumulate_steps, batch_size // mesh.size, mesh.size, augmentation.mixing.group_size)
@@ -120,7 +121,7 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
   train_step = steps.make_train_step(
     model,
     tx,
-    learning_rate,
+    rate(1.0),
     augmentation=augmentation,
     ema_decay=config.ema.decay,
     accumulate_steps=accumulate_steps,
@@ -225,8 +226,9 @@ def batch_augmentation(config: Any, num_classes: int, batch_size: int) -> BatchA
   """
   augment = config.augment
   mixed = augment.mixup_alpha or augment.cutmix_alpha
+  check_positive('augment.mixing_group_size', augment.mixing_group_size)
   group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
-  if group_size > 0 and batch_size % group_size:
+  if batch_size % group_size:
     raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
   mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
   erasing = RandomErasing(

@@ -54,7 +54,7 @@ class Accuracy:
     return f'top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} ({self.count} images{unreadable})'
 
   def last_line(self, split: str) -> str:
-    """What a program that ends with this result prints last."""
+    """The last line of a program that ends with this result."""
     return f'{split} top-1 {100 * self.top1:.2f} % ({self.correct}/{self.count})'
 
   def as_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Accuracy:
     ]
 
   def class_csv(self) -> str:
-    """All of them for programs, in the order of the labels: label, class, images, correct, top1."""
+    """A table for programs, in the order of the labels: label, class, images, correct, top1."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(('label', 'class', 'images', 'correct', 'top1'))

@@ -1,4 +1,4 @@
-"""What a run takes from the weights that it starts from: open fields of its config, and variables."""
+"""Takes from the weights that a run starts from the open fields of its config, and its variables."""
 
 from collections.abc import Mapping
 import copy

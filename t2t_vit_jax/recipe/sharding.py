@@ -59,7 +59,7 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """Where an array of the training state lives: the one rule for parameters, moving average and optimizer.
+  """Sharding of an array of the training state: one rule for parameters, moving average and optimizer.
 
   Its longest axis that the axis `fsdp` of the mesh divides is divided (the first of equal ones). Small arrays, and
   those without such an axis, are on every device.
@@ -83,12 +83,12 @@ def mesh_of(tree: Any) -> Mesh:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-  """All of every array on every device. With several processes all must call it."""
+  """Puts all of every array on every device. With several processes all must call it."""
   return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
 
 
 def bytes_per_device(tree: Any) -> int:
-  """What each device holds of arrays, or of their descriptions, that have a sharding."""
+  """Bytes that each device holds of arrays, or of their descriptions, that have a sharding."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * jax.numpy.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
   )

@@ -24,7 +24,7 @@ class TrainState(struct.PyTreeNode):
   opt_state: optax.OptState
 
   def variables(self, params: Tree | None = None) -> dict[str, Tree]:
-    """What `model.apply` takes; with `params` (such as `ema`) in place of the raw parameters."""
+    """Variables for `model.apply`; with `params` (such as `ema`) in place of the raw parameters."""
     return {'params': self.params if params is None else params, 'frozen': self.frozen}
 
 

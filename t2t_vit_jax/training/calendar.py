@@ -1,11 +1,11 @@
-"""Which steps of a run are followed by what."""
+"""The calendar of a run: evaluations, checkpoints and reports."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
-  """What is due after a step; steps count from 1.
+  """Says what is due after a step; steps count from 1.
 
   Attributes:
     last_step: where the run ends; it is evaluated.

@@ -1,4 +1,4 @@
-"""What to tell the user about steps whose loss or gradients are not finite, and about memory that did not suffice."""
+"""Explains to the user steps whose loss or gradients are not finite, and memory that did not suffice."""
 
 from collections.abc import Callable
 import dataclasses

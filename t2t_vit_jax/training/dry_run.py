@@ -1,4 +1,4 @@
-"""What a run would be: everything built and checked, nothing trained or written."""
+"""Builds and checks everything of a run, and trains and writes nothing."""
 
 import math
 from typing import Any

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-  """Whether the run is to stop, and by which signal."""
+  """A request to stop the run: true once a signal has come."""
 
   def __init__(self) -> None:
     self.signal: int | None = None

@@ -96,7 +96,7 @@ class Checkpoints:
 
   @property
   def latest_metrics(self) -> dict[str, Any] | None:
-    """What the evaluation at the newest checkpoint found; None if it was saved without one."""
+    """Metrics of the evaluation at the newest checkpoint; None if it was saved without one."""
     latest = self._checkpointer.latest
     return None if latest is None else latest.metrics
 

@@ -1,4 +1,4 @@
-"""Which checkpoint fits which run: the fields of both configs, and the names and shapes of both states."""
+"""Checks whether a checkpoint fits a run: fields of both configs, names and shapes of both states."""
 
 from collections.abc import Callable, Sequence
 import json
@@ -24,7 +24,7 @@ SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # but not 
 
 
 def run_changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-  """In what a run, as `description` has it, differs from the one of its checkpoint.
+  """Differences of a run, as `description` has it, from the one of its checkpoint.
 
   Returns:
     A phrase for each field; and those of them that make it another run.

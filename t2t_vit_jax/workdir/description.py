@@ -1,4 +1,4 @@
-"""What a run is: in words for its user, and as JSON beside each of its checkpoints."""
+"""Describes a run: in words for its user, and as JSON beside each of its checkpoints."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def title(run: Run, accuracy: Accuracy) -> str:
 
 
 def description(run: Run) -> dict[str, Any]:
-  """What is saved with each checkpoint of a run, as JSON."""
+  """Facts about a run that are saved with each of its checkpoints, as JSON."""
   return {
     'model': _model_name(run.recipe),
     'config': run.recipe.config,

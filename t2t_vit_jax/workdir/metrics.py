@@ -1,4 +1,4 @@
-"""What a run tells its user: a live progress line, plain lines, `metrics.jsonl` and TensorBoard's event files."""
+"""Reports a run to its user: a live progress line, plain lines, `metrics.jsonl` and TensorBoard's event files."""
 
 from collections.abc import Iterable, Iterator
 import json

@@ -33,7 +33,7 @@ def model_card(
 
   Args:
     weights: of `model.safetensors`.
-    description: what `Run.description` says of the run. Folders are left out: a card is there to be shown.
+    description: of the run, as `description.description` makes it. Folders are left out: a card is there to be shown.
     step: optimizer steps done.
     metrics: of these weights; None if they were not evaluated.
     best: step and metrics of the best checkpoint that is kept.

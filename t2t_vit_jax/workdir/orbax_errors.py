@@ -1,4 +1,4 @@
-"""What orbax and its storage raise and log, made into one cause: which files are at fault, and which are not."""
+"""Finds the one cause in what orbax and its storage raise and log."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -7,12 +7,12 @@ import logging
 import sys
 from typing import Any
 
-# What they say of trouble that leaves the checkpoint itself good.
+# Parts of messages about trouble that leaves the checkpoint itself good.
 NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
 
 
 def leaves_checkpoint_good(error: BaseException) -> bool:
-  """Whether a failure to read says nothing against what is stored."""
+  """Whether what is stored may be good although reading it failed."""
   return any(text in str(cause(error)) for text in NOT_DAMAGE)
 
 
@@ -36,7 +36,7 @@ def silence() -> Iterator[list[logging.LogRecord]]:
 
 @functools.cache
 def _silence_late_failures() -> None:
-  """For good: of what fails after the first failure nobody knows when it is reported.
+  """Silences for good what fails after the first failure: nobody knows when it is reported.
 
   Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
   its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
@@ -54,7 +54,7 @@ def _silence_late_failures() -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-  """What was raised first: orbax takes every failure to read for a wrong handler."""
+  """The exception that was raised first: orbax takes every failure to read for a wrong handler."""
   while error.__cause__ is not None:
     error = error.__cause__
   return error

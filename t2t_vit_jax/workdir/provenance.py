@@ -14,7 +14,10 @@ from t2t_vit_jax.processes import PACKAGES, code_digest
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-  """Of this process, as JSON: `commit` (None outside a git checkout), `code` (a digest), `versions` and `devices`."""
+  """Provenance of this process's results, as JSON.
+
+  `commit` (None outside a git checkout), `code` (a digest), `versions` and `devices`.
+  """
   kinds = sorted({device.device_kind for device in jax.devices()})
   return {
     'commit': _commit(),
