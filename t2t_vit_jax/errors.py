@@ -17,7 +17,7 @@ class DataError(UserError):
 
 
 def printable(text: str) -> str:
-  """`text` on one line of a terminal, whatever names it contains: other characters as Python writes them."""
+  """Escapes unprintable characters as Python does, so that `text` stays on one line of a terminal."""
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -50,14 +50,13 @@ def check_share(field: str, number: float) -> None:
 
 def check_interval(field: str, interval: tuple[float, float], most: float = math.inf) -> None:
   """Raises UserError, with the name of a config's field, unless it holds two numbers, 0 < low <= high <= `most`."""
-  low, high = interval
-  if not 0 < low <= high <= most:
+  if len(interval) != 2 or not 0 < interval[0] <= interval[1] <= most:
     above = f' and up to {most:g}' if most < math.inf else ''
-    raise UserError(f'{field} must hold two numbers above 0{above}, the smaller one first, not {low} and {high}')
+    raise UserError(f'{field} must hold two numbers above 0{above}, the smaller one first, not {interval}')
 
 
 def choose(table: Mapping[str, Row], field: str, name: str) -> Row:
-  """The row of `table` that `name`, the value of a config's `field`, names.
+  """Looks up `name` in `table`; `field` of the config is for the message.
 
   Raises:
     UserError: there is none.

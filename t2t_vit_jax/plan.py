@@ -210,6 +210,9 @@ def plan(config: Any, options: Any) -> None:
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
   config = resolve(config)
+  host = copy.deepcopy(config)
+  host.data.fast_decode = False  # its packages need not be here
+  pipeline.train_transform(host)  # says what is wrong with its fields
   data = data_size(config, options.num_classes, options.train_images)
   # All of them first: what is wrong with a slice is said before another is compiled for.
   built = [(where, build(config, where, *data)) for where in slices]

@@ -122,8 +122,6 @@ def test_a_share_of_each_class_is_held_out_by_name_alone(tmp_path):
 def test_nothing_is_held_out_where_there_is_a_folder_for_it(folder):
   assert open_divided_folder(folder, 'train', 'validation', 0.2) is None
   assert open_divided_folder(folder / 'nothing', 'train', 'validation', 0.2) is None
-  with pytest.raises(UserError, match='give the two parts different names'):
-    open_divided_folder(folder.parent, 'all', 'all', 0.2)
 
 
 def test_splits_of_other_names_are_not_taken_for_classes(folder, tmp_path):

@@ -175,6 +175,7 @@ def test_what_an_image_gets_follows_from_its_position_and_group():
     (lambda: RandAugment(num_operations=-2), r'^augment\.randaugment_operations must not be negative'),
     (lambda: RandomHorizontalFlip(float('nan')), r'^augment\.horizontal_flip_probability must lie between 0 and 1'),
     (lambda: RandomResizedCrop(8, scale=(0.0, 1.0)), r'^augment\.crop_scale must hold two numbers above 0 and up to 1'),
+    (lambda: RandomResizedCrop(8, ratio=(0.5, 1.0, 2.0)), r'^augment\.crop_ratio must hold two numbers above 0, the'),
     (lambda: RandomPaddedCrop(8, -1), r'^augment\.crop_padding must not be negative'),
   ],
 )

@@ -307,6 +307,19 @@ def test_a_signal_during_the_last_evaluation_stops_the_run_as_often_as_it_comes(
   assert accuracy == loop.train(config, tmp_path / 'straight')
 
 
+def test_a_signal_after_the_last_evaluation_is_too_late_to_stop_the_run(data_dir, tmp_path, monkeypatch):
+  save = loop.Trainer.save
+
+  def signalled(self, metrics=None):
+    signal.raise_signal(signal.SIGTERM)
+    save(self, metrics)
+
+  monkeypatch.setattr(loop.Trainer, 'save', signalled)
+  loop.train(small_config(data_dir, **{'schedule.max_steps': 1}), tmp_path / 'run')
+  assert (tmp_path / 'run' / 'report.png').exists()
+  assert (tmp_path / 'run' / 'weights' / 'model.safetensors').exists()
+
+
 def test_what_is_due_after_a_step():
   calendar = Calendar(last_step=20, evaluate_every=9, save_every=6, report_every=4)
   steps = range(1, 21)

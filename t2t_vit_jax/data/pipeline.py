@@ -16,9 +16,9 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  open_split = choose(SOURCES, 'data.source', data.source)
-  train = open_split(data, data.train_split, None)
-  return train, open_split(data, data.eval_split, train.class_names)
+  train, evaluation = choose(SOURCES, 'data.source', data.source)(data, True)
+  assert train is not None
+  return train, evaluation
 
 
 def open_eval_source(data: Any) -> Source:
@@ -27,34 +27,32 @@ def open_eval_source(data: Any) -> Source:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  return choose(SOURCES, 'data.source', data.source)(data, data.eval_split, None)
+  return choose(SOURCES, 'data.source', data.source)(data, False)[1]
 
 
-def _tfds_split(data: Any, split: str, class_names: tuple[str, ...] | None) -> Source:
-  del class_names  # the dataset has its own
+def _open_tfds(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.path is not None:
     raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
-  return open_tfds(data.name, split, data.data_dir)
+  train = open_tfds(data.name, data.train_split, data.data_dir) if with_train else None
+  return train, open_tfds(data.name, data.eval_split, data.data_dir)
 
 
-def _folder_split(data: Any, split: str, class_names: tuple[str, ...] | None) -> Source:
+def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.path is None:
     raise UserError("data.source 'folder' needs --config.data.path")
   if data.eval_fraction and (
     divided := open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
   ):
-    return divided[split == data.eval_split]
-  if class_names is None and split != data.train_split and (Path(data.path).expanduser() / data.train_split).is_dir():
-    class_names = open_folder(data.path, data.train_split).class_names  # they decide which label a folder has
-  return open_folder(data.path, split, class_names)
+    return divided
+  if not with_train and not (Path(data.path).expanduser() / data.train_split).is_dir():
+    return None, open_folder(data.path, data.eval_split)
+  train = open_folder(data.path, data.train_split)  # it decides which label a folder has
+  return train, open_folder(data.path, data.eval_split, train.class_names)
 
 
-# Where images come from, by `data.source`: from `config.data`, the name of a split, and the classes of the training
-# split where that is open already, to the split. docs/extending.md adds one.
-SOURCES: dict[str, Callable[[Any, str, tuple[str, ...] | None], Source]] = {
-  'tfds': _tfds_split,
-  'folder': _folder_split,
-}
+# Openers by `data.source`: (`config.data`, whether the training split is wanted) -> training split, or None where it is
+# not wanted, and evaluation split. docs/extending.md adds one.
+SOURCES: dict[str, Callable[[Any, bool], tuple[Source | None, Source]]] = {'tfds': _open_tfds, 'folder': _open_folder}
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:

@@ -134,14 +134,11 @@ def open_divided_folder(
     None if there is a folder for evaluation.
 
   Raises:
-    UserError: what looks like classes are folders of folders, a class has no image, or none has two; or both parts have
-      one name.
+    UserError: what looks like classes are folders of folders, a class has no image, or none has two.
   """
   folder = Path(path).expanduser()
   if not folder.is_dir() or _find_split(folder, eval_split):
     return None
-  if train_split == eval_split:
-    raise UserError(f'{path} has no folder {eval_split}, so its images are divided: give the two parts different names')
   split_folder = _find_split(folder, train_split)
   whole = _open_classes(split_folder or folder, None)
   records = whole.records

@@ -11,7 +11,7 @@ Array = jax.Array
 # Of `jax.checkpoint_policies`, for one block: what it saves for its backward pass; the rest is computed again.
 RematPolicy = Literal['none', 'nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable']
 
-STACK = 'blocks'  # beside the last block, whose own name tells how many there are
+STACK = 'blocks'  # of stacked blocks; the last block keeps its own name, whose number gives the depth
 
 
 def stack_blocks(tree: Any) -> Any:

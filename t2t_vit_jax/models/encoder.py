@@ -22,8 +22,8 @@ def project_to_heads(x: Array, kernel: Array) -> list[Array]:
     dkernel_i = x.T @ dy_i,    all i in one product: x.T @ concat(dy)
 
   Forward the projections are computed one by one: a joint product costs less, but cutting up its result costs more than
-  that. Backward the products are joint, where nothing has to be cut up. The derivative below is what decides it: the
-  backward pass is its transpose.
+  that. Backward the products are joint, where nothing has to be cut up. The rule below computes the tangent as one
+  product; its transpose is the backward pass.
   """
   return [jnp.einsum('btd,dhe->bthe', x, kernel[:, i]) for i in range(kernel.shape[1])]
 

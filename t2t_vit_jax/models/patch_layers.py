@@ -43,16 +43,16 @@ def patch_norm_dense(
     x_hat  = (patch - mean) / deviation
     result = (x_hat * scale + bias) @ kernel + b
            = (patch - mean) @ weights / deviation + offset
-    weights = scale[:, None] * kernel, less each column's mean, which (patch - mean) does not see
+    weights = scale[:, None] * kernel, less each column's mean: it adds nothing, since patch - mean sums to 0
     offset  = bias @ kernel + b
 
   The second line is the form 'patches', the third is 'conv': a strided convolution with `weights`, divided by
   deviations that come from sums over windows. Patches, which hold every pixel three times and every token 2.25 times,
   are never formed, nor is their gradient.
 
-  Rounding: for a result in float32, what a patch's values have in common must be taken out before they are multiplied
-  or squared. It would be rounded then, and in a flat patch 1 / deviation multiplies what is left by up to 316.
-  `_subtract_references` does it. In half precision that rounding is small beside the result's own.
+  Rounding: for a result in float32, `_subtract_references` subtracts a value near the patch's mean before anything is
+  multiplied or squared: the rounding of what the values have in common would grow up to 316-fold (1 / deviation) in a
+  flat patch. In half precision that rounding is small beside the result's own.
 
   Args:
     x: images or tokens on their grid.

@@ -82,7 +82,7 @@ class T2TViT(nn.Module):
     dense_stages: blocks of each stage of a dense encoder, in place of `depth`.
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
-      the definition. Parameters and results are the same; see `soft_split.patch_norm_dense`.
+      the definition. Parameters and results are the same; see `patch_layers.patch_norm_dense`.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
       'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
     scan_blocks: run all blocks but the last as a loop: the program is that of two blocks, which compiles several

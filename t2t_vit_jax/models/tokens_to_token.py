@@ -134,7 +134,7 @@ class TokenTransformer(TokenAttention):
     chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
     y = (chunked_attention if chunked else full_attention)(q, k, v)
     if self.is_mutable_collection('intermediates'):
-      # Computed apart from y: who takes other intermediates only, under jit, never has T x T weights in memory.
+      # Computed apart from y, so that a compiler drops it where nobody reads it.
       self.sow('intermediates', 'attention', attention_weights(q, k))
     x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')

@@ -167,7 +167,7 @@ def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
 
 
 def fitting_batch_size(data: Any, mesh: Mesh, num_train_images: int) -> int:
-  """`data.batch_size`, halved until an epoch has `data.min_steps_per_epoch`, as far as devices divide it.
+  """`data.batch_size`, halved until an epoch has `data.min_steps_per_epoch` or devices would no longer divide it.
 
   The learning rate, which is linear in the batch, follows.
   """

@@ -5,7 +5,7 @@ from typing import Any
 
 from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share
 
-# What a number means for these fields; others, such as those of augmentations, are checked by what is built from them.
+# Ranges of fields; augmentations check their own.
 POSITIVE = (
   'checkpoint.every_epochs',
   'checkpoint.keep_latest',

@@ -1,4 +1,4 @@
-"""Takes from the weights that a run starts from the open fields of its config, and its variables."""
+"""Fills a config's open fields from the weight file that a run starts from, and loads that file's variables."""
 
 from collections.abc import Mapping
 import copy
@@ -16,7 +16,7 @@ DATA_FIELDS = ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std')  #
 
 
 def resolve(config: Any) -> Any:
-  """A checked copy of `config` in which nothing is open: the one that a run is built from.
+  """Checks a copy of `config` and fills its open fields: the result is what a run is built from.
 
   Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`.
   Weights of a model without a name set the other fields of `config.model` instead. Without such a None the file is not
@@ -29,7 +29,9 @@ def resolve(config: Any) -> Any:
   open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
-    raise UserError(f'{", ".join(open_fields)} must be set: this config takes what is not from --config.init_from=FILE')
+    raise UserError(
+      f'{", ".join(open_fields)} must be set: set them, or give --config.init_from=FILE, a weight file that has them'
+    )
   if open_fields:
     weights = _load(config)
     _set_data_fields(config, weights.data, config.init_from)
@@ -37,7 +39,9 @@ def resolve(config: Any) -> Any:
       config.model.name = weights.model
       if weights.model is None:
         _describe_model(config, weights)
-  _check(config)
+  check_ranges(config)
+  if config.model.name:
+    get_variant(config.model.name)  # says that there is no such model before data is prepared
   return config
 
 
@@ -49,14 +53,8 @@ def resolve_for_evaluation(config: Any, data: Mapping[str, Any], origin: str) ->
   """
   config = copy.deepcopy(config)
   _set_data_fields(config, data, origin)
-  _check(config)
-  return config
-
-
-def _check(config: Any) -> None:
   check_ranges(config)
-  if config.model.name:
-    get_variant(config.model.name)  # says that there is no such model before data is prepared
+  return config
 
 
 def _set_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> None:

@@ -37,7 +37,7 @@ class Run:
   evaluator: Evaluator
 
   def train_faults(self, warn: Callable[[str], None]) -> Faults:
-    """Checks training batches; see `train_batches`."""
+    """Makes the checker of training batches; see `train_batches`."""
     return Faults(self.train_source, warn, 'the next one takes its place', self.max_bad_fraction)
 
   def train_batches(self, first_step: int, workers: loader.Workers | None = None) -> Generator[loader.Batch]:
@@ -98,13 +98,13 @@ def build_run(config: Any) -> Run:
 
 
 def _build(config: Any) -> Run:
-  mesh = build_mesh(config)
+  mesh, train_transform = build_mesh(config), pipeline.train_transform(config)  # first: data may take long to open
   train_source, eval_source = pipeline.open_sources(config.data)
   recipe = build_recipe(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
   return Run(
     recipe=recipe,
     train_source=train_source,
-    train_transform=pipeline.train_transform(config),
+    train_transform=train_transform,
     max_bad_fraction=config.data.max_bad_fraction,
     workers=_workers(config),
     evaluator=make_evaluator(config, mesh, recipe.model, recipe.eval_step, eval_source),
@@ -114,7 +114,7 @@ def _build(config: Any) -> Run:
 def make_evaluator(
   config: Any, mesh: Mesh, model: T2TViT, eval_step: Callable[..., dict[str, jax.Array]], source: Source
 ) -> Evaluator:
-  """Evaluates weights of `model` on `source`, with images and batches as `config.data` has them.
+  """Builds the `Evaluator` of `model` on `source`, with images and batches as `config.data` has them.
 
   Raises:
     UserError: model and source have different numbers of classes, or a transform's field is wrong.

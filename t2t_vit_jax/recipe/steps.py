@@ -102,7 +102,7 @@ def make_eval_step(
 
   `class_top1` and `class_count`, (num_classes,), are top-1 and count of each class's images.
 
-  A negative label stands for an image that could not be read: no guess is right, and it has the loss of an even guess.
+  A negative label marks an image that could not be read: it counts as wrong, with the loss log(num_classes).
   """
 
   def eval_step(variables: dict[str, Tree], batch: Batch) -> dict[str, Array]:

@@ -78,7 +78,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
           say(note)
-        metrics = _train(Progress(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
+        metrics = _train(Trainer(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
       checkpoints.wait()  # whatever becomes of the weight files, this is safe
       written = False
     if not written:  # or an earlier run was killed before they were
@@ -113,7 +113,7 @@ def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
   return reporter
 
 
-class Progress:
+class Trainer:
   """A run on its way: its state, and the one place each that computes a step, evaluates and saves."""
 
   def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter):
@@ -122,6 +122,8 @@ class Progress:
     self.checkpoints = checkpoints
     self.reporter = reporter
     self.first_step = int(state.step)  # the number of steps done before
+    self.faults = run.train_faults(warn)
+    self.result: dict[str, Any] | None = None  # of the last step's evaluation: with it the run is complete
     self._in_flight: collections.deque[jax.Array] = collections.deque()
 
   @property
@@ -155,7 +157,11 @@ class Progress:
       say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
     accuracy = accuracies.get('ema', accuracies['raw'])
     self.reporter.classes(accuracy, show=step == recipe.total_steps)
-    return {**accuracy.as_dict(), 'split': split, 'every': {kind: each.as_dict() for kind, each in accuracies.items()}}
+    every = {kind: each.as_dict() for kind, each in accuracies.items()}
+    result = {**accuracy.as_dict(), 'split': split, 'every': every}
+    if step >= recipe.total_steps:
+      self.result = result
+    return result
 
   def save(self, metrics: dict[str, Any] | None = None) -> None:
     """Starts saving a checkpoint, with what an evaluation of it found."""
@@ -163,48 +169,49 @@ class Progress:
     self.reporter.publish()
 
 
-def _train(progress: Progress, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
-  """Computes the steps that are left, and returns what the evaluation of the last one found: `Progress.evaluate`."""
-  run, reporter, first_step = progress.run, progress.reporter, progress.first_step
-  faults = run.train_faults(warn)
-  metrics = sample = None
+def _train(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
+  """Computes the steps that are left, and returns what the evaluation of the last one gave: `Trainer.evaluate`."""
+  run, reporter, first_step = trainer.run, trainer.reporter, trainer.first_step
+  sample = None
   with (
     contextlib.closing(run.train_batches(first_step)) as batches,
     stop_request() as stop,
-    _saved_when_it_ends_early(progress, stop),
+    _saved_when_it_ends_early(trainer, stop),
   ):
-    for step, batch in enumerate(reporter.waiting_for(faults.check(batches)), start=first_step + 1):
+    for step, batch in enumerate(reporter.waiting_for(trainer.faults.check(batches)), start=first_step + 1):
       if sample is None:
         sample = run.sample(batch)
         if log_images:
           reporter.images(run.pictures(sample, step))
-      progress.train(batch)
+      trainer.train(batch)
       if step == first_step + 1:
         reporter.start_clock()  # that call compiled
 
       if stop.reached(step) or calendar.reports(step):
-        nonfinite.note(reporter.report(step, faults.num_bad), progress.state)
-      metrics = progress.evaluate(stop) if calendar.evaluates(step) and not stop else None
-      if stop and not metrics:
+        nonfinite.note(reporter.report(step, trainer.faults.num_bad), trainer.state)
+      if stop:
+        break
+      metrics = trainer.evaluate(stop) if calendar.evaluates(step) else None
+      if calendar.evaluates(step) and not metrics:  # it was interrupted
         break
       if calendar.saves(step):
-        progress.save(metrics)
+        trainer.save(metrics)
       if metrics:
         reporter.start_clock()
     if sample is None:  # no step was left: the run was stopped right before its last evaluation
-      metrics = progress.evaluate(stop)
-  assert metrics is not None
-  if sample is not None:
-    reporter.page(run.pictures(sample, first_step + 1), title(run, Accuracy.from_dict(metrics)))
-  return metrics
+      trainer.evaluate(stop)
+    elif trainer.result:
+      reporter.page(run.pictures(sample, first_step + 1), title(run, Accuracy.from_dict(trainer.result)))
+  assert trainer.result is not None
+  return trainer.result
 
 
 @contextlib.contextmanager
-def _saved_when_it_ends_early(progress: Progress, stop: StopRequest) -> Iterator[None]:
+def _saved_when_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
   """Saves what is done where a signal stops the run or its data fails, and puts an error into words.
 
   Raises:
-    Stopped: the run was to `stop`.
+    Stopped: the run was to `stop` before it was complete.
     UserError: in place of an error that the user can do something about.
   """
   try:
@@ -212,12 +219,14 @@ def _saved_when_it_ends_early(progress: Progress, stop: StopRequest) -> Iterator
   except Exception as error:
     if not stop:  # else workers may have got the same signal and died of it
       # Alone: several processes save together or not at all, and the others know nothing of this.
-      if isinstance(error, DataError) and jax.process_count() == 1 and progress.step > progress.first_step:
-        progress.save()
-      if known := out_of_memory(error, progress.run.recipe) or lost_process(error):
+      if isinstance(error, DataError) and jax.process_count() == 1 and trainer.step > trainer.first_step:
+        trainer.save()
+        trainer.reporter.report(trainer.step, trainer.faults.num_bad)
+      if known := out_of_memory(error, trainer.run.recipe) or lost_process(error):
         raise known from error
       raise
-  if stop.signal:
-    progress.save()
-    progress.checkpoints.wait()  # before it is said that all is saved
-    raise Stopped(progress.step, stop.signal)
+  if stop.signal and trainer.result is None:
+    trainer.save()
+    trainer.reporter.report(trainer.step, trainer.faults.num_bad)  # a worker may have died before the step's report
+    trainer.checkpoints.wait()  # before it is said that all is saved
+    raise Stopped(trainer.step, stop.signal)

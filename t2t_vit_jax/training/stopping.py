@@ -31,7 +31,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-  """Notes SIGINT and SIGTERM instead of dying of them, so that a step is finished first; a second one acts at once."""
+  """Records a first SIGINT or SIGTERM, so that a step is finished before the run stops; a second one ends it."""
   request = StopRequest()
   if threading.current_thread() is not threading.main_thread():
     yield request  # Python delivers signals to the main thread only
@@ -42,13 +42,13 @@ def stop_request() -> Iterator[StopRequest]:
 
   def note(number: int, frame: Any) -> None:
     del frame
-    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
     for each, handler in previous.items():
       signal.signal(each, handler)
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       request.signal = number
+    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
 
   for number in numbers:
     signal.signal(number, note)

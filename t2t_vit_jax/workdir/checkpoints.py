@@ -107,7 +107,7 @@ class Checkpoints:
     return max(evaluated, key=lambda found: found[1][BEST_METRIC], default=None)
 
   def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
-    """Starts saving `state` under its step; `run` (JSON: model, config) and what computes it travel along.
+    """Starts saving `state` under its step; `run` (JSON: model, config) and the provenance are saved with it.
 
     Raises:
       UserError: there is no room for it, or the save before failed in the background.

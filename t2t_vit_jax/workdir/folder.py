@@ -39,7 +39,7 @@ class Workdir:
   logs: Path
 
   def publish(self) -> None:
-    """Copies `logs` to a bucket; the first process does. A failure is said, for the next call makes up for it."""
+    """Copies `logs` to a bucket, in the first process. Warns if it fails: the next call copies again."""
     if jax.process_index() != 0 or not is_bucket(self.root):
       return
     try:

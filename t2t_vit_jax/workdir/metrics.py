@@ -85,7 +85,7 @@ class Reporter:
       say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
-    """Writes `report.png`; what stands in its way is said, but the run itself is done."""
+    """Writes `report.png`; warns if it fails, since the run itself is done."""
     if self._silent:
       return
     try:

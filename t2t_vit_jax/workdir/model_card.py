@@ -78,8 +78,8 @@ def _plain(value: Any) -> Any:
 def _dataset(config: Config) -> tuple[str, str]:
   """Hub's type of the data, and a name for people."""
   data = config['data']
-  if data['source'] == 'folder':
-    return 'imagefolder', str(data['path'])
+  if data['source'] != 'tfds':
+    return 'imagefolder', str(data['path'])  # the hub's word for data of one's own
   return HUB_DATASETS.get(data['name'], data['name']), data['name']
 
 
@@ -161,8 +161,9 @@ def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[s
 
 
 def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list[str]:
-  kind, dataset = _dataset(config)
-  where = 'an image folder' if kind == 'imagefolder' else 'TensorFlow Datasets'
+  _, dataset = _dataset(config)
+  source = config['data']['source']
+  where = {'tfds': 'TensorFlow Datasets', 'folder': 'an image folder'}.get(source, f'source {source}')
   count = f', {description["train_images"]:,} images' if 'train_images' in description else ''
   share = f' ({description["eval_part"]})' if description.get('eval_part') else ''
   data, size = weights.data, weights.data['image_size']

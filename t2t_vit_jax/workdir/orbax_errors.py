@@ -18,7 +18,7 @@ def leaves_checkpoint_good(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def silence() -> Iterator[list[logging.LogRecord]]:
-  """Leaves it to one exception to say what is wrong with a checkpoint; yields what orbax logs meanwhile."""
+  """Hides what orbax logs and yields it, so that one exception says what is wrong with a checkpoint."""
   logged: list[logging.LogRecord] = []
 
   def keep(record: logging.LogRecord) -> bool:
@@ -36,7 +36,7 @@ def silence() -> Iterator[list[logging.LogRecord]]:
 
 @functools.cache
 def _silence_late_failures() -> None:
-  """Silences for good what fails after the first failure: nobody knows when it is reported.
+  """Silences the tracebacks of reads that fail after the first, for the rest of the process.
 
   Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
   its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
@@ -67,6 +67,6 @@ def first_line(error: BaseException) -> str:
 
 
 def logged_error(logged: Sequence[logging.LogRecord]) -> Exception:
-  """The exception that orbax only logged where it found no description of a checkpoint."""
+  """The exception that orbax (up to 0.12.8) caught and logged when it could not read a checkpoint's description."""
   arguments = [argument for record in logged for argument in record.args or ()]
   return next((x for x in arguments if isinstance(x, Exception)), ValueError('it does not say what it holds'))
