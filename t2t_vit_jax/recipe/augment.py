@@ -104,8 +104,9 @@ class RandomErasing:
 
   def __post_init__(self) -> None:
     check_share('augment.random_erasing_probability', self.probability)
-    check_interval('augment.random_erasing_area', self.area, most=1)
-    check_interval('augment.random_erasing_aspect_ratio', self.aspect_ratio)
+    if self.probability:
+      check_interval('augment.random_erasing_area', self.area, most=1)
+      check_interval('augment.random_erasing_aspect_ratio', self.aspect_ratio)
 
   def __call__(self, rng: Array, images: Array, positions: Array) -> Array:
     """Normalised images (B, H, W, 3)."""

@@ -65,7 +65,7 @@ def _without_folders(config: Config) -> Config:
     if group.get(field) is not None:
       path = PurePath(group[field])
       # All runs' files have the same names: the run's folder says which it is.
-      group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name]))
+      group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name or '.']))
   return config
 
 
