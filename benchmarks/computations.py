@@ -208,12 +208,6 @@ def training_recipe(workload: Workload, mesh: Mesh) -> Recipe:
   return build_recipe(config, mesh, **IMAGENET)
 
 
-def training_arguments(recipe: Recipe) -> tuple[Any, ...]:
-  """Descriptions of what `Recipe.train_step` takes."""
-  rng = describe(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(recipe.mesh))
-  return recipe.abstract_state, recipe.abstract_batch(recipe.order.batch_size), rng
-
-
 def one_device_mesh(device: Any) -> Mesh:
   """A run's mesh of one device."""
   return sharding.make_mesh(default.get_config().mesh, [device])

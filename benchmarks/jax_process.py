@@ -119,7 +119,7 @@ class JaxComputations(Computations):
 
   def _training_step(self, workload: Workload) -> Any:
     recipe = computations.training_recipe(workload, computations.one_device_mesh(self._device))
-    shapes = computations.training_arguments(recipe)[1]
+    shapes = recipe.abstract_train_arguments[1]
     rng = np.random.default_rng(0)
     batch = {
       'image': rng.integers(256, size=shapes['image'].shape, dtype=np.uint8),

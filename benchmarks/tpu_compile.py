@@ -54,7 +54,7 @@ def programs(name: str, workload: Workload, wanted: Sequence[str], device: Any) 
     yield 'value_and_grad', function, (*given, computations.labels_of(workload, where))
   if 'training_step' in wanted and name != computations.YARDSTICK:
     recipe = computations.training_recipe(workload, mesh)
-    yield 'training_step', recipe.train_step, computations.training_arguments(recipe)
+    yield 'training_step', recipe.train_step, recipe.abstract_train_arguments
 
 
 def measure(function: Any, arguments: Any, chip: tpu.Chip) -> dict[str, Any]:

@@ -76,10 +76,7 @@ def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int
 
 def compile_train_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
   """Raises DoesNotFit."""
-  rng = jax.eval_shape(lambda: jax.random.key(0))
-  rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(recipe.mesh))
-  arguments = recipe.abstract_state, recipe.abstract_batch(recipe.order.batch_size), rng
-  return _compile(recipe.train_step, arguments, chip, recipe.accumulate_steps)
+  return _compile(recipe.train_step, recipe.abstract_train_arguments, chip, recipe.accumulate_steps)
 
 
 def compile_eval_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:

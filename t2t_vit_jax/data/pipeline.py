@@ -97,6 +97,6 @@ def eval_transform(config: Any) -> transforms.EvalTransform:
 
 
 def _interpolation(config: Any) -> str:
-  choose(transforms.INTERPOLATIONS, 'data.interpolation', config.data.interpolation)
   name: str = config.data.interpolation
+  choose(transforms.INTERPOLATIONS, 'data.interpolation', name)
   return name

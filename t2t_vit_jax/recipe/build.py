@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import optax
 
 from t2t_vit_jax.data.loader import TrainOrder
-from t2t_vit_jax.errors import UserError, check_positive
+from t2t_vit_jax.errors import UserError, check_positive, choose
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
@@ -23,7 +23,7 @@ from t2t_vit_jax.recipe.checks import check_accumulation
 from t2t_vit_jax.recipe.init_from import pretrained_variables
 from t2t_vit_jax.recipe.state import TrainState, init_state
 
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}  # of computation, by `model.dtype`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,13 @@ class Recipe:
       'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
     }
 
+  @property
+  def abstract_train_arguments(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what `train_step` takes."""
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(self.mesh))
+    return self.abstract_state, self.abstract_batch(self.order.batch_size), rng
+
 
 def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Recipe:
   """Builds what a run computes for data of that many classes and training images.
@@ -100,14 +107,7 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
   if config.model.scan_blocks is None:
     model = model.clone(scan_blocks=loop_is_faster(model, mesh))
   order = TrainOrder(num_train_images, batch_size, config.seed)
-  backbone_factor = config.schedule.backbone_factor
-
-  def rate(peak_factor: float) -> optax.Schedule:
-    return optimizer.learning_rate_schedule(
-      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=batch_size, peak_factor=peak_factor
-    )
-
-  tx = optimizer.make_optimizer(config.optimizer, rate(1.0), rate(backbone_factor))
+  tx, learning_rate = build_optimizer(config, order)
   augmentation = batch_augmentation(config, model.num_classes, batch_size)
   accumulate_steps = config.optimizer.accumulate_steps
   check_accumulation(accumulate_steps, batch_size // mesh.size, mesh.size, augmentation.mixing.group_size)
@@ -121,11 +121,11 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
   train_step = steps.make_train_step(
     model,
     tx,
-    rate(1.0),
+    learning_rate,
     augmentation=augmentation,
     ema_decay=config.ema.decay,
     accumulate_steps=accumulate_steps,
-    head_only=not backbone_factor,
+    head_only=not config.schedule.backbone_factor,
   )
   return Recipe(
     config=config.to_dict() | {'data': config.data.to_dict() | {'batch_size': batch_size}},
@@ -144,6 +144,17 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
     train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))),
     eval_step=make_eval_step(config, mesh, model),
   )
+
+
+def build_optimizer(config: Any, order: TrainOrder) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer for batches in `order`, and the learning rate of the head."""
+  learning_rate, backbone_learning_rate = (
+    optimizer.learning_rate_schedule(
+      config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
+    )
+    for factor in (1.0, config.schedule.backbone_factor)
+  )
+  return optimizer.make_optimizer(config.optimizer, learning_rate, backbone_learning_rate), learning_rate
 
 
 def build_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
@@ -213,9 +224,7 @@ def compute_dtype(config: Any) -> Any:
   Raises:
     UserError: it names none that the models compute in.
   """
-  if config.model.dtype not in DTYPES:
-    raise UserError(f'model.dtype must be {" or ".join(map(repr, DTYPES))}, not {config.model.dtype!r}')
-  return jnp.dtype(config.model.dtype)
+  return choose(DTYPES, 'model.dtype', config.model.dtype)
 
 
 def batch_augmentation(config: Any, num_classes: int, batch_size: int) -> BatchAugmentation:

@@ -23,8 +23,7 @@ def dry_run(config: Any) -> None:
   recipe = run.recipe
   if recipe.init_from is not None:
     recipe.fresh_state()  # reads the file
-  batch = recipe.abstract_batch(recipe.order.batch_size)
-  jax.eval_shape(recipe.train_step, recipe.abstract_state, batch, jax.random.key(0))
+  jax.eval_shape(recipe.train_step, *recipe.abstract_train_arguments)
   for line in summary(run):
     say(line)
   images = recipe.images_per_device // recipe.accumulate_steps

@@ -168,6 +168,11 @@ class Trainer:
     self.checkpoints.save(self.state, metrics=metrics, run=description(self.run))
     self.reporter.publish()
 
+  def save_early(self) -> None:
+    """Saves where nothing was due, and reports the steps since the last report."""
+    self.save()
+    self.reporter.report(self.step, self.faults.num_bad)
+
 
 def _train(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
   """Computes the steps that are left, and returns what the evaluation of the last one gave: `Trainer.evaluate`."""
@@ -220,13 +225,11 @@ def _saved_when_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[N
     if not stop:  # else workers may have got the same signal and died of it
       # Alone: several processes save together or not at all, and the others know nothing of this.
       if isinstance(error, DataError) and jax.process_count() == 1 and trainer.step > trainer.first_step:
-        trainer.save()
-        trainer.reporter.report(trainer.step, trainer.faults.num_bad)
+        trainer.save_early()
       if known := out_of_memory(error, trainer.run.recipe) or lost_process(error):
         raise known from error
       raise
   if stop.signal and trainer.result is None:
-    trainer.save()
-    trainer.reporter.report(trainer.step, trainer.faults.num_bad)  # a worker may have died before the step's report
+    trainer.save_early()
     trainer.checkpoints.wait()  # before it is said that all is saved
     raise Stopped(trainer.step, stop.signal)
