@@ -22,8 +22,6 @@ from t2t_vit_jax.workdir.weight_files import export_checkpoint
 from tests.image_folder import write_image_folder
 from tests.processes import ROOT, finish, free_port, losses, run, start
 
-# Processes, devices of each, devices that divide the state.
-LAYOUTS = [(1, 8, 1), (1, 8, 8), (2, 2, 2), (4, 2, 4)]
 STEPS = 12
 
 
@@ -73,15 +71,8 @@ def final_state(workdir, data_dir):
     return jax.device_get(checkpoints.restore(run.recipe.abstract_state, description(run))[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('processes', 'devices', 'fsdp'), LAYOUTS)
-def test_every_layout_trains_alike(alone, data_dir, tmp_path, processes, devices, fsdp):
-  """From a checkpoint of one device; what it leaves is read by two. The evaluation has 360 images in batches of 100."""
-  workdir = shutil.copytree(alone / 'begun', tmp_path / 'run')
-  output = run(processes, *flags(workdir, data_dir), f'--config.mesh.fsdp={fsdp}', devices=devices)
-  total = processes * devices
-  assert f'mesh: data {total // fsdp} x fsdp {fsdp}; each device has {64 // total} images of a batch' in output
-  assert ('so devices exchange pixels' in output) == (total == 8)
+def check_like_alone(workdir, alone, data_dir):
+  """The workdir of a run in any layout has the same metrics, state and weight files as that of one device."""
   found, expected = losses(workdir), losses(alone / 'run')
   assert list(found) == list(range(1, STEPS + 1))
   assert found == pytest.approx(expected, rel=1e-5)
@@ -95,6 +86,17 @@ def test_every_layout_trains_alike(alone, data_dir, tmp_path, processes, devices
   assert written == {path.name: path.read_bytes() for path in (workdir / 'weights').iterdir()}
   assert len(written) == 3
   assert (workdir / 'per_class.csv').read_text() == (alone / 'run' / 'per_class.csv').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fsdp', [1, 8])
+def test_eight_devices_train_alike(alone, data_dir, tmp_path, fsdp):
+  """From a checkpoint of one device; what it leaves is read by two. The evaluation has 360 images in batches of 100."""
+  workdir = shutil.copytree(alone / 'begun', tmp_path / 'run')
+  output = run(1, *flags(workdir, data_dir), f'--config.mesh.fsdp={fsdp}', devices=8)
+  assert f'mesh: data {8 // fsdp} x fsdp {fsdp}; each device has 8 images of a batch' in output
+  assert 'so devices exchange pixels' in output
+  check_like_alone(workdir, alone, data_dir)
 
 
 @pytest.fixture(scope='module')
@@ -131,10 +133,14 @@ def test_two_processes_train_alike_on_an_image_folder(folder_flags, folder_alone
 
 @pytest.mark.slow
 def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir, tmp_path):
-  everyone = flags(tmp_path / 'run', data_dir, **{'checkpoint.every_steps': 4, 'distributed.timeout_s': 40})
-  processes = start(4, *everyone, devices=2)
+  """Four processes of two devices each, then two; both divide the state, and train like one device."""
+  workdir = shutil.copytree(alone / 'begun', tmp_path / 'run')
+  everyone = flags(workdir, data_dir, **{'checkpoint.every_steps': 4, 'distributed.timeout_s': 40})
+  processes = start(4, *everyone, '--config.mesh.fsdp=4', devices=2)
+  output = []
   for line in processes[0].stdout:
-    if line.startswith(f'step 6/{STEPS}'):
+    output.append(line)
+    if line.startswith(f'step 7/{STEPS}'):
       break
   processes[2].kill()
   killed = time.monotonic()
@@ -144,12 +150,20 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
     # Either a transfer fails, or it waits for the dead one until JAX itself ends the process.
     expected = {2: 'cannot reach the others any more', -signal.SIGABRT: 'another task died'}
     assert expected[code] in errors
-  output = run(2, *everyone, devices=2)
+  assert any('mesh: data 2 x fsdp 4; each device has 8 images of a batch' in line for line in output)
+  assert any('so devices exchange pixels' in line for line in output)
+  rows = losses(workdir)
+  assert {step: rows[step] for step in range(1, 5)} == pytest.approx(
+    dict(list(losses(alone / 'run').items())[:4]), rel=1e-5
+  )
+
+  output = run(2, *everyone, '--config.mesh.fsdp=2', devices=2)
+  assert 'mesh: data 2 x fsdp 2; each device has 16 images of a batch' in output
+  assert 'so devices exchange pixels' not in output
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
   assert begun % 4 == 0
   assert 4 <= begun < STEPS
-  assert losses(tmp_path / 'run') == pytest.approx(losses(alone / 'run'), rel=1e-5)
-  assert evaluations(tmp_path / 'run') == [row for row in evaluations(alone / 'run') if row[0] == STEPS]
+  check_like_alone(workdir, alone, data_dir)
 
 
 @pytest.mark.slow
