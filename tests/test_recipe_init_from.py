@@ -124,7 +124,7 @@ def test_what_does_not_fit_gets_one_line(weights, changes, message):
 
 def test_data_fields_that_make_no_sense_are_refused(weights):
   for data in ({}, {'image_size': (64, 96)}, {'image_size': 64, 'crop_fraction': 'all'}):
-    with pytest.raises(UserError, match=r'^file has no data\.(image_size|crop_fraction) that fits here: set --config'):
+    with pytest.raises(UserError, match=r'^file has no usable data\.(image_size|crop_fraction): set --config'):
       resolve_for_evaluation(finetuning(weights), data, 'file')
 
 

@@ -51,9 +51,9 @@ def test_devices_of_a_process_are_neighbours_in_its_order():
   [
     (-1, -1, 1, 'one of them may be -1'),
     (0, 1, 1, 'both must be positive'),
-    (-1, 3, 1, 'does not fit 8 devices, which 3 does not divide'),
+    (-1, 3, 1, 'does not fit 8 devices: that is no multiple of 3'),
     (4, 4, 1, 'needs 16 devices, but there are 8'),
-    (2, 2, 2, 'leaves out some of the 8 devices of 2 processes'),
+    (2, 2, 2, 'leaves out some of 8 devices of 2 processes; -1 takes all'),
   ],
 )
 def test_meshes_that_do_not_fit(data, fsdp, processes, message):

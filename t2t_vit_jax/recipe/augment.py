@@ -1,8 +1,7 @@
 """Augments a batch on the device: mixing, normalisation and random erasing, in the published order.
 
 The reference mixes the uint8 crops and rounds the result to uint8 again, then normalises, then erases.
-All randomness follows from the key that is passed in and an image's position in the step's batch, and not from how
-that batch is spread over devices or divided into micro-batches.
+Random draws follow from the key and an image's position in the step's batch: devices and micro-batches don't matter.
 """
 
 import dataclasses
@@ -25,17 +24,16 @@ def soft_targets(labels: Array, num_classes: int, label_smoothing: float) -> Arr
 
 
 def keys_at(rng: Array, positions: Array) -> Array:
-  """A key for each image, (B,), that its position in the step's batch decides, whatever device holds it."""
+  """Keys (B,), one for each image, by its position in the step's batch, whatever device holds it."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, positions)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """Mixup or cutmix within groups of consecutive images; every image's partner is its mirror in the group.
+  """Mixes consecutive images by mixup or cutmix: image i of a group of n is mixed with image n - 1 - i.
 
-  The reference draws once for each GPU's batch of 64 images. Groups keep that, whatever the number of
-  devices. With both alphas positive, cutmix has its probability and mixup the rest; with one, it is
-  always that one; with none, nothing is mixed.
+  A group shares one draw, as the 64 images of a GPU do in the reference, whatever the number of devices. If both alphas
+  are positive, cutmix is drawn with `cutmix_probability`, else mixup. If one is, it is always used; if none, neither.
   """
 
   mixup_alpha: float
@@ -59,7 +57,7 @@ class Mixing:
     weights = jax.vmap(lambda key: self.draw_weights(key, height, width))(keys)  # (groups, H, W)
 
     x = images.reshape(num_groups, self.group_size, height, width, channels)
-    partners = x[:, ::-1]  # as bytes: they may come from another device
+    partners = x[:, ::-1]  # still uint8: a transfer from another device is smaller
     weight = weights[:, None, :, :, None]
     x = jnp.round(x.astype(jnp.float32) * weight + partners.astype(jnp.float32) * (1 - weight))
     y = targets.reshape(num_groups, self.group_size, -1)
@@ -74,7 +72,7 @@ class Mixing:
       use_cutmix = jax.random.bernoulli(choice_rng, self.cutmix_probability)
     else:
       use_cutmix = jnp.asarray(bool(self.cutmix_alpha))
-    # Side by side: the sampler of the beta distribution takes long to compile.
+    # One vmapped call for both: the sampler of the beta distribution takes long to compile.
     alphas = jnp.array([self.mixup_alpha or 1.0, self.cutmix_alpha or 1.0])
     own_share, cutmix_share = jax.vmap(jax.random.beta)(jnp.stack([mixup_rng, cutmix_rng]), alphas, alphas)
     inside = _cutmix_box(box_rng, jnp.sqrt(1 - cutmix_share), height, width)
@@ -82,7 +80,7 @@ class Mixing:
 
 
 def _cutmix_box(rng: Array, side_ratio: Array, height: int, width: int) -> Array:
-  """(H, W) float32: 1 in a box of `side_ratio` of each side around a random centre, cut off at the borders."""
+  """Mask (H, W) float32: 1 in a box of `side_ratio` of each side around a random centre, cut off at the borders."""
 
   def inside(size: int, key: Array) -> Array:
     half = jnp.floor(size * side_ratio).astype(jnp.int32) // 2
@@ -96,7 +94,7 @@ def _cutmix_box(rng: Array, side_ratio: Array, height: int, width: int) -> Array
 
 @dataclasses.dataclass(frozen=True)
 class RandomErasing:
-  """Replaces one box in a share of the images by noise from N(0, 1), each pixel and channel its own."""
+  """Replaces a box by noise from N(0, 1), drawn for each pixel and channel, in a share of the images."""
 
   probability: float
   area: tuple[float, float]  # share of the image, drawn uniformly
@@ -109,19 +107,19 @@ class RandomErasing:
       check_interval('augment.random_erasing_aspect_ratio', self.aspect_ratio)
 
   def __call__(self, rng: Array, images: Array, positions: Array) -> Array:
-    """Normalised images (B, H, W, 3)."""
+    """Erases in normalised images (B, H, W, 3)."""
     if not self.probability:
       return images
     return jax.vmap(self.erase)(keys_at(rng, positions), images)
 
   def erase(self, rng: Array, image: Array) -> Array:
-    """One image, (H, W, 3)."""
+    """Erases in one image (H, W, 3)."""
     box_rng, noise_rng = jax.random.split(rng)
     erased = self.draw_mask(box_rng, image.shape[0], image.shape[1])
     return jnp.where(erased[..., None], jax.random.normal(noise_rng, image.shape, image.dtype), image)
 
   def draw_mask(self, rng: Array, height: int, width: int) -> Array:
-    """(H, W): True inside the first of ten boxes that is smaller than the image; all False if none is."""
+    """Mask (H, W): True inside the first of ten boxes that is smaller than the image; all False to erase nothing."""
     apply_rng, area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 5)
     tries = (ERASING_TRIES,)
     area = height * width * jax.random.uniform(area_rng, tries, minval=self.area[0], maxval=self.area[1])
@@ -142,7 +140,7 @@ class RandomErasing:
 
 @dataclasses.dataclass(frozen=True)
 class BatchAugmentation:
-  """The device's part of augmentation: uint8 images and labels to what the model and the loss take."""
+  """The device's part of augmentation: from uint8 images and labels to the model's images and the loss's targets."""
 
   num_classes: int
   label_smoothing: float
@@ -154,9 +152,9 @@ class BatchAugmentation:
     check_share('augment.label_smoothing', self.label_smoothing)
 
   def __call__(self, rng: Array, images: Array, labels: Array, positions: Array) -> tuple[Array, Array]:
-    """(B, H, W, 3) uint8, (B,) and (B,) -> (B, H, W, 3) float32 and (B, K).
+    """Augments images (B, H, W, 3) uint8 with labels (B,): images (B, H, W, 3) float32 and targets (B, K).
 
-    `positions` are the images' in the batch of the whole step; mixing groups are to be given as a whole.
+    `positions` (B,) are the images' positions in the batch of the whole step. Mixing groups must be complete.
     """
     mixing_rng, erasing_rng = jax.random.split(rng)
     targets = soft_targets(labels, self.num_classes, self.label_smoothing)

@@ -31,7 +31,7 @@ class Recipe:
   """The computations of a run on the devices of a mesh, without its data."""
 
   config: dict[str, Any]  # all fields that it was built from, to be saved and shown
-  configured_batch_size: int  # images; `order` has the one that fits the data
+  configured_batch_size: int  # images; `order.batch_size` may be smaller, see `fitting_batch_size`
   mesh: Mesh
   model: T2TViT
   init_from: str | None  # the weight file to start from
@@ -42,7 +42,7 @@ class Recipe:
   ema_decay: float  # 0 without a moving average of the weights
   total_steps: int
   abstract_state: TrainState  # shapes, dtypes and shardings
-  make_state: Callable[..., TrainState]  # from the run's rng, and variables if they are not to be random
+  make_state: Callable[..., TrainState]  # (rng, variables=None) -> state, random without variables
   train_step: jax.stages.Wrapped  # (state, batch, rng) -> (state, metrics), see `steps.make_train_step`
   eval_step: jax.stages.Wrapped  # (variables, batch) -> sums, see `steps.make_eval_step`
 
@@ -58,15 +58,15 @@ class Recipe:
 
   @functools.cached_property
   def rng(self) -> jax.Array:
-    """The run's random key; steps derive theirs from it by number."""
-    # Made on the devices: device_put does not reach those of other processes.
+    """The run's random key; each step derives its keys from it and the step's number."""
+    # Made on the devices: device_put does not reach the devices of other processes.
     return jax.jit(lambda: jax.random.key(self.order.seed), out_shardings=sharding.replicated(self.mesh))()
 
   def fresh_state(self) -> TrainState:
     """The state before the first step: random, or with the weights of the file `init_from`.
 
     Raises:
-      UserError: they can't be read, or are another model's.
+      UserError: the file can't be read, or holds another model.
     """
     if self.init_from is None:
       return self.make_state(self.rng)
@@ -75,27 +75,27 @@ class Recipe:
 
   def abstract_batch(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `count` images."""
-    size, where = self.model.image_size, sharding.over_batch(self.mesh)
+    size, batch_sharding = self.model.image_size, sharding.over_batch(self.mesh)
     return {
-      'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=where),
-      'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=where),
-      'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
+      'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=batch_sharding),
+      'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=batch_sharding),
+      'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=batch_sharding),
     }
 
   @property
   def abstract_train_arguments(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what `train_step` takes."""
+    """Shapes, dtypes and shardings of the arguments of `train_step`."""
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=sharding.replicated(self.mesh))
     return self.abstract_state, self.abstract_batch(self.order.batch_size), rng
 
 
 def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Recipe:
-  """Builds what a run computes for data of that many classes and training images.
+  """Builds the computations of a run; its devices and data need only be described.
 
   Args:
     config: resolved; see `init_from.resolve`.
-    mesh: the devices, which may be described only.
+    mesh: of devices that are present or only described.
     num_classes: of the data.
     num_train_images: of the data.
 
@@ -147,7 +147,7 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
 
 
 def build_optimizer(config: Any, order: TrainOrder) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer for batches in `order`, and the learning rate of the head."""
+  """The optimizer for the batches of `order`, and the learning rate of the head."""
   learning_rate, backbone_learning_rate = (
     optimizer.learning_rate_schedule(
       config.schedule, steps_per_epoch=order.steps_per_epoch, batch_size=order.batch_size, peak_factor=factor
@@ -158,10 +158,10 @@ def build_optimizer(config: Any, order: TrainOrder) -> tuple[optax.GradientTrans
 
 
 def build_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of `config.mesh`, of all devices or of those given, which divide a batch among them.
+  """The mesh of `config.mesh`, of `devices` or of all that are present.
 
   Raises:
-    UserError: they can't.
+    UserError: the devices don't fit the mesh, or cannot divide a batch evenly.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check_batch_size(config.data.batch_size, mesh)
@@ -173,7 +173,7 @@ def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
 
   Without a loop XLA:CPU computes the gradient of the residual stream anew for each block; see docs/performance.md.
   """
-  several_blocks = model.depth > 2 and not model.block_class.grows  # the last is no part of the loop
+  several_blocks = model.depth > 2 and not model.block_class.grows  # the last block is no part of the loop
   return several_blocks and model.dtype == jnp.float32 and mesh.devices.flat[0].platform == 'cpu'
 
 
@@ -189,13 +189,13 @@ def fitting_batch_size(data: Any, mesh: Mesh, num_train_images: int) -> int:
 
 
 def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped:
-  """The jitted `steps.make_eval_step` for images with the values of `config.data`."""
+  """The jitted `steps.make_eval_step` for images that are normalised as `config.data` says."""
   step = steps.make_eval_step(model, normalization=normalization(config))
   return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 
 def eval_batch_size(config: Any, mesh: Mesh) -> int:
-  """`config.data.eval_batch_size`, rounded up to what the devices divide: padding is masked out."""
+  """`config.data.eval_batch_size`, rounded up to a multiple of the number of devices: padding is masked out."""
   return math.ceil(config.data.eval_batch_size / mesh.size) * mesh.size
 
 
@@ -205,7 +205,7 @@ def normalization(config: Any) -> Normalization:
 
 
 def build_model(config: Any, num_classes: int) -> T2TViT:
-  """The model of `config.model`; fields that are None stay as the named variant has them, or `T2TViT` without a name.
+  """The model of `config.model`; where a field is None, the named variant decides, or `T2TViT` if there is no name.
 
   Raises:
     UserError: unknown model, dtype or argument.
@@ -222,7 +222,7 @@ def compute_dtype(config: Any) -> Any:
   """The dtype that `config.model.dtype` names.
 
   Raises:
-    UserError: it names none that the models compute in.
+    UserError: the models cannot compute in it.
   """
   return choose(DTYPES, 'model.dtype', config.model.dtype)
 

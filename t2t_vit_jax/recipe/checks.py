@@ -1,4 +1,4 @@
-"""Numbers in a config that make no sense, refused before anything is built from them."""
+"""Refuses numbers in a config that make no sense, before anything is built from them."""
 
 import functools
 from typing import Any
@@ -66,7 +66,7 @@ def check_ranges(config: Any) -> None:
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
   if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
-    raise UserError('data.mean and data.std must have three numbers each, those of std positive')
+    raise UserError('data.mean and data.std must have three numbers each, all positive in data.std')
 
 
 def check_accumulation(accumulate_steps: int, images_per_device: int, num_devices: int, group_size: int) -> None:
@@ -74,9 +74,9 @@ def check_accumulation(accumulate_steps: int, images_per_device: int, num_device
 
   Args:
     accumulate_steps: the number of micro-batches, `optimizer.accumulate_steps`.
-    images_per_device: of a batch.
+    images_per_device: images of a batch on each device.
     num_devices: for the message.
-    group_size: images that are mixed with each other; 1 where none are.
+    group_size: images of a mixing group; 1 if nothing is mixed.
   """
   counts = range(1, images_per_device + 1)
   fitting = [n for n in counts if n == 1 or images_per_device % (n * group_size) == 0]
@@ -84,8 +84,7 @@ def check_accumulation(accumulate_steps: int, images_per_device: int, num_device
     groups = f' into whole groups of augment.mixing_group_size {group_size}' if group_size > 1 else ''
     raise UserError(
       f'optimizer.accumulate_steps {accumulate_steps} does not divide the {images_per_device} images of each of '
-      f'{num_devices} device(s)'
-      f'{groups}: set it to {" or ".join(map(str, fitting))}'
+      f'{num_devices} device(s){groups}: set it to {" or ".join(map(str, fitting))}'
     )
 
 

@@ -32,7 +32,7 @@ class Accuracy:
   correct_top5: int  # the label is among the five best
   count: int
   loss_sum: float  # cross entropy, without label smoothing
-  unreadable: int = 0  # images that could not be read: counted as wrong, with the loss of an even guess
+  unreadable: int = 0  # images that could not be read: counted as wrong, with the loss of a uniform guess
   class_correct: tuple[int, ...] = ()  # by label, of the images that could be read; not part of `as_dict`
   class_count: tuple[int, ...] = ()
   class_names: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Accuracy:
     return {**sums, 'top1': self.top1, 'top5': self.top5, 'loss': self.loss}
 
   def class_table(self) -> list[str]:
-    """Lines for people, the worst class first and those without an image last; none if they would fill a screen."""
+    """Lines for people, the worst class first, classes without image last; none for more than `MAX_CLASSES_SHOWN`."""
     if not 0 < len(self.class_names) <= MAX_CLASSES_SHOWN:
       return []
     rows = sorted(
@@ -100,9 +100,9 @@ class Evaluator:
   Attributes:
     step: see `steps.make_eval_step`.
     source: the split.
-    transform: from an image to the model's input.
+    transform: from a decoded image to one of the model's size.
     share: this process's part of each batch.
-    workers: how this process prepares its images.
+    workers: processes and threads that prepare its images.
     mesh: the devices.
     split: its name, for messages.
   """
@@ -118,18 +118,18 @@ class Evaluator:
   def __call__(
     self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False
   ) -> dict[str, Accuracy]:
-    """Accuracy of each set of weights: variables by name, such as 'raw' and 'ema'.
+    """Accuracy of each of `weights`, variables by name, such as 'raw' and 'ema'.
 
-    Ends early, with the images so far, as soon as `stop` says so. Images that cannot be read are named to `warn`.
+    Ends early, with the images so far, once `stop` returns True. Images that cannot be read are named to `warn`.
 
     Raises:
-      DataError: a label is none of the classes', or a worker died.
+      DataError: a label belongs to no class, or a worker died.
     """
     faults = Faults(self.source, warn, 'it counts as wrong')
     with contextlib.closing(eval_batches(self.source, self.transform, self.share, self.workers)) as batches:
       until_stop = itertools.takewhile(lambda _: not stop(), faults.check(batches))
-      found = evaluate(self.step, weights, until_stop, self.mesh)
-    return {kind: dataclasses.replace(each, class_names=self.source.class_names) for kind, each in found.items()}
+      accuracies = evaluate(self.step, weights, until_stop, self.mesh)
+    return {kind: dataclasses.replace(each, class_names=self.source.class_names) for kind, each in accuracies.items()}
 
 
 def evaluate(
@@ -157,7 +157,7 @@ def evaluate(
 
 
 def _total(rows: list[dict[str, np.ndarray]]) -> Accuracy:
-  # float32 holds a batch's counts exactly, but not a large split's: added up as integers.
+  # Added up as integers: float32 holds a batch's counts exactly, but not a large split's.
   return Accuracy(
     correct=sum(int(row['top1']) for row in rows),
     correct_top5=sum(int(row['top5']) for row in rows),

@@ -16,11 +16,10 @@ DATA_FIELDS = ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std')  #
 
 
 def resolve(config: Any) -> Any:
-  """Checks a copy of `config` and fills its open fields: the result is what a run is built from.
+  """Returns a checked copy of `config` with its open fields filled, from which a run is built.
 
-  Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`.
-  Weights of a model without a name set the other fields of `config.model` instead. Without such a None the file is not
-  read.
+  Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`. If
+  that file's model has no name, its arguments fill `config.model` instead. The file is read only if a field is open.
 
   Raises:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
@@ -30,10 +29,10 @@ def resolve(config: Any) -> Any:
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
     raise UserError(
-      f'{", ".join(open_fields)} must be set: set them, or give --config.init_from=FILE, a weight file that has them'
+      f'{", ".join(open_fields)} must be set: on the command line, or by a weight file, --config.init_from=FILE'
     )
   if open_fields:
-    weights = _load(config)
+    weights = _load_init_from(config)
     _set_data_fields(config, weights.data, config.init_from)
     if config.model.name is None:
       config.model.name = weights.model
@@ -41,15 +40,15 @@ def resolve(config: Any) -> Any:
         _describe_model(config, weights)
   check_ranges(config)
   if config.model.name:
-    get_variant(config.model.name)  # says that there is no such model before data is prepared
+    get_variant(config.model.name)  # an unknown model is refused before data is opened
   return config
 
 
 def resolve_for_evaluation(config: Any, data: Mapping[str, Any], origin: str) -> Any:
-  """A checked copy of `config` for weights whose images are prepared as `data` says where `config.data` is None.
+  """Returns a checked copy of `config` whose open fields of `config.data` have the values of `data`, the weights' own.
 
   Raises:
-    UserError: `data` has no sensible values, or a field is out of its range; it names `origin`.
+    UserError: `data` lacks such a value (the message names its `origin`), or a field is out of its range.
   """
   config = copy.deepcopy(config)
   _set_data_fields(config, data, origin)
@@ -64,21 +63,21 @@ def _set_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> None:
         value = data[field]
         config.data[field] = tuple(map(float, value)) if field in ('mean', 'std') else value
       except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{origin} has no data.{field} that fits here: set --config.data.{field}=...') from error
+        raise UserError(f'{origin} has no usable data.{field}: set --config.data.{field}=...') from error
 
 
-def _load(config: Any) -> Weights:
+def _load_init_from(config: Any) -> Weights:
   settings = {field: config.model[field] for field in ('num_heads', 'qk_scale') if config.model[field] is not None}
   try:
     return load(Path(config.init_from), Options(model_name=config.model.name, settings=settings))[0]
   except UserError as error:
-    # The advice is for the command line of convert_torch_weights.py.
+    # The message names flags of convert_torch_weights.py: these are the config's fields for them.
     advice = str(error).replace('--model=', '--config.model.name=').replace('--set=', '--config.model.')
     raise UserError(f'init_from: {advice}') from error
 
 
 def _describe_model(config: Any, weights: Weights) -> None:
-  """Sets the fields of `config.model` that are None to those of a model without a name."""
+  """Sets the fields of `config.model` that are None to the arguments of the weights' model, which has no name."""
   if weights.arguments['block_type'] != 'standard':
     raise UserError(
       f'init_from: {config.init_from} holds a {weights.arguments["block_type"]} model without a name, which a config '
@@ -90,20 +89,20 @@ def _describe_model(config: Any, weights: Weights) -> None:
 
 
 def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
-  """Variables of a file that `load_pretrained` reads, for `model`: with its head and its image size.
+  """Variables of the weight file `path` for `model`, fitted to its number of classes and image size.
 
-  A head of another number of classes is made anew, from `seed`.
+  If the file's head has another number of classes, a new one is made from `seed`.
 
   Raises:
     UserError: the file can't be read, or holds another model.
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-  loaded, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
-  wrong = [
-    f'{field}={getattr(loaded, field)} instead of {getattr(model, field)}'
+  loaded_model, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
+  differences = [
+    f'{field}={getattr(loaded_model, field)} instead of {getattr(model, field)}'
     for field in ARCHITECTURE
-    if getattr(loaded, field) != getattr(model, field)
+    if getattr(loaded_model, field) != getattr(model, field)
   ]
-  if wrong:
-    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(wrong)}')
+  if differences:
+    raise UserError(f'init_from: {path} holds another model than the config: {", ".join(differences)}')
   return variables

@@ -25,8 +25,8 @@ def learning_rate_schedule(
     config: `config.schedule` of a run.
     steps_per_epoch: optimizer steps in one epoch.
     batch_size: images in one step, of all devices.
-    peak_factor: of the peak alone; the warmup's start and the final rate are common to all parameters, as in the
-      reference's transfer to CIFAR. 0 for parameters that are not trained: 0 always.
+    peak_factor: multiplies the peak alone; the warmup's start and the final rate are the same for all parameters, as
+      in the reference's transfer to CIFAR. With 0 the rate is always 0, for parameters that are not trained.
 
   Raises:
     UserError: `config.granularity` is neither 'epoch' nor 'step'.
@@ -55,7 +55,7 @@ def total_steps(config: Any, steps_per_epoch: int) -> int:
 
 
 def weight_decay_mask(params: Any) -> Any:
-  """True for the parameters that decay: all but biases, LayerNorm's and the cls token."""
+  """True for the parameters that decay: all but biases, LayerNorm parameters and the cls token."""
 
   def decays(path: tuple[Any, ...], leaf: Any) -> bool:
     return leaf.ndim - (path[0].key == STACK) > 1 and path[-1].key not in UNDECAYED
@@ -64,7 +64,7 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def adamw(config: Any) -> optax.GradientTransformation:
-  """AdamW: weight decay is multiplied by the learning rate, and spares what `weight_decay_mask` says."""
+  """AdamW: weight decay is multiplied by the learning rate, and applied where `weight_decay_mask` is True."""
   return optax.chain(
     optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
     optax.add_decayed_weights(config.weight_decay, weight_decay_mask),
@@ -76,8 +76,8 @@ def sgd(config: Any) -> optax.GradientTransformation:
   return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.trace(config.momentum))
 
 
-# What makes the direction of an update from `config.optimizer`, by `name`; the learning rate comes after it.
-# docs/extending.md adds one.
+# By `config.optimizer.name`: from `config.optimizer` to the transformation that gives an update its direction. The
+# learning rate comes after it. docs/extending.md adds an optimizer.
 OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
 
 
@@ -89,7 +89,7 @@ def make_optimizer(
   Args:
     config: `config.optimizer` of a run.
     learning_rate: of the head.
-    backbone_learning_rate: of everything else. The reference's transfer to CIFAR leaves the cls token and the last
+    backbone_learning_rate: of all other parameters. The reference's transfer to CIFAR leaves the cls token and the last
       LayerNorm out of its optimizer, apparently by oversight; here they belong to the backbone.
 
   Raises:

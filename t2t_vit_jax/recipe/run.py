@@ -37,7 +37,7 @@ class Run:
   evaluator: Evaluator
 
   def train_faults(self, warn: Callable[[str], None]) -> Faults:
-    """Makes the checker of training batches; see `train_batches`."""
+    """The checker for the batches of `train_batches`."""
     return Faults(self.train_source, warn, 'the next one takes its place', self.max_bad_fraction)
 
   def train_batches(self, first_step: int, workers: loader.Workers | None = None) -> Generator[loader.Batch]:
@@ -53,10 +53,10 @@ class Run:
     )
 
   def augmented(self, batch: loader.Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Replays the augmentation of step number `step` for images of this process's part of its batch, from the first on.
+    """Replays the augmentation of step `step` for `batch`, all or the first images of this process's part.
 
     Returns:
-      Normalised images (B, H, W, 3), and the keys of the model's random layers (of the first micro-batch).
+      Normalised images (B, H, W, 3), and the keys of the model's random layers for the first micro-batch.
     """
     order, augmentation = self.recipe.order, self.recipe.augmentation
     augmentation_rng, dropout_rng = steps.step_keys(jax.random.key(order.seed), step - 1)
@@ -71,9 +71,9 @@ class Run:
     return {name: array[: group_size * math.ceil(SAMPLE_IMAGES / group_size)].copy() for name, array in batch.items()}
 
   def pictures(self, batch: loader.Batch, step: int) -> np.ndarray:
-    """Some images of `augmented` for people, (N, H, W, 3) uint8."""
-    images, values = self.augmented(batch, step)[0][:SAMPLE_IMAGES], self.recipe.augmentation.normalization
-    pixels = 255 * (np.asarray(images) * np.array(values.std) + np.array(values.mean))
+    """The first images that `augmented` gives, as pictures (N, H, W, 3) uint8."""
+    images, normalization = self.augmented(batch, step)[0][:SAMPLE_IMAGES], self.recipe.augmentation.normalization
+    pixels = 255 * (np.asarray(images) * np.array(normalization.std) + np.array(normalization.mean))
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
   def evaluate(
@@ -114,10 +114,10 @@ def _build(config: Any) -> Run:
 def make_evaluator(
   config: Any, mesh: Mesh, model: T2TViT, eval_step: Callable[..., dict[str, jax.Array]], source: Source
 ) -> Evaluator:
-  """Builds the `Evaluator` of `model` on `source`, with images and batches as `config.data` has them.
+  """Builds the `Evaluator` of `model` on `source`; `config.data` decides about images and batches.
 
   Raises:
-    UserError: model and source have different numbers of classes, or a transform's field is wrong.
+    UserError: model and source have different numbers of classes, or a field of the transform is wrong.
   """
   if model.num_classes != len(source.class_names):
     raise UserError(

@@ -16,15 +16,15 @@ MIN_DIVIDED_SIZE = 2**14
 
 
 def make_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of `config.mesh`: `data` x `fsdp` devices; one of them may be -1, for as many as there are.
+  """The mesh of `config.mesh`: `data` x `fsdp` devices; one of the two may be -1, for the rest of the devices.
 
   Each process's devices are neighbours in it, and processes follow each other by number: so every process reads one
-  block of each batch, and the batch is the same for any number of them. The axis `fsdp` runs through neighbours first,
-  which have the fastest connection.
+  block of each batch, and the batch is the same for any number of processes. The axis `fsdp` runs through neighbours
+  first, which have the fastest connection.
 
   Args:
     config: `config.mesh` of a run.
-    devices: all of the present ones if None; else described ones of another machine.
+    devices: None for all that are present; or descriptions of devices elsewhere.
 
   Raises:
     UserError: the numbers don't fit the devices.
@@ -38,13 +38,13 @@ def make_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
   if -1 in sizes:
     rest, left_over = divmod(len(available), -math.prod(sizes))
     if left_over:
-      raise UserError(f'{asked} does not fit {len(available)} devices, which {-math.prod(sizes)} does not divide')
+      raise UserError(f'{asked} does not fit {len(available)} devices: that is no multiple of {-math.prod(sizes)}')
     sizes[sizes.index(-1)] = rest
   wanted = math.prod(sizes)
   if wanted > len(available):
     raise UserError(f'{asked} needs {wanted} devices, but there are {len(available)}; -1 takes as many as there are')
   if wanted < len(available) and num_processes > 1:
-    raise UserError(f'{asked} leaves out some of the {len(available)} devices of {num_processes} processes')
+    raise UserError(f'{asked} leaves out some of {len(available)} devices of {num_processes} processes; -1 takes all')
   return Mesh(np.array(available[:wanted]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -61,19 +61,19 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   """Sharding of an array of the training state: one rule for parameters, moving average and optimizer.
 
-  Its longest axis that the axis `fsdp` of the mesh divides is divided (the first of equal ones). Small arrays, and
-  those without such an axis, are on every device.
+  The longest axis that `fsdp` divides evenly is divided, the first if several are equally long. Small arrays, and
+  arrays without such an axis, are on every device.
   """
-  count = mesh.shape['fsdp']
-  divisible = [size if size % count == 0 else 0 for size in shape]
-  if count == 1 or math.prod(shape) < MIN_DIVIDED_SIZE or not any(divisible):
+  num_parts = mesh.shape['fsdp']
+  divisible = [size if size % num_parts == 0 else 0 for size in shape]
+  if num_parts == 1 or math.prod(shape) < MIN_DIVIDED_SIZE or not any(divisible):
     return replicated(mesh)
   axis = divisible.index(max(divisible))
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
 
 def divided(state: Any, mesh: Mesh) -> Any:
-  """Descriptions of a training state's arrays, of which `state` has shapes and dtypes, and of where they live."""
+  """Describes a training state: shapes and dtypes of the arrays of `state`, and the sharding of each."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(x.shape, mesh)), state)
 
 
@@ -88,7 +88,7 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Bytes that each device holds of arrays, or of their descriptions, that have a sharding."""
+  """Bytes on each device of the arrays of `tree`, which may be descriptions with a sharding."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * jax.numpy.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
   )

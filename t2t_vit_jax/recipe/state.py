@@ -15,10 +15,10 @@ Tree = Any
 
 
 class TrainState(struct.PyTreeNode):
-  """One unit: saved, restored and passed from step to step together."""
+  """The state of a run, saved, restored and passed from step to step as one unit."""
 
   step: Array  # () int32, optimizer steps done
-  params: Tree  # of a model with `scan_blocks` stacked, here, in `ema` and in `opt_state`: see `stack_blocks`
+  params: Tree  # with `scan_blocks` the blocks are stacked, in `ema` and `opt_state` too: see `stack_blocks`
   frozen: Tree  # position table and random projections: stored, never trained
   ema: Tree  # moving average of `params`; empty where the run keeps none
   opt_state: optax.OptState
@@ -40,7 +40,7 @@ def init_state(
   """A fresh state for square images of `image_size` px with three channels; `variables` replace random ones."""
   if variables is None:
     variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
-  # Stacked, the optimizer's programs too are those of few arrays.
+  # Stacked before the optimizer sees them: its programs too then have few arrays.
   params = stack_blocks(variables['params']) if model.scan_blocks else variables['params']
   return TrainState(
     step=jnp.zeros((), jnp.int32),

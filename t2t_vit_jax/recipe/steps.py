@@ -29,9 +29,9 @@ def make_train_step(
   """Returns `step(state, batch, rng) -> (state, metrics)`: one update by the optimizer and the moving average.
 
   Where the loss or a gradient is not finite, `applied` is False in the metrics and only the step's number changes.
-  `rng` is the run's: each step derives its own from its number, so a resumed run draws the same. The batch goes through
-  the model in `accumulate_steps` parts, one after the other; with `head_only` nothing else gets a gradient. In profiles
-  loss, augmentation, optimizer and moving_average are scopes beside the model's modules.
+  `rng` is the run's: each step derives its keys from it by number, so a resumed run draws the same. The batch goes
+  through the model in `accumulate_steps` parts, one after the other; with `head_only` only the head gets a gradient. In
+  profiles loss, augmentation, optimizer and moving_average are scopes beside the model's modules.
   """
 
   def train_step(state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -48,8 +48,9 @@ def make_train_step(
       number, part = numbered
       with jax.named_scope('augmentation'):
         images, targets = augmentation(augmentation_rng, part['image'], part['label'], part['position'])
-      found = jax.value_and_grad(loss_of)(state.params, images, targets, jax.random.fold_in(dropout_rng, number))
-      return jax.tree.map(jnp.add, sums, found), None
+      part_rng = jax.random.fold_in(dropout_rng, number)
+      loss_and_gradients = jax.value_and_grad(loss_of)(state.params, images, targets, part_rng)
+      return jax.tree.map(jnp.add, sums, loss_and_gradients), None
 
     batch = {'image': batch['image'], 'label': batch['label'], 'position': jnp.arange(len(batch['label']))}
     zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
@@ -83,9 +84,9 @@ def step_keys(rng: Array, step: Array | int) -> tuple[Array, Array]:
 
 
 def micro_batches(batch: Batch, count: int, group_size: int) -> Batch:
-  """(B, ...) -> (count, B / count, ...): groups of neighbours, dealt in turn like cards.
+  """Divides a batch, (B, ...) -> (count, B / count, ...): groups of neighbours are dealt in turn, like cards.
 
-  A device holds neighbouring images, so each part has an equal share of every device's, and none has to move.
+  A device holds neighbouring images, so each part takes equally many from every device, and no image has to move.
   """
 
   def deal(x: Array) -> Array:
@@ -100,9 +101,8 @@ def make_eval_step(
 ) -> Callable[[dict[str, Tree], Batch], dict[str, Array]]:
   """Returns `step(variables, batch) -> sums` over the images whose mask is 1: loss, top-1, top-5 and count.
 
-  `class_top1` and `class_count`, (num_classes,), are top-1 and count of each class's images.
-
-  A negative label marks an image that could not be read: it counts as wrong, with the loss log(num_classes).
+  `class_top1` and `class_count`, (num_classes,), are top-1 and count of each class's images. A negative label marks
+  an image that could not be read: it counts as wrong, with the loss log(num_classes).
   """
 
   def eval_step(variables: dict[str, Tree], batch: Batch) -> dict[str, Array]:
@@ -113,7 +113,7 @@ def make_eval_step(
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
     hits = best == batch['label'][:, None]  # (B, 5), best guess first
     mask = batch['mask']
-    members = mask[:, None] * jax.nn.one_hot(batch['label'], model.num_classes)  # (B, classes), 0 for unreadable ones
+    members = mask[:, None] * jax.nn.one_hot(batch['label'], model.num_classes)  # (B, classes), 0 for unreadable images
     return {
       'loss': jnp.sum(mask * losses),
       'top1': jnp.sum(mask * hits[:, 0]),
