@@ -129,8 +129,8 @@ FAULTS = (
   Fault(
     'checksums of a checkpoint are not compared',
     'workdir/fingerprints.py',
-    'if any((saved[name] != found[name]).any() for name in found):',
-    'if any(saved[name].shape != found[name].shape for name in found):',
+    'if any((saved[name] != computed[name]).any() for name in computed):',
+    'if any(saved[name].shape != computed[name].shape for name in computed):',
   ),
   Fault('the moving average forgets at once', 'recipe/steps.py', 'state.ema, 1 - ema_decay)', 'state.ema, ema_decay)'),
   Fault(

@@ -38,8 +38,8 @@ class Checkpoints:
   Args:
     folder: made with its first checkpoint if it does not exist.
     keep_latest: how many of the newest to keep, beside the one with the best top-1 accuracy.
-    allow_changes: restores even if that makes another run of it.
-    read_only: leaves alone what another run may be writing at the moment.
+    allow_changes: restores even if the config makes it another run.
+    read_only: deletes no half-written checkpoint, since another run may be writing it.
 
   Raises:
     UserError: `read_only`, but there is no such folder.
@@ -63,7 +63,7 @@ class Checkpoints:
     )
     self._checkpointer = ocp.training.Checkpointer(
       self.folder,
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides when
       preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best]),
       cleanup_tmp_directories=not read_only,  # what a killed process left half-written
     )
@@ -75,7 +75,7 @@ class Checkpoints:
     if kind is None:
       with self._writing():
         self._checkpointer.close()
-    elif not issubclass(kind, LostProcessError):  # a save that is under way would wait for the lost one
+    elif not issubclass(kind, LostProcessError):  # a save that is under way would wait for the lost process
       with contextlib.suppress(Exception):  # the error on its way says more
         self._checkpointer.close()
 
@@ -103,8 +103,8 @@ class Checkpoints:
   @property
   def best(self) -> tuple[int, dict[str, Any]] | None:
     """Step and metrics of the kept checkpoint with the best top-1 accuracy; None if none was evaluated."""
-    evaluated = [(each.step, each.metrics) for each in self._checkpointer.checkpoints if each.metrics]
-    return max(evaluated, key=lambda found: found[1][BEST_METRIC], default=None)
+    evaluated = ((each.step, each.metrics) for each in self._checkpointer.checkpoints if each.metrics)
+    return max(evaluated, key=lambda step_and_metrics: step_and_metrics[1][BEST_METRIC], default=None)
 
   def save(self, state: TrainState, *, metrics: dict[str, Any] | None, run: dict[str, Any]) -> None:
     """Starts saving `state` under its step; `run` (JSON: model, config) and the provenance are saved with it.
@@ -123,7 +123,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Makes one line of a failure to write, now or in the background since the last call."""
+    """Raises a UserError of one line if writing fails now, or failed in the background since the last call."""
     try:
       yield
     except UserError:
@@ -132,12 +132,12 @@ class Checkpoints:
       if lost := lost_process(error):
         raise lost from error
       raise UserError(
-        f'a checkpoint could not be written to {self.folder} ({orbax_errors.first_line(error)}); those written before '
+        f'a checkpoint could not be written to {self.folder} ({orbax_errors.first_line(error)}); earlier checkpoints '
         'are intact'
       ) from error
 
   def _check_room(self, needed: int) -> None:
-    if not os.path.isdir(self.folder):  # made with the first checkpoint, or not on this machine
+    if not os.path.isdir(self.folder):  # before the first checkpoint, or in a bucket
       return
     free = shutil.disk_usage(self.folder).free
     if free < needed:
@@ -154,12 +154,12 @@ class Checkpoints:
       run: what would be saved with a checkpoint now.
 
     Returns:
-      The state; in what the config differs from that of the checkpoint, a phrase for each field; and a line for each
+      The state; a phrase for each field of the config that has changed since the checkpoint; and a line for each
       checkpoint that was set aside.
 
     Raises:
-      UserError: none is whole, its parameters have other names or shapes, or its config is another in a field that
-        decides what the model computes or in which order the data comes.
+      UserError: no checkpoint is whole, or it has other names or shapes, or a field that decides what the model
+        computes or in which order the data comes has changed.
     """
     set_aside: list[str] = []
     while self.latest_step is not None:
@@ -182,24 +182,24 @@ class Checkpoints:
   def _load_newest(
     self, abstract_state: TrainState, run: dict[str, Any], logged: Sequence[logging.LogRecord]
   ) -> tuple[TrainState, list[str]]:
-    stored = self._description(logged)
+    stored = self._newest_metadata(logged)
     wanted = serialization.to_state_dict(abstract_state)
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
-    as_stored, as_wanted = block_form(stored.metadata), block_form(wanted)
-    if as_stored is not as_wanted:  # `scan_blocks` is another than it was
-      wanted = divided(jax.eval_shape(as_stored, wanted), mesh_of(wanted))
+    to_stored_form, to_wanted_form = block_form(stored.metadata), block_form(wanted)
+    if to_stored_form is not to_wanted_form:  # `scan_blocks` has changed
+      wanted = divided(jax.eval_shape(to_stored_form, wanted), mesh_of(wanted))
     wanted['fingerprint'] = abstract_fingerprints(wanted)
-    before = stored.custom_metadata or {}
-    check_shapes(stored.metadata, before.get('model', 'a model'), wanted, run['model'], self.folder)
-    changes, fatal = run_changes(before, run)
+    stored_run = stored.custom_metadata or {}
+    check_shapes(stored.metadata, stored_run.get('model', 'a model'), wanted, run['model'], self.folder)
+    changes, fatal = run_changes(stored_run, run)
     if fatal and not self._allow_changes:
       raise UserError(
         f'{self.folder} belongs to another run: {"; ".join(fatal)}. Nothing was changed; choose another --workdir, '
         'or go on all the same with --config.checkpoint.allow_changes=True'
       )
     restored = verified(self._checkpointer.load(None, wanted))
-    if as_stored is not as_wanted:
-      restored = jax.jit(as_wanted, out_shardings=shardings)(restored)
+    if to_stored_form is not to_wanted_form:
+      restored = jax.jit(to_wanted_form, out_shardings=shardings)(restored)
     return serialization.from_state_dict(abstract_state, restored), changes
 
   def load_weights(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,16 +208,16 @@ class Checkpoints:
     Blocks have their plain names, whether the run stacked them or not.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is no checkpoint, or it is damaged.
     """
     if self.latest_step is None:
       raise UserError(f'there is no checkpoint in {self.folder}')
     try:
       with orbax_errors.silence() as logged:
-        stored = self._description(logged)
-        saved = stored.metadata['fingerprint']  # none of an average that the run does not keep
-        wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in saved}
-        wanted['fingerprint'] = {name: saved[name] for name in wanted}
+        stored = self._newest_metadata(logged)
+        checksums = stored.metadata['fingerprint']  # without 'ema' if the run keeps no moving average
+        wanted = {name: stored.metadata[name] for name in ('params', 'frozen', 'ema') if name in checksums}
+        wanted['fingerprint'] = {name: checksums[name] for name in wanted}
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -232,11 +232,11 @@ class Checkpoints:
     names = {'params': 'raw', 'ema': 'ema'}
     return stored.custom_metadata, {names[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
 
-  def _description(self, logged: Sequence[logging.LogRecord]) -> Any:
+  def _newest_metadata(self, logged: Sequence[logging.LogRecord]) -> Any:
     """The newest checkpoint's shapes, dtypes and metrics, and the run that it belongs to.
 
     Raises:
-      Exception: of orbax or the storage, which orbax itself has only `logged`.
+      Exception: an error of orbax or the storage that orbax has not raised but `logged`.
     """
     stored = self._checkpointer.metadata()
     if stored.metadata is None:

@@ -9,7 +9,7 @@ from flax import traverse_util
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.blocks import STACK, stack_blocks, unstack_blocks
 
-# Fields without which a continued run would be another one: what the model computes, and the order of its data.
+# A change of one of these fields makes another run: they decide what the model computes and the order of its data.
 UNCHANGEABLE = (
   'model.',
   'seed',
@@ -20,23 +20,23 @@ UNCHANGEABLE = (
   'train_images',
   'optimizer.name',
 )
-SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # but not these: the same results, otherwise
+SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # except of these: the results stay the same
 
 
 def run_changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-  """Differences of a run, as `description` has it, from the one of its checkpoint.
+  """Differences between the run of a checkpoint and the run now, both as in `description.description`.
 
   Returns:
-    A phrase for each field; and those of them that make it another run.
+    A phrase for each field; and the phrases of the fields that make it another run.
   """
   changes = config_changes(*({**x.get('config', {}), 'train_images': x.get('train_images')} for x in (before, now)))
-  fatal = [text for field, text in changes.items() if field.startswith(UNCHANGEABLE) and field not in SPEED_ONLY]
+  fatal = [phrase for field, phrase in changes.items() if field.startswith(UNCHANGEABLE) and field not in SPEED_ONLY]
   return list(changes.values()), fatal
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-  """Fields in which two configs differ -> a phrase that says how."""
-  # As JSON both: a tuple comes back from a checkpoint as a list.
+  """A phrase for each field that both configs have and that differs, by field."""
+  # Both as JSON: a tuple comes back from a checkpoint as a list.
   old, new = (traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (before, now))
   return {
     field: f'{field} was {old[field]} and is {new[field]}'
@@ -47,7 +47,7 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str
 
 def check_shapes(stored: dict[str, Any], stored_model: str, wanted: dict[str, Any], model: str, folder: Any) -> None:
   """Raises UserError, which names both models and `folder`, unless two states have the same names and shapes."""
-  # The optimizer's state repeats the parameters' names: it speaks only where they are the same.
+  # The optimizer's state repeats the parameters' names: it is compared only if they agree.
   differences = tree_differences(_variables(stored), _variables(wanted)) or tree_differences(stored, wanted)
   if differences:
     shown = '; '.join(differences[:3]) + (f'; and {len(differences) - 3} more' if len(differences) > 3 else '')
@@ -62,7 +62,7 @@ def _variables(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
-  """Names and shapes in which two nested dicts of arrays (or their descriptions) differ, one line each."""
+  """Lines, one for each array whose shape differs or that only one of two nested dicts of arrays has."""
   stored_shapes, wanted_shapes = (
     {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep='/').items()}
     for tree in (stored, wanted)
@@ -71,7 +71,7 @@ def tree_differences(stored: Any, wanted: Any) -> Sequence[str]:
   for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
     there, here = stored_shapes.get(name), wanted_shapes.get(name)
     if there != here:
-      lines.append(f'{name} is {_shape(there)} there, {_shape(here)} here')
+      lines.append(f'{name} is {_shape(there)} in the checkpoint, {_shape(here)} in this run')
   return lines
 
 
@@ -80,5 +80,5 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def block_form(state: dict[str, Any]) -> Callable[[Any], Any]:
-  """The function that gives the blocks of any state the form that they have in this one: stacked, or by name."""
+  """The function that brings the blocks of any state into the form of `state`: stacked, or by name."""
   return stack_blocks if STACK in state.get('params', ()) else unstack_blocks

@@ -12,12 +12,12 @@ from t2t_vit_jax.recipe.run import Run
 
 def summary(run: Run) -> list[str]:
   """Lines about a run, one for each part."""
-  recipe, evaluated = run.recipe, run.evaluator.source
+  recipe, eval_source = run.recipe, run.evaluator.source
   order, mesh = recipe.order, recipe.mesh
   return [
     f'model: {_model_name(recipe)}, {recipe.num_parameters:,} trained parameters, {recipe.model.dtype}',
     f'train: {run.train_source.description}, {len(run.train_source):,} images',
-    f'evaluation: {evaluated.description}, {len(evaluated):,} images',
+    f'evaluation: {eval_source.description}, {len(eval_source):,} images',
     f'steps: {recipe.total_steps:,} of {order.batch_size} images, {order.steps_per_epoch:,} an epoch, '
     f'on {mesh.size} {jax.default_backend()} device(s)',
     f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
@@ -45,19 +45,19 @@ def description(run: Run) -> dict[str, Any]:
 
 
 def _mixing_note(recipe: Recipe) -> list[str]:
-  """A line about what it costs if images are mixed with some on other devices."""
-  share, group_size = recipe.images_per_device, recipe.augmentation.mixing.group_size
-  if share % group_size == 0:
+  """A line about the pixels that devices exchange, if mixing groups span several devices."""
+  images, group_size = recipe.images_per_device, recipe.augmentation.mixing.group_size
+  if images % group_size == 0:
     return []
-  megabytes = share * 3 * recipe.config['data']['image_size'] ** 2 / 1e6
+  megabytes = images * 3 * recipe.config['data']['image_size'] ** 2 / 1e6
   return [
-    f'mixing: groups of {group_size} images do not fit the {share} images of a device, so devices exchange pixels: '
+    f'mixing: groups of {group_size} images do not fit the {images} images of a device, so devices exchange pixels: '
     f'each gets up to {megabytes:.1f} MB a step; results do not change'
   ]
 
 
 def _batch_note(recipe: Recipe) -> list[str]:
-  """A line if the batch is smaller than the config has it."""
+  """A line about the batch, if it is smaller than in the config."""
   batch_size, configured = recipe.order.batch_size, recipe.configured_batch_size
   if batch_size == configured:
     return []

@@ -1,4 +1,4 @@
-"""Checksums of a state, saved beside it: reading alone does not notice flipped bits."""
+"""Fingerprints, the checksums of a state, saved beside it: reading alone does not notice flipped bits."""
 
 from typing import Any
 
@@ -9,35 +9,35 @@ from t2t_vit_jax.recipe.sharding import mesh_of, replicated
 
 
 def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
-  """The checksums of each part of a state that has any arrays."""
+  """Checksums by the name of a state's part, for each part with arrays."""
   return {name: fingerprint(part) for name, part in state.items() if jax.tree.leaves(part)}
 
 
 def abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of `fingerprints`, from those of a state."""
-  where, shapes = replicated(mesh_of(state)), jax.eval_shape(fingerprints, state)
-  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
+  sharding, shapes = replicated(mesh_of(state)), jax.eval_shape(fingerprints, state)
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
 
 
 def verified(restored: dict[str, Any]) -> dict[str, Any]:
-  """A state as it was read, without its checksums.
+  """The state `restored` without its checksums.
 
   Raises:
-    ValueError: they are not those of the arrays.
+    ValueError: the arrays have other checksums.
   """
   saved = restored.pop('fingerprint')
-  found = fingerprints(restored)
-  if any((saved[name] != found[name]).any() for name in found):
-    raise ValueError('its numbers are not those that were saved')
+  computed = fingerprints(restored)
+  if any((saved[name] != computed[name]).any() for name in computed):
+    raise ValueError('its numbers do not match their checksums')
   return restored
 
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-  """A checksum for each array of `tree`, (number of arrays,) uint32: reading alone does not notice flipped bits.
+  """Checksums (number of arrays,) uint32, one for each array of `tree`.
 
-  The sum of the array's bits as 32-bit numbers times odd weights, modulo 2**32, which no order of summation
-  changes: it is the same however the array is divided among devices.
+  A checksum is the sum of the array's bits as 32-bit numbers times odd weights, modulo 2**32. No order of summation
+  changes it, so it is the same however the array is divided among devices.
   """
   return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 

@@ -19,7 +19,7 @@ from t2t_vit_jax.console import warn
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.processes import gather_texts, together
 
-# Other processes write there too: a listing is never remembered.
+# Other processes write to a bucket too: its listings must not be cached.
 fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
 
 SHARED_TIMEOUT_S = 15  # for a network file system to show what another host wrote
@@ -31,15 +31,15 @@ class Workdir:
 
   Attributes:
     root: the folder.
-    logs: where the first process writes everything but checkpoints: `root`, or a folder on its own disk if that is
-      a bucket, to whose objects nothing can be appended.
+    logs: where the first process writes everything but checkpoints: `root`; or a folder on its own disk if `root` is a
+      bucket, where no file can be appended to.
   """
 
   root: epath.Path
   logs: Path
 
   def publish(self) -> None:
-    """Copies `logs` to a bucket, in the first process. Warns if it fails: the next call copies again."""
+    """Copies `logs` to `root` in a bucket, in the first process. Warns if it fails: the next call copies again."""
     if jax.process_index() != 0 or not is_bucket(self.root):
       return
     try:
@@ -52,11 +52,11 @@ class Workdir:
 def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
   """Makes the folder if need be and keeps other runs out of it until the context ends.
 
-  The lock is the operating system's: it goes with the process, however that ends. A bucket has none. All processes of
-  a run call this.
+  The lock is the operating system's: it goes with the process, however that ends. A bucket has no lock. All processes
+  of a run call this.
 
   Raises:
-    UserError: the folder can't be written to, another run uses it, or it is not the same for all processes.
+    UserError: the folder can't be written to, another run uses it, or processes see different folders.
   """
   root = epath.Path(path)
   owner = gather_texts(
@@ -74,12 +74,12 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
 
 
 def is_bucket(root: epath.Path) -> bool:
-  """Whether it is a place without a file system's locks, renames and appending, such as gs://..."""
+  """Whether `root` is in a bucket, such as gs://..., which cannot lock, rename or append to files."""
   return '://' in os.fspath(root)
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-  """Renames a folder; in a bucket, which has none, its files are copied."""
+  """Renames a folder; in a bucket copies its files and deletes it."""
   if not is_bucket(source):
     source.rename(target)
     return
@@ -88,7 +88,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy_to_bucket(source: epath.Path, target: epath.Path) -> None:
-  """Copies the files of a folder, by their names; a bucket needs no folders made."""
+  """Copies the files of a folder and of all below it; `target` is in a bucket, where folders need not be made."""
   for path in sorted(source.iterdir()):
     if path.is_dir():
       copy_to_bucket(path, target / path.name)
@@ -119,7 +119,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
 
 
 def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
-  """Makes a folder in a bucket, and returns a temporary one with the metrics of an earlier, interrupted run."""
+  """Makes a folder in a bucket; returns a temporary one on disk, with the metrics of an earlier, interrupted run."""
   logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='t2t_vit_jax-')))
   try:
     root.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ class Reporter:
 
   Args:
     workdir: gets `metrics.jsonl`: one JSON object a line, with `step` and `kind` ('train' or an evaluated split).
-    total_steps: where the run ends.
-    first_step: where it starts; later rows of an earlier, interrupted run are dropped.
-    steps_per_epoch: to print epochs.
+    total_steps: steps of the whole run.
+    first_step: steps done before; rows of later steps, from an interrupted run, are dropped.
+    steps_per_epoch: to show epochs.
     batch_size: images a step.
   """
 
@@ -61,7 +61,7 @@ class Reporter:
       self._events.close()
 
   def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Passes `batches` on and takes the time that they keep the caller waiting."""
+    """Passes `batches` on and measures the time that the caller waits for them."""
     iterator = iter(batches)
     while True:
       started = time.perf_counter()
@@ -95,10 +95,10 @@ class Reporter:
       warn(f'report.png could not be written: {error.strerror}')
 
   def report(self, step: int, num_bad: int = 0) -> list[int]:
-    """Fetches what was collected since the last call, averages it, and shows and writes it.
+    """Averages the metrics that were collected since the last call, shows and writes them.
 
-    `data_wait`, the share of the time that the run waited for images, and images per second are left out where
-    nothing but a compilation was timed.
+    `data_wait`, the share of the time that the run waited for images, and images per second are left out if no step was
+    timed, as after the first, which compiles.
 
     Args:
       step: the number of steps done.
@@ -148,13 +148,13 @@ class Reporter:
     return [step - len(collected) + 1 + i for i, metrics in enumerate(collected) if not metrics['applied']]
 
   def evaluation(self, step: int, split: str, accuracies: dict[str, Accuracy]) -> None:
-    """Shows and writes what was measured on a split, for each set of weights ('raw', 'ema')."""
+    """Shows and writes the accuracy on a split of each set of weights ('raw', 'ema')."""
     for weights, accuracy in accuracies.items():
       say(f'step {step} {split} {weights}: {accuracy}')
       self._write(step, split, weights=weights, **accuracy.as_dict())
 
   def classes(self, accuracy: Accuracy, *, show: bool) -> None:
-    """Writes the accuracy of each class to `per_class.csv`; to `show` it prints that, and a short table too."""
+    """Writes the accuracy of each class to `per_class.csv`; with `show` also prints a short table and the path."""
     if self._silent:
       return
     file = self._workdir.logs / 'per_class.csv'
@@ -162,14 +162,14 @@ class Reporter:
     if show:
       for line in accuracy.class_table():
         say(line)
-      say(f'each class in a file: {self._workdir.root / file.name}')
+      say(f'accuracy of each class: {self._workdir.root / file.name}')
 
   def publish(self) -> None:
-    """Copies what was written to a workdir in a bucket."""
+    """Copies the written files to a workdir in a bucket."""
     self._workdir.publish()
 
   def start_clock(self) -> None:
-    """Measures images per second from here: after a compilation, an evaluation, a save."""
+    """Times steps from now on: call it after a compilation, an evaluation or a save, which should not count."""
     self._steps_timed = 0
     self._seconds_waited = 0.0
     self._clock_started = time.perf_counter()
@@ -187,7 +187,7 @@ class Reporter:
 
 def _event_writer(folder: str, first_step: int) -> Any:
   """TensorBoard's writer; TensorBoard leaves out what an earlier, interrupted run wrote after `first_step`."""
-  # tensorboardX imports torch wherever it is installed: two seconds, for tensors that are not written here.
+  # tensorboardX imports torch where it is installed, which takes two seconds: no tensors of torch are written here.
   hide_torch = 'torch' not in sys.modules
   if hide_torch:
     sys.modules['torch'] = None  # type: ignore[assignment]
@@ -200,7 +200,7 @@ def _event_writer(folder: str, first_step: int) -> Any:
 
 
 def _drop_rows_after(file: Path, step: int) -> None:
-  """Keeps the rows up to `step`: the steps after it are about to be done again."""
+  """Drops the rows of steps after `step`, which are about to be done again."""
   if not file.exists():
     return
   rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]

@@ -13,7 +13,7 @@ from t2t_vit_jax.errors import printable
 from t2t_vit_jax.recipe.evaluation import Accuracy
 
 KINDS = {'ema': 'moving average of the weights', 'raw': 'weights of the last step'}
-HUB_DATASETS = {  # names of tfds -> of Hugging Face's hub
+HUB_DATASETS = {  # name in tfds -> name on Hugging Face's hub
   'imagenet2012': 'ILSVRC/imagenet-1k',
   'cifar10': 'uoft-cs/cifar10',
   'cifar100': 'uoft-cs/cifar100',
@@ -59,12 +59,12 @@ def model_card(
 
 
 def _without_folders(config: Config) -> Config:
-  """A copy in plain YAML types whose paths are mere names."""
+  """A copy in plain YAML types, with names in place of paths."""
   config = _plain(copy.deepcopy(config))
   for group, field in ((config, 'init_from'), (config['data'], 'data_dir'), (config['data'], 'path')):
     if group.get(field) is not None:
       path = PurePath(group[field])
-      # All runs' files have the same names: the run's folder says which it is.
+      # The files of all runs have the same names: the run's folder tells them apart.
       group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name or '.']))
   return config
 
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def _dataset(config: Config) -> tuple[str, str]:
-  """Hub's type of the data, and a name for people."""
+  """The hub's type of the dataset, and a name for people."""
   data = config['data']
   if data['source'] != 'tfds':
     return 'imagefolder', str(data['path'])  # the hub's word for data of one's own
@@ -84,28 +84,28 @@ def _dataset(config: Config) -> tuple[str, str]:
 
 
 def _header(name: str, config: Config, metrics: dict[str, Any] | None) -> dict[str, Any]:
-  kind, dataset = _dataset(config)
+  hub_type, dataset = _dataset(config)
   header: dict[str, Any] = {
     'library_name': 't2t_vit_jax',
     'pipeline_tag': 'image-classification',
     'tags': ['t2t-vit', 'vision-transformer', 'image-classification', 'jax', 'flax'],
   }
-  if kind != 'imagefolder':  # which is no dataset of the hub
-    header['datasets'] = [kind]
+  if hub_type != 'imagefolder':  # which is no dataset of the hub
+    header['datasets'] = [hub_type]
   header['metrics'] = ['accuracy']
   if metrics:
     accuracy = Accuracy.from_dict(metrics)
-    found = [('top-1', accuracy.top1), ('top-5', accuracy.top5)]
+    shares = [('top-1', accuracy.top1), ('top-5', accuracy.top5)]
     header['model-index'] = [
       {
         'name': name,
         'results': [
           {
             'task': {'type': 'image-classification', 'name': 'Image classification'},
-            'dataset': {'type': kind, 'name': dataset, 'split': metrics['split']},
+            'dataset': {'type': hub_type, 'name': dataset, 'split': metrics['split']},
             'metrics': [
               {'type': 'accuracy', 'name': f'{label} of {accuracy.count} images', 'value': round(value, 6)}
-              for label, value in found
+              for label, value in shares
             ],
           }
         ],
@@ -140,22 +140,21 @@ def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[s
   if metrics is None:
     lines = ['These weights were not evaluated.']
   else:
-    every = metrics.get('every', {})
+    accuracies = {kind: Accuracy.from_dict(values) for kind, values in metrics.get('every', {}).items()}
     rows = [
-      f'| {KINDS[kind]} | {found.top1:.2%} | {found.top5:.2%} | {found.loss:.4f} | {found.count} |'
-      for kind, found in ((kind, Accuracy.from_dict(values)) for kind, values in every.items())
+      f'| {KINDS[kind]} | {each.top1:.2%} | {each.top5:.2%} | {each.loss:.4f} | {each.count} |'
+      for kind, each in accuracies.items()
     ]
     lines = [f'{Accuracy.from_dict(metrics).last_line(metrics["split"])}, after step {step}, the last.']
-    lines += (
-      ['\n'.join(['| weights | top-1 | top-5 | loss | images |', '|---|---|---|---|---|', *rows])] if rows else []
-    )
+    if rows:
+      lines.append('\n'.join(['| weights | top-1 | top-5 | loss | images |', '|---|---|---|---|---|', *rows]))
     if unreadable := metrics.get('unreadable'):
       lines.append(f'{unreadable} of the images could not be read and count as wrong.')
   if best and best[0] != step:
-    other = Accuracy.from_dict(best[1])
+    best_accuracy = Accuracy.from_dict(best[1]).last_line(best[1]['split'])
     lines.append(
-      f'The best evaluation of a kept checkpoint: {other.last_line(best[1]["split"])} after step {best[0]}. These are '
-      'not its weights: to choose those would be to choose by the evaluated images.'
+      f'The best evaluation of a kept checkpoint: {best_accuracy} after step {best[0]}. These are not its weights: '
+      'choosing weights by the evaluated images would make their accuracy on these images too good.'
     )
   return lines
 

@@ -12,13 +12,13 @@ NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'U
 
 
 def leaves_checkpoint_good(error: BaseException) -> bool:
-  """Whether what is stored may be good although reading it failed."""
+  """Whether the stored checkpoint may be good although reading it failed."""
   return any(text in str(cause(error)) for text in NOT_DAMAGE)
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[list[logging.LogRecord]]:
-  """Hides what orbax logs and yields it, so that one exception says what is wrong with a checkpoint."""
+  """Hides the log records of orbax and yields them, so that one exception says what is wrong with a checkpoint."""
   logged: list[logging.LogRecord] = []
 
   def keep(record: logging.LogRecord) -> bool:
@@ -42,11 +42,11 @@ def _silence_late_failures() -> None:
   its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
   would stand still, and the others of its run wait for it.
   """
-  report = sys.unraisablehook
+  default_hook = sys.unraisablehook
 
   def pass_on(unraisable: Any) -> None:
     if str(unraisable.exc_value) != 'Event loop is closed':
-      report(unraisable)
+      default_hook(unraisable)
 
   sys.unraisablehook = pass_on
   asyncio = logging.getLogger('asyncio')
@@ -61,7 +61,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def first_line(error: BaseException) -> str:
-  """The cause of an error, for a message."""
+  """One line about the cause of an error, for a message."""
   first = cause(error)
   return f'{type(first).__name__}: {first}'.splitlines()[0][:200]
 
@@ -69,4 +69,4 @@ def first_line(error: BaseException) -> str:
 def logged_error(logged: Sequence[logging.LogRecord]) -> Exception:
   """The exception that orbax (up to 0.12.8) caught and logged when it could not read a checkpoint's description."""
   arguments = [argument for record in logged for argument in record.args or ()]
-  return next((x for x in arguments if isinstance(x, Exception)), ValueError('it does not say what it holds'))
+  return next((x for x in arguments if isinstance(x, Exception)), ValueError('its description is missing'))

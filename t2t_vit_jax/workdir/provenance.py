@@ -1,4 +1,4 @@
-"""Which code, versions and devices a result comes from."""
+"""The code, versions and devices that a result comes from."""
 
 import functools
 import importlib.metadata

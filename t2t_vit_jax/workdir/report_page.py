@@ -64,7 +64,7 @@ def _curve(axes: Axes, title: str, series: dict[str, list[dict[str, Any]]], valu
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:
-  """(N, H, W, 3) uint8 side by side in rows of `GRID_COLUMNS`, with white lines between them."""
+  """One picture of images (N, H, W, 3) uint8, in rows of `GRID_COLUMNS` with white lines between them."""
   count, height, width, _ = images.shape
   columns = min(count, GRID_COLUMNS)
   rows = -(-count // columns)

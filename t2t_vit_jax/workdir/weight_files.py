@@ -34,7 +34,7 @@ def export_checkpoint(config: Any, workdir: str) -> list[str]:
   """Writes the weights of a workdir's newest checkpoint; needs neither data nor the run's config.
 
   Args:
-    config: any; its mesh is used.
+    config: of any run; only its mesh is used.
     workdir: of a run that is going on, was stopped or is complete.
 
   Returns:
@@ -54,14 +54,14 @@ def write_weight_files(
 ) -> list[str]:
   """Writes the weights of the newest checkpoint into the workdir's folder `weights`; all processes call this.
 
-  `model.safetensors` are the weights that count: the moving average if the run keeps one; `model_raw.safetensors` are
-  then the others. Each file appears whole or not at all.
+  `model.safetensors` has the weights that count: the moving average if the run keeps one, and then the raw weights are
+  in `model_raw.safetensors`. Each file appears whole or not at all.
 
   Args:
     workdir: on a disk or in a bucket.
     checkpoints: of the run.
-    mesh: devices that each hold all weights for a moment.
-    metrics: what an evaluation of this checkpoint found; see `loop`.
+    mesh: devices, each of which holds all weights for a moment.
+    metrics: of the checkpoint's evaluation, see `loop.Trainer.evaluate`; None without one.
 
   Returns:
     Lines for the user.
@@ -73,47 +73,47 @@ def write_weight_files(
   step = checkpoints.latest_step
   assert step is not None
   run = checkpoints.folder.parent.name
-  found = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
-  card = model_card(found[_main(weights)], description, step, metrics, checkpoints.best)
-  together(lambda: _write(workdir, found, card))
-  shown = 'moving average' if 'ema' in weights else 'no moving average'
-  return [f'weights of step {step} ({shown}): {workdir / FOLDER / MODEL}, with a model card']
+  contents = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
+  card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
+  together(lambda: _write(workdir, contents, card))
+  average = 'moving average' if 'ema' in weights else 'no moving average'
+  return [f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
 
 
 def are_written(workdir: epath.Path, checkpoints: Checkpoints, *, with_ema: bool) -> bool:
   """Whether all files of the newest checkpoint's weights are there; all processes call this and get one answer."""
   folder = workdir / FOLDER
   steps = {_step_of(folder / name) for name in ([MODEL, RAW] if with_ema else [MODEL])}
-  found = (folder / CARD).exists() and steps == {checkpoints.latest_step}
-  return bool(multihost_utils.process_allgather(np.array(found)).all())
+  complete = (folder / CARD).exists() and steps == {checkpoints.latest_step}
+  return bool(multihost_utils.process_allgather(np.array(complete)).all())
 
 
 def _step_of(path: epath.Path) -> int | None:
   if not path.exists():
     return None
-  with path.open('rb') as file:  # of which only the start is read
+  with path.open('rb') as file:
     header = read_header(file)
   return header['source'].get('step') if header else None
 
 
-def _main(weights: dict[str, Any]) -> str:
+def _main_kind(weights: dict[str, Any]) -> str:
   return 'ema' if 'ema' in weights else 'raw'
 
 
 def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, run: str) -> Weights:
-  """Variables of a checkpoint, on every device, with what its description says."""
+  """The content of a weight file: variables of a checkpoint, on every device, with facts from its description."""
   config = ConfigDict(description['config'])
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
   model = build_model(config, arrays['params/head/bias'].size)
   fields = [field for field in ARCHITECTURE if model.block_class.grows or field not in ('dense_stages', 'growth_rate')]
   name = config.model.name
-  named = name and all(getattr(create_model(name), field) == getattr(model, field) for field in fields)
+  fits_name = name and all(getattr(create_model(name), field) == getattr(model, field) for field in fields)
   class_names = description.get('class_names')
   provenance = description.get('provenance', {})
   sizes = dict(num_classes=model.num_classes, image_size=model.image_size)
   return Weights(
     arrays=arrays,
-    model=name if named else None,  # one with other widths is another model
+    model=name if fits_name else None,  # with other widths it is another model
     arguments={**sizes, **{field: getattr(model, field) for field in fields}},
     channels=3,
     data={**{field: config.data[field] for field in DATA_FIELDS}, 'num_classes': model.num_classes},
@@ -128,7 +128,7 @@ def _write_text(path: Path, text: str) -> None:
   path.write_text(text, 'utf-8')
 
 
-def _write(workdir: epath.Path, found: dict[str, Weights], card: str) -> None:
+def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None:
   if jax.process_index() != 0:
     return
   with contextlib.ExitStack() as stack:
@@ -139,9 +139,9 @@ def _write(workdir: epath.Path, found: dict[str, Weights], card: str) -> None:
       for leftover in folder.glob('.*.tmp'):  # of a process that was killed while it wrote
         leftover.unlink()
       write_file(folder / CARD, lambda temporary: _write_text(temporary, card))
-      write_weights(found[_main(found)], folder / MODEL)
-      if 'ema' in found:
-        write_weights(found['raw'], folder / RAW)
+      write_weights(contents[_main_kind(contents)], folder / MODEL)
+      if 'ema' in contents:
+        write_weights(contents['raw'], folder / RAW)
       if is_bucket(workdir):
         copy_to_bucket(epath.Path(folder), target)
     except Exception as error:  # of a disk, or of a bucket's client, whichever that is
