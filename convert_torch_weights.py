@@ -1,4 +1,4 @@
-"""Converts PyTorch weights, as `python -m t2t_vit_jax.conversion` does, from a checkout that is not installed too."""
+"""Converts PyTorch weights like `python -m t2t_vit_jax.conversion`, also from a checkout that is not installed."""
 
 from absl import app
 

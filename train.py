@@ -27,15 +27,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     )
     flags.DEFINE_bool('json', False, 'With --evaluate: print the result as JSON, and only that.')
     flags.DEFINE_string('workdir', None, 'Folder for checkpoints and metrics. Default: runs/<config name>.')
-    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where JAX does not find the processes by itself.')
-    flags.DEFINE_integer('num_processes', None, 'With --coordinator: of the run. 1: do not look for others.')
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, if JAX does not find the processes by itself.')
+    flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are. 1: do not look for others.')
     flags.DEFINE_integer('process_id', None, 'With --coordinator: the number of this process, from 0 on.')
     arguments = flags.FLAGS(argv)
   return arguments
 
 
 def main(argv: list[str]) -> None:
-  # Imported late: this takes seconds, and wrong flags should be refused at once.
+  # Imported late: imports take seconds, and wrong flags should be refused at once.
   from t2t_vit_jax import processes
   from t2t_vit_jax.console import say
   from t2t_vit_jax.training.dry_run import dry_run
@@ -92,5 +92,5 @@ def show(accuracies: dict[str, Any]) -> None:
 
 
 if __name__ == '__main__':
-  sys.path.insert(0, str(HERE))  # so that a config finds its neighbours from any folder
+  sys.path.insert(0, str(HERE))  # so that a config can import another, from any folder
   app.run(main, flags_parser=parse_flags)

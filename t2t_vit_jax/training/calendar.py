@@ -5,13 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
-  """Says what is due after a step; steps count from 1.
+  """Tells what is due after a step; steps count from 1.
 
   Attributes:
     last_step: where the run ends; it is evaluated.
-    evaluate_every: steps. What is evaluated is saved too.
+    evaluate_every: steps. An evaluated step is saved too.
     save_every: steps.
-    report_every: steps. What is saved is reported too, so that a resumed run repeats no row of the metrics.
+    report_every: steps. A saved step is reported too, so that a resumed run repeats no row of the metrics.
   """
 
   last_step: int

@@ -1,4 +1,4 @@
-"""Explains to the user steps whose loss or gradients are not finite, and memory that did not suffice."""
+"""Explains steps whose loss or gradients are not finite, and devices that run out of memory."""
 
 from collections.abc import Callable
 import dataclasses
@@ -23,7 +23,7 @@ MAX_NAMED = 3  # images of a batch, and batches of a run
 
 @dataclasses.dataclass
 class NonFiniteSteps:
-  """Steps that were not applied, since their loss or a gradient was not finite: explained, and not tolerated for long.
+  """Explains steps that were not applied, since the loss or a gradient was not finite; ends a run with too many.
 
   Args:
     run: the run.
@@ -69,21 +69,23 @@ def _advice(dtype: Any) -> str:
 
 
 def explain(run: Run, state: TrainState, step: int) -> str:
-  """Rebuilds the batch of a step and says which layer's output is not finite first, and for which images.
+  """Rebuilds the batch of a step; returns a phrase about the first layer whose output is not finite, and the images.
 
-  The weights are those of `state`, which may be some steps older or younger.
+  The weights are those in `state`, which may be some steps older or younger.
   """
   batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
   batch = next(batches)
   batches.close()
   variables = jax.device_get(gathered(state.variables(), run.recipe.mesh))
   images, rngs = run.augmented(batch, step)
-  found = first_nonfinite_layer(run.recipe.model, variables, images, rngs)
-  if found is None:
-    return 'its forward pass is finite now, so it was the weights of that moment, or a gradient'
-  layer, guilty = found
-  names = [run.train_source[int(index)].id for index in batch['index'][guilty][:MAX_NAMED]]
-  more = f' and {guilty.sum() - MAX_NAMED} more' if guilty.sum() > MAX_NAMED else ''
+  nonfinite = first_nonfinite_layer(run.recipe.model, variables, images, rngs)
+  if nonfinite is None:
+    return (
+      'its forward pass is finite with the present weights, so the cause is the weights at that step, or a gradient'
+    )
+  layer, affected = nonfinite
+  names = [run.train_source[int(index)].id for index in batch['index'][affected][:MAX_NAMED]]
+  more = f' and {affected.sum() - MAX_NAMED} more' if affected.sum() > MAX_NAMED else ''
   return f'the output of {layer} is not finite for {", ".join(names)}{more}'
 
 
@@ -93,7 +95,7 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
   A model with `scan_blocks` runs block by block here.
 
   Returns:
-    Its path, or 'the augmented image', and for which images that is so, (B,) bool.
+    Its path, or 'the augmented image', and the images for which its output is not finite, (B,) bool.
   """
   model, variables = model.clone(scan_blocks=False), unstack_blocks(variables)
   names: list[str] = []
@@ -109,7 +111,7 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
       outputs = call(*args, **kwargs)
       if context.method_name == '__call__':
         name = '/'.join(context.module.path) or 'the model'
-        # Without arguments it gives a layer's parameters, for all images, to its parent.
+        # A layer called without arguments returns its parameters, which belong to all images.
         check = of_each_image if args else lambda x: jnp.broadcast_to(jnp.isfinite(x).all(), len(images))
         layers.extend((name, check(x)) for x in jax.tree.leaves(outputs))
       return outputs
@@ -119,15 +121,14 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
     names[:] = [name for name, _ in layers]
     return jnp.stack([row for _, row in layers])
 
-  everywhere = np.asarray(finite())  # (layers, B)
-  for name, row in zip(names, everywhere, strict=True):
+  for name, row in zip(names, np.asarray(finite()), strict=True):  # a row of B for each layer
     if not row.all():
       return name, ~row
   return None
 
 
 def out_of_memory(error: Exception, recipe: Recipe) -> UserError | None:
-  """The error to raise in place of a device's that has too little memory; None if `error` is another."""
+  """The error to raise if `error` says that a device is out of memory; None if it is another."""
   if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
     return None
   return UserError(

@@ -1,4 +1,4 @@
-"""Builds and checks everything of a run, and trains and writes nothing."""
+"""Builds and checks everything of a run, trains nothing and writes nothing."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def dry_run(config: Any) -> None:
   run = build_run(config)
   recipe = run.recipe
   if recipe.init_from is not None:
-    recipe.fresh_state()  # reads the file
+    recipe.fresh_state()  # refuses a file that can't be read or doesn't fit
   jax.eval_shape(recipe.train_step, *recipe.abstract_train_arguments)
   for line in summary(run):
     say(line)
@@ -32,7 +32,7 @@ def dry_run(config: Any) -> None:
   say(
     f'memory of each device, estimated: {state:.2f} GB state, {gradients:.2f} GB gradients, '
     f'{_activations(recipe, images):.2f} GB for the backward pass of {images} images '
-    '(all that it could read; the compiler keeps less)'
+    '(all values it reads; the compiler keeps less)'
   )
   say('dry run: nothing was trained, nothing written')
 
@@ -46,7 +46,7 @@ def _activations(recipe: Recipe, images: int) -> float:
       logits: Any = model.apply(variables | {'params': params}, batch, train=True, rngs={'dropout': rng})
       return logits.sum()
 
-    return jax.vjp(loss_of, variables['params'])[1]  # a tree that holds them
+    return jax.vjp(loss_of, variables['params'])[1]  # a tree of the values that it reads
 
   batch = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
   return _gigabytes(jax.eval_shape(residuals, recipe.abstract_state.variables(), batch, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""Evaluation of weights that exist: a weight file's, or those of a run's newest checkpoint."""
+"""Evaluates weights without training: of a weight file, or of a run's newest checkpoint."""
 
 import os
 from pathlib import Path
@@ -25,15 +25,15 @@ from t2t_vit_jax.workdir.checkpoints import Checkpoints
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
   """Evaluates the weights in `path` on the evaluation split of `config.data`, at its image size.
 
-  Architecture and number of classes are those of the weights; of `config.model` only `dtype` is used. How images are
-  prepared is what `config.data` says, and where it says nothing what belongs to the weights.
+  The weights decide about architecture and number of classes; of `config.model` only `dtype` is used. Images are
+  prepared as `config.data` says; fields that are None get the values that belong to the weights.
 
   Args:
     config: a `ConfigDict`; `configs/default.py` explains every field.
     path: a weight file that `load_pretrained` reads, or the workdir of a run.
 
   Returns:
-    By the name of the weights: 'weights' for a file; 'raw' and, if the run keeps it, 'ema' for a workdir.
+    Accuracies by the name of the weights: 'weights' of a file; 'raw' and, if the run keeps it, 'ema' of a workdir.
 
   Raises:
     UserError: weights, config and data don't fit together, or one of them can't be read.
@@ -48,8 +48,8 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     num_classes = weights['raw']['params']['head']['bias'].size
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
   else:
-    found, _ = together(lambda: load(Path(path), Options()))
-    (model, variables), data = found.build(), found.data
+    loaded, _ = together(lambda: load(Path(path), Options()))
+    (model, variables), data = loaded.build(), loaded.data
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
   config = together(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
   model = model.clone(dtype=compute_dtype(config))

@@ -50,8 +50,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     Accuracy on the evaluation split: of the moving average of the weights if the run keeps one, else of the weights.
 
   Raises:
-    UserError: config, data, devices and workdir don't fit together and nothing was changed; or something failed on the
-      way that the message names.
+    UserError: config, data, devices and workdir don't fit together and nothing was changed; or something failed later,
+      which the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
   run = build_run(config)
@@ -78,10 +78,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
           say(note)
-        metrics = _train(Trainer(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
-      checkpoints.wait()  # whatever becomes of the weight files, this is safe
+        metrics = _run_steps(Trainer(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
+      checkpoints.wait()  # safe now, even if the weight files fail
       written = False
-    if not written:  # or an earlier run was killed before they were
+    if not written:  # also if an earlier run was killed before it wrote them
       for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh, metrics):
         say(line)
   accuracy = Accuracy.from_dict(metrics)
@@ -90,7 +90,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
 
 
 def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
-  """The state to start from, and what the user should know about it."""
+  """The state to start from, and lines about it for the user."""
   if checkpoints.latest_step is None:
     return run.recipe.fresh_state(), []
   state, changes, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
@@ -114,14 +114,14 @@ def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
 
 
 class Trainer:
-  """A run on its way: its state, and the one place each that computes a step, evaluates and saves."""
+  """A run under way: its state, and the only places that compute a step, evaluate and save."""
 
   def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter):
     self.run = run
     self.state = state
     self.checkpoints = checkpoints
     self.reporter = reporter
-    self.first_step = int(state.step)  # the number of steps done before
+    self.first_step = int(state.step)  # steps done before
     self.faults = run.train_faults(warn)
     self.result: dict[str, Any] | None = None  # of the last step's evaluation: with it the run is complete
     self._in_flight: collections.deque[jax.Array] = collections.deque()
@@ -144,17 +144,17 @@ class Trainer:
     """Evaluates and reports; ends early, without a result, if the run is to `stop`.
 
     Returns:
-      What is saved with a checkpoint, as JSON: the accuracy that counts, which is the moving average's if the run keeps
-      one, the split, and under `every` the accuracy of each kind of weights.
+      Metrics to save with a checkpoint, as JSON: the accuracy that counts, which is the moving average's if the run
+      keeps one; the split; and under `every` the accuracy of each kind of weights.
     """
     accuracies = self.run.evaluate(self.state, warn, stop.__bool__)
     if stop:
       return None
     step, split, recipe = self.step, self.run.evaluator.split, self.run.recipe
     self.reporter.evaluation(step, split, accuracies)
-    start = recipe.ema_decay**step
-    if 'ema' in accuracies and start > 0.01:
-      say(f'  the moving average is still warming up: {start:.0%} of it is the initial weights')
+    initial_share = recipe.ema_decay**step
+    if 'ema' in accuracies and initial_share > 0.01:
+      say(f'  the moving average is still warming up: {initial_share:.0%} of it is the initial weights')
     accuracy = accuracies.get('ema', accuracies['raw'])
     self.reporter.classes(accuracy, show=step == recipe.total_steps)
     every = {kind: each.as_dict() for kind, each in accuracies.items()}
@@ -164,24 +164,24 @@ class Trainer:
     return result
 
   def save(self, metrics: dict[str, Any] | None = None) -> None:
-    """Starts saving a checkpoint, with what an evaluation of it found."""
+    """Starts saving a checkpoint, with the metrics of its evaluation if there was one."""
     self.checkpoints.save(self.state, metrics=metrics, run=description(self.run))
     self.reporter.publish()
 
   def save_early(self) -> None:
-    """Saves where nothing was due, and reports the steps since the last report."""
+    """Saves although nothing is due, and reports the steps since the last report."""
     self.save()
     self.reporter.report(self.step, self.faults.num_bad)
 
 
-def _train(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
-  """Computes the steps that are left, and returns what the evaluation of the last one gave: `Trainer.evaluate`."""
+def _run_steps(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
+  """Computes the steps that are left; returns the metrics of the last step, see `Trainer.evaluate`."""
   run, reporter, first_step = trainer.run, trainer.reporter, trainer.first_step
   sample = None
   with (
     contextlib.closing(run.train_batches(first_step)) as batches,
     stop_request() as stop,
-    _saved_when_it_ends_early(trainer, stop),
+    _saving_if_it_ends_early(trainer, stop),
   ):
     for step, batch in enumerate(reporter.waiting_for(trainer.faults.check(batches)), start=first_step + 1):
       if sample is None:
@@ -190,14 +190,14 @@ def _train(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_
           reporter.images(run.pictures(sample, step))
       trainer.train(batch)
       if step == first_step + 1:
-        reporter.start_clock()  # that call compiled
+        reporter.start_clock()  # the first step compiled
 
       if stop.reached(step) or calendar.reports(step):
         nonfinite.note(reporter.report(step, trainer.faults.num_bad), trainer.state)
       if stop:
         break
       metrics = trainer.evaluate(stop) if calendar.evaluates(step) else None
-      if calendar.evaluates(step) and not metrics:  # it was interrupted
+      if calendar.evaluates(step) and not metrics:  # a signal ended the evaluation
         break
       if calendar.saves(step):
         trainer.save(metrics)
@@ -212,8 +212,8 @@ def _train(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_
 
 
 @contextlib.contextmanager
-def _saved_when_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
-  """Saves what is done where a signal stops the run or its data fails, and puts an error into words.
+def _saving_if_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
+  """Saves the state if a signal stops the run or its data fails, and replaces known errors by one line.
 
   Raises:
     Stopped: the run was to `stop` before it was complete.
@@ -222,8 +222,8 @@ def _saved_when_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[N
   try:
     yield
   except Exception as error:
-    if not stop:  # else workers may have got the same signal and died of it
-      # Alone: several processes save together or not at all, and the others know nothing of this.
+    if not stop:  # after a signal the error may be a worker that died of the same signal
+      # A single process only: several save together or not at all, and the others don't know of this error.
       if isinstance(error, DataError) and jax.process_count() == 1 and trainer.step > trainer.first_step:
         trainer.save_early()
       if known := out_of_memory(error, trainer.run.recipe) or lost_process(error):
@@ -231,5 +231,5 @@ def _saved_when_it_ends_early(trainer: Trainer, stop: StopRequest) -> Iterator[N
       raise
   if stop.signal and trainer.result is None:
     trainer.save_early()
-    trainer.checkpoints.wait()  # before it is said that all is saved
+    trainer.checkpoints.wait()  # so that the message is true
     raise Stopped(trainer.step, stop.signal)

@@ -36,7 +36,7 @@ def stop_request() -> Iterator[StopRequest]:
   if threading.current_thread() is not threading.main_thread():
     yield request  # Python delivers signals to the main thread only
     return
-  # SIGTERM is JAX's own where it has to tell other processes.
+  # With several processes JAX handles SIGTERM, since it has to tell the others.
   numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
   previous = {number: signal.getsignal(number) for number in numbers}
 
@@ -48,7 +48,7 @@ def stop_request() -> Iterator[StopRequest]:
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       request.signal = number
-    print('\nfinishing this step, then saving; a second signal ends at once', file=sys.stderr)
+    print('\nfinishing this step, then saving; a second signal ends the run at once', file=sys.stderr)
 
   for number in numbers:
     signal.signal(number, note)
