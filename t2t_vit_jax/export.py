@@ -35,12 +35,12 @@ Array = jax.Array
 def export_weights(
   path: Path, output: Path, *, dtype: str = 'float32', image_size: ImageSize | None = None, force: bool = False
 ) -> list[str]:
-  """Writes the model of a converted file as an .npz file: the program, its weights and a description.
+  """Writes the model of a weight file as an .npz file: the program, its weights and a description.
 
   Its arrays are `program`, the serialized `export_forward`; `metadata`, JSON; and the weights, each under its path.
 
   Args:
-    path: a file that `convert` wrote.
+    path: the weight file.
     output: the file to write.
     dtype: of the computation, one of `DTYPES`; weights and logits are float32.
     image_size: px, one side or (height, width), if not the weights'.
@@ -53,14 +53,14 @@ def export_weights(
     UserError: one line that names the file at fault. No file was written.
   """
   files.check_output(output, force=force)
-  found, notes = load_classifier(path, image_size)
-  program = export_forward(found, dtype)
-  metadata = json.dumps(_metadata(found, dtype, program))
+  loaded, notes = load_classifier(path, image_size)
+  program = export_forward(loaded, dtype)
+  metadata = json.dumps(_metadata(loaded, dtype, program))
   serialized = np.frombuffer(program.serialize(), np.uint8)
 
   def write(temporary: Path) -> None:
-    arrays: dict[str, Any] = {'program': serialized, 'metadata': np.array(metadata), **found.arrays}
-    with temporary.open('wb') as file:  # of a mere name, savez would change the ending
+    arrays: dict[str, Any] = {'program': serialized, 'metadata': np.array(metadata), **loaded.arrays}
+    with temporary.open('wb') as file:  # given a name, savez would change its ending
       np.savez(file, **arrays)
 
   files.write_file(output, write)
@@ -69,41 +69,41 @@ def export_weights(
   return [*notes, f'wrote {output}: {images.str_short()} -> {logits.str_short()}, for {", ".join(PLATFORMS)}, {size}']
 
 
-def export_forward(found: Weights, dtype: str) -> export.Exported:
+def export_forward(loaded: Weights, dtype: str) -> export.Exported:
   """The forward pass: float32 weights by path, uint8 images (B, height, width, 3) -> float32 logits (B, num_classes).
 
   B is a dimension variable, at least 1, and images are normalised within. Weights are arguments, since as constants of
   the program they would be compiled, and held, anew for each batch size.
   """
-  model = T2TViT(**{**found.arguments, 'dtype': jnp.dtype(dtype)})
-  normalize = Normalization(found.data['mean'], found.data['std'])
+  model = T2TViT(**{**loaded.arguments, 'dtype': jnp.dtype(dtype)})
+  normalize = Normalization(loaded.data['mean'], loaded.data['std'])
 
   def forward(weights: dict[str, Array], images: Array) -> Array:
     return cast(Array, model.apply(unflatten_dict(weights, sep='/'), normalize(images)))
 
-  weights = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in found.arrays.items()}
-  images = jax.ShapeDtypeStruct((*export.symbolic_shape('B'), *_sides(found), 3), jnp.uint8)
+  weights = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in loaded.arrays.items()}
+  images = jax.ShapeDtypeStruct((*export.symbolic_shape('B'), *_sides(loaded), 3), jnp.uint8)
   with _no_source_paths():
     return export.export(jax.jit(forward), platforms=PLATFORMS)(weights, images)
 
 
-def _sides(found: Weights) -> list[int]:
+def _sides(loaded: Weights) -> list[int]:
   """[height, width] in px."""
-  return np.broadcast_to(found.arguments['image_size'], 2).tolist()
+  return np.broadcast_to(loaded.arguments['image_size'], 2).tolist()
 
 
-def _metadata(found: Weights, dtype: str, program: export.Exported) -> dict[str, Any]:
+def _metadata(loaded: Weights, dtype: str, program: export.Exported) -> dict[str, Any]:
   """Facts that a user of the program must know, and where it comes from."""
   return {
-    **found.data,
-    'image_size': _sides(found),
-    'class_names': found.class_names,
-    'model': found.model,
+    **loaded.data,
+    'image_size': _sides(loaded),
+    'class_names': loaded.class_names,
+    'model': loaded.model,
     'dtype': dtype,
     'platforms': program.platforms,
     'calling_convention_version': program.calling_convention_version,
     'versions': {'jax': jax.__version__, 'jaxlib': jaxlib.__version__, 't2t_vit_jax': __version__},
-    'source': found.source,
+    'source': loaded.source,
   }
 
 
@@ -111,12 +111,12 @@ def _metadata(found: Weights, dtype: str, program: export.Exported) -> dict[str,
 def _no_source_paths() -> Iterator[None]:
   """Leaves the paths of Python files, which every operation would carry, out of lowered programs."""
   option = 'jax_traceback_in_locations_limit'
-  frames = getattr(jax.config, option)
+  limit = getattr(jax.config, option)
   jax.config.update(option, 0)
   try:
     yield
   finally:
-    jax.config.update(option, frames)
+    jax.config.update(option, limit)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz file to write')
   parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
-  parser.add_argument('--image_size', metavar='SIZE', help='another one, SIDE or HEIGHTxWIDTH: resizes the positions')
+  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument('--force', action='store_true', help='overwrite the output')
 
   def run() -> int:
@@ -142,5 +142,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  jax.config.update('jax_platforms', 'cpu')  # lowering needs none of the platforms it is for
+  jax.config.update('jax_platforms', 'cpu')  # lowering needs no accelerator
   sys.exit(main())

@@ -1,4 +1,4 @@
-"""Needs of a run on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
+"""Plans a run on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
 
 The real training and evaluation step are compiled by the real TPU compiler, on any Linux machine, without a TPU and
 without data: pip install 'jax[tpu]'. docs/distributed.md says how to read the result.
@@ -31,21 +31,21 @@ from t2t_vit_jax.recipe.init_from import resolve
 IMAGENET_CLASSES = 1000
 
 
-def make_plan(recipe: Recipe, where: tpu.Slice) -> dict[str, Any]:
-  """Compiles the steps of a run for a slice, for which `build` has made them.
+def make_plan(recipe: Recipe, tpu_slice: tpu.Slice) -> dict[str, Any]:
+  """Compiles the steps of a recipe that `build` has made for a slice.
 
   Returns:
-    What `--output` writes. Sizes are in bytes and, like work and collectives, of one chip.
+    The plan that `--output` writes. Sizes are in bytes. Sizes, work and collectives are of one chip.
   """
-  mesh, chip, order = recipe.mesh, where.chip, recipe.order
-  train, evaluation = (_answer(step, recipe, chip) for step in (compile_train_step, compile_eval_step))
+  mesh, chip, order = recipe.mesh, tpu_slice.chip, recipe.order
+  train, evaluation = (_try_step(step, recipe, chip) for step in (compile_train_step, compile_eval_step))
   if train['fits']:
     for kind in ('roofline', 'compiler_estimate'):
       seconds = train[f'{kind}_ms'] / 1e3
       train[kind] = {'images_per_s': order.batch_size / seconds, 'days': recipe.total_steps * seconds / 86400}
   return {
     'compiler': tpu.compiler(),
-    'slice': where.text,
+    'slice': tpu_slice.text,
     'chips': mesh.size,
     'hosts': len({device.process_index for device in mesh.devices.flat}),
     'mesh': dict(mesh.shape),
@@ -61,35 +61,35 @@ def make_plan(recipe: Recipe, where: tpu.Slice) -> dict[str, Any]:
   }
 
 
-def build(config: Any, where: tpu.Slice, num_classes: int, num_train_images: int) -> Recipe:
+def build(config: Any, tpu_slice: tpu.Slice, num_classes: int, num_train_images: int) -> Recipe:
   """The recipe of a run on the slice's described devices, with the slice's mesh if it names one.
 
   Raises:
     UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
   """
   config = copy.deepcopy(config)
-  if where.fsdp is not None:
-    config.mesh.data, config.mesh.fsdp = -1, where.fsdp
-  mesh = build_mesh(config, where.devices())
+  if tpu_slice.fsdp is not None:
+    config.mesh.data, config.mesh.fsdp = -1, tpu_slice.fsdp
+  mesh = build_mesh(config, tpu_slice.devices())
   return build_recipe(config, mesh, num_classes=num_classes, num_train_images=num_train_images)
 
 
 def compile_train_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
-  """Raises DoesNotFit."""
+  """Figures of the compiled training step; raises DoesNotFit."""
   return _compile(recipe.train_step, recipe.abstract_train_arguments, chip, recipe.accumulate_steps)
 
 
 def compile_eval_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
-  """Raises DoesNotFit."""
+  """Figures of the compiled evaluation step; raises DoesNotFit."""
   arguments = recipe.abstract_state.variables(), recipe.abstract_batch(recipe.eval_batch_size)
   return _compile(recipe.eval_step, arguments, chip, parts=1)
 
 
-def _answer(step: Callable[[Recipe, tpu.Chip], dict[str, Any]], recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
+def _try_step(step: Callable[[Recipe, tpu.Chip], dict[str, Any]], recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
   try:
     return {'fits': True} | step(recipe, chip)
-  except DoesNotFit as answer:
-    return {'fits': False, 'compiler_says': str(answer)}
+  except DoesNotFit as refusal:
+    return {'fits': False, 'compiler_says': str(refusal)}
 
 
 def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.Chip, parts: int) -> dict[str, Any]:
@@ -101,33 +101,33 @@ def data_size(config: Any, num_classes: int | None, num_train_images: int | None
   """Classes and training images of a run: as given, else those of the prepared data, else those of ImageNet-1k.
 
   Raises:
-    UserError: nobody knows.
+    UserError: they are not known.
   """
   if num_classes and num_train_images:
     return num_classes, num_train_images
   try:
     train, _ = pipeline.open_sources(config.data)
-    found = len(train.class_names), len(train)
+    classes, images = len(train.class_names), len(train)
   except UserError as error:
     if (config.data.source, config.data.name, config.data.train_split) != ('tfds', 'imagenet2012', 'train'):
       raise UserError(f'{error}; or plan without data: --num_classes=N --train_images=N') from error
-    found = IMAGENET_CLASSES, IMAGENET_COUNTS['train']
-  return num_classes or found[0], num_train_images or found[1]
+    classes, images = IMAGENET_CLASSES, IMAGENET_COUNTS['train']
+  return num_classes or classes, num_train_images or images
 
 
-def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Callable[[str], None]) -> int:
+def largest_batch(config: Any, tpu_slice: tpu.Slice, data: tuple[int, int], say: Callable[[str], None]) -> int:
   """The largest `data.batch_size` whose training step fits, to an eighth: see `search_batch`. 0 if none does."""
-  recipe = build(config, where, *data)
+  recipe = build(config, tpu_slice, *data)
   chips = recipe.mesh.size
 
   def fits(images: int) -> bool:
     if images * chips > data[1]:
-      return False  # a batch has different images
+      return False  # a batch has no image twice
     changed = copy.deepcopy(config)
     changed.data.batch_size = images * chips
-    answer = _answer(compile_train_step, build(changed, where, *data), where.chip)
-    say(f'  {images} images on each chip: {report.memory(answer, where.chip.hbm_gib)}')
-    return answer['fits']
+    step = _try_step(compile_train_step, build(changed, tpu_slice, *data), tpu_slice.chip)
+    say(f'  {images} images on each chip: {report.memory(step, tpu_slice.chip.hbm_gib)}')
+    return step['fits']
 
   mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
   group_size = config.augment.mixing_group_size if mixed else 1
@@ -138,7 +138,7 @@ def largest_batch(config: Any, where: tpu.Slice, data: tuple[int, int], say: Cal
 def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
   """The largest number of images of a chip that fits, to about an eighth; 0 if no allowed one does.
 
-  It doubles while that fits, or halves until it does; then it halves the gap three times.
+  Doubles the number while it fits, or halves it until it does; then halves the gap three times.
 
   Args:
     fits: compiles for a number of images of each chip.
@@ -160,7 +160,7 @@ def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
 
 
 def batch_unit(group_size: int, num_chips: int, accumulate_steps: int) -> int:
-  """Images of a chip must be a multiple of this: batches are whole mixing groups, and so are a chip's parts of one."""
+  """The number that must divide a chip's images: batches, and a chip's parts of one, are whole mixing groups."""
   if accumulate_steps > 1:
     return accumulate_steps * group_size
   return math.lcm(group_size, num_chips) // num_chips
@@ -169,7 +169,7 @@ def batch_unit(group_size: int, num_chips: int, accumulate_steps: int) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
   """Defines and parses the flags."""
   if file := config_file(argv):
-    sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config finds its neighbours from any folder
+    sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config can import another, from any folder
   with refusing_bad_flags(argv):
     config_flags.DEFINE_config_file('config', None, 'The run: a file in configs/.')
     flags.DEFINE_string('topology', None, f"The slice, and a mesh in place of the config's: {tpu.EXAMPLES}/fsdp=8.")
@@ -178,8 +178,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
     flags.DEFINE_alias('search-batch', 'search_batch')
     flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of them.')
-    flags.DEFINE_integer('num_classes', None, 'Of the data, where it is not prepared here.', lower_bound=1)
-    flags.DEFINE_integer('train_images', None, 'Of the data, where it is not prepared here.', lower_bound=1)
+    flags.DEFINE_integer('num_classes', None, 'Classes of data that is not prepared here.', lower_bound=1)
+    flags.DEFINE_integer('train_images', None, 'Training images of data that is not prepared here.', lower_bound=1)
     arguments = flags.FLAGS(argv)
   return arguments
 
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
   """Command line."""
   check_and_quiet(argv)
   tpu.without_tpu()
-  jax.config.update('jax_enable_compilation_cache', False)  # programs are never run, and times are to be seen
+  jax.config.update('jax_enable_compilation_cache', False)  # programs are never run, and compile times are shown
   try:
     plan(flags.FLAGS.config, flags.FLAGS)
   except UserError as error:
@@ -207,23 +207,23 @@ def plan(config: Any, options: Any) -> None:
     raise UserError(f'--output: there is no folder {folder}')
   slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
   config = resolve(config)
-  host = copy.deepcopy(config)
-  host.data.fast_decode = False  # its packages need not be here
-  pipeline.train_transform(host)  # says what is wrong with its fields
+  host_config = copy.deepcopy(config)
+  host_config.data.fast_decode = False  # its packages need not be installed
+  pipeline.train_transform(host_config)  # refuses wrong fields
   data = data_size(config, options.num_classes, options.train_images)
-  # All of them first: what is wrong with a slice is said before another is compiled for.
-  built = [(where, build(config, where, *data)) for where in slices]
+  # All of them first: a wrong slice is refused before anything is compiled.
+  recipes = [build(config, tpu_slice, *data) for tpu_slice in slices]
   plans = []
-  for where, recipe in built:
-    plans.append(make_plan(recipe, where))
+  for tpu_slice, recipe in zip(slices, recipes, strict=True):
+    plans.append(make_plan(recipe, tpu_slice))
     if options.topology:
       say('\n'.join(report.describe(plans[-1])))
     else:
-      print(f'{where.text}: compiled', file=sys.stderr, flush=True)
+      print(f'{tpu_slice.text}: compiled', file=sys.stderr, flush=True)
     if options.search_batch:
-      say(f'largest batch on {where.text}:')
-      plans[-1]['largest_batch_size'] = largest_batch(config, where, data, say)
-      say(f'  found: data.batch_size={plans[-1]["largest_batch_size"]}')
+      say(f'largest batch on {tpu_slice.text}:')
+      plans[-1]['largest_batch_size'] = largest_batch(config, tpu_slice, data, say)
+      say(f'  largest that fits: data.batch_size={plans[-1]["largest_batch_size"]}')
   if options.compare:
     say('\n'.join(report.table(plans, options.markdown)))
   if options.output:

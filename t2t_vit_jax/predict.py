@@ -37,7 +37,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """A model, and how its weight file wants it used."""
+  """A model with the image preparation and the class names of its weight file."""
 
   model: T2TViT
   variables: dict[str, Any]
@@ -63,23 +63,23 @@ class Prediction(NamedTuple):
 
 
 def open_classifier(path: Path, image_size: ImageSize | None = None) -> Classifier:
-  """Opens a weight file and prepares images as its data defaults say, but also turns them as their EXIF says.
+  """Opens a weight file. Images are turned upright by their EXIF data, then prepared by the file's data defaults.
 
   Raises:
     UserError: the file can't be read, or holds no model that classifies pictures.
   """
-  found, _ = load_classifier(path, image_size)
-  crop_fraction, interpolation = found.data.get('crop_fraction'), found.data.get('interpolation')
+  loaded, _ = load_classifier(path, image_size)
+  crop_fraction, interpolation = loaded.data.get('crop_fraction'), loaded.data.get('interpolation')
   if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
     raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
-  crop = ResizeCenterCrop(found.arguments['image_size'], crop_fraction, interpolation)
-  model, variables = found.build()
+  crop = ResizeCenterCrop(loaded.arguments['image_size'], crop_fraction, interpolation)
+  model, variables = loaded.build()
   return Classifier(
     model=model,
     variables=variables,
     prepare=functools.partial(_prepare, crop),
-    normalize=Normalization(found.data['mean'], found.data['std']),
-    class_names=readable_names(found.class_names, found.arguments['num_classes']),
+    normalize=Normalization(loaded.data['mean'], loaded.data['std']),
+    class_names=readable_names(loaded.class_names, loaded.arguments['num_classes']),
   )
 
 
@@ -96,8 +96,8 @@ def predict(
 
   Args:
     classifier: from `open_classifier`.
-    images: files, such as `sources.find_images` finds them.
-    top: number of guesses; at most all classes are named.
+    images: paths of files, for example from `sources.find_images`.
+    top: number of guesses; fewer if there are fewer classes.
     batch_size: images that are computed at a time.
 
   Raises:
@@ -143,7 +143,7 @@ def _explaining_memory(batch_size: int) -> Iterator[None]:
 
 
 def _as_text(predictions: Iterable[Prediction]) -> Iterator[str]:
-  """Each image's path, and its guesses below; unreadable ones are left out."""
+  """Each image's path, and its guesses below; unreadable images are left out."""
   for image, guesses, error in predictions:
     if not error:
       lines = (f'{100 * guess.probability:7.2f} %  {guess.name}' for guess in guesses)
@@ -244,13 +244,11 @@ def main(argv: list[str] | None = None) -> int:
     epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if it failed.',
   )
   parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='.safetensors file of this package')
-  parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='folders are searched with all below them')
+  parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='files or folders, searched recursively')
   forms = parser.add_mutually_exclusive_group()
   for form in ('json', 'csv'):
     forms.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form.upper()}')
-  parser.add_argument(
-    '--output', metavar='FILE', type=Path, help='write there instead; .json and .csv say the form too'
-  )
+  parser.add_argument('--output', metavar='FILE', type=Path, help='write to a file; .json and .csv set its form too')
   parser.add_argument('--top', metavar='N', type=_positive, default=5, help='classes to name (default: %(default)s)')
   parser.add_argument(
     '--batch_size', metavar='N', type=_positive, default=32, help='images computed at a time (default: %(default)s)'

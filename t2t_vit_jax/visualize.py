@@ -31,7 +31,7 @@ from t2t_vit_jax.predict import Classifier, open_classifier
 Array = jax.Array
 Size = tuple[float, float]  # (width, height), inches
 
-MEAN = 'mean'  # of all heads, beside their numbers
+MEAN = 'mean'  # of all heads; single heads go by their numbers
 # Inches.
 STAGE_SIDE, MAP_SIDE = 2.3, 1.4  # the longer sides of pictures
 STAGE_COLUMN, MAP_COLUMN = 1.7, 0.6  # least distances between columns, for the words above them
@@ -48,8 +48,8 @@ class Inside:
   Attributes:
     image: (height, width, 3) uint8, as the model got it.
     stages: outputs (H, W, D) of the tokens-to-token module's stages, by name; the last are the encoder's tokens.
-    attention: by the name of the encoder block, (num_heads, H, W): how the class token's attention is shared out among
-      the image's tokens. What is missing to 1 it pays to itself.
+    attention: by the name of the encoder block, (num_heads, H, W): the class token's attention to each of the image's
+      tokens. The rest, up to a sum of 1, goes to the class token itself.
     guess: the likeliest class and its probability.
   """
 
@@ -104,14 +104,14 @@ def stage_layers(model: T2TViT) -> dict[str, str]:
 
 
 def attention_blocks(model: T2TViT, variables: Any, images: Array) -> list[str]:
-  """Names of the encoder's blocks that attend, in order: those of a dense encoder have transitions between them."""
+  """Names of the encoder's blocks that attend, in order; a dense encoder also has transitions, which do not."""
   suffix = '/attn/attention'
   names = [name.removesuffix(suffix) for name in layer_shapes(model, variables, images) if name.endswith(suffix)]
   return sorted(names, key=block_number)
 
 
 def block_number(block: str) -> int:
-  """3 for 'blocks_3'."""
+  """Number of a block: 3 for 'blocks_3'."""
   return int(block.rpartition('_')[2])
 
 
@@ -137,7 +137,7 @@ def principal_colors(features: np.ndarray) -> np.ndarray:
   points = features.reshape(-1, dim).astype(np.float64)
   points = points - points.mean(axis=0)
   _, _, directions = np.linalg.svd(points, full_matrices=False)
-  # A component's sign is arbitrary: take that in which its largest coefficient is positive.
+  # A component's sign is arbitrary: its largest coefficient is made positive.
   directions *= np.sign(np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1))
   components = np.zeros((len(points), 3))
   components[:, : len(directions[:3])] = points @ directions[:3].T
@@ -230,7 +230,7 @@ def _draw_maps(
   largest = max(x.max() for x in maps) or 1.0
 
   def overlay(axes: Axes, shares: np.ndarray, **more: Any) -> None:
-    """The less attention, the more of what is below shows through."""
+    """Draws shares over a picture, which shows through where they are small."""
     alpha = 0.2 + 0.6 * shares / largest
     axes.imshow(shares, cmap='inferno', vmin=0, vmax=largest, alpha=alpha, aspect='auto', **more)
 
@@ -251,20 +251,20 @@ def run(arguments: argparse.Namespace) -> int:
   """Does what the command line asks for; returns the exit code."""
   output: Path = arguments.output
   files.check_output(output, force=arguments.force)
-  known = Figure().canvas.get_supported_filetypes()
-  if (form := output.suffix[1:].lower()) not in known:
-    raise UserError(f'{output}: the ending must say the format, one of {", ".join(sorted(known))}')
+  formats = Figure().canvas.get_supported_filetypes()
+  if (form := output.suffix[1:].lower()) not in formats:
+    raise UserError(f'{output}: the ending must say the format, one of {", ".join(sorted(formats))}')
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
-  image = _read(arguments.image)
+  image = _read_image(arguments.image)
   classifier = open_classifier(arguments.weights, size)
   prepare: Callable[[Image.Image], Image.Image] = classifier.prepare
   if arguments.whole:
     prepare = functools.partial(prepare_whole, classifier)
   inside = look_inside(classifier, prepare(image))
 
-  known_blocks = list(inside.attention)
-  num_heads = len(inside.attention[known_blocks[0]])
-  blocks = [f'blocks_{block}' for block in _chosen(arguments, 'blocks', [block_number(x) for x in known_blocks])]
+  numbers = [block_number(block) for block in inside.attention]
+  num_heads = len(next(iter(inside.attention.values())))
+  blocks = [f'blocks_{number}' for number in _chosen(arguments, 'blocks', numbers)]
   heads = _chosen(arguments, 'heads', [MEAN, *range(num_heads)])
   name, probability = inside.guess
   guess = f'{100 * probability:.2f} % {_short(name)}'
@@ -274,7 +274,7 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _read(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
   try:
     return decode(path.read_bytes())
   except OSError as error:
@@ -290,7 +290,7 @@ def _short(text: str) -> str:
 
 
 def _chosen(arguments: argparse.Namespace, option: str, known: list[Any]) -> list[Any]:
-  """The items of `known` that a list such as '0,3' picks, in the order given; all if the option is not."""
+  """The items of `known` that an option such as '0,3' picks, in the order given; all without the option."""
   text = getattr(arguments, option)
   if text is None:
     return known

@@ -69,7 +69,7 @@ def _advice(dtype: Any) -> str:
 
 
 def explain(run: Run, state: TrainState, step: int) -> str:
-  """Rebuilds the batch of a step; returns a phrase about the first layer whose output is not finite, and the images.
+  """Rebuilds the batch of a step and names the first layer whose output is not finite, and the images concerned.
 
   The weights are those in `state`, which may be some steps older or younger.
   """
@@ -80,9 +80,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
   images, rngs = run.augmented(batch, step)
   nonfinite = first_nonfinite_layer(run.recipe.model, variables, images, rngs)
   if nonfinite is None:
-    return (
-      'its forward pass is finite with the present weights, so the cause is the weights at that step, or a gradient'
-    )
+    return 'its forward pass is finite now, so the cause was the weights at that step, or a gradient'
   layer, affected = nonfinite
   names = [run.train_source[int(index)].id for index in batch['index'][affected][:MAX_NAMED]]
   more = f' and {affected.sum() - MAX_NAMED} more' if affected.sum() > MAX_NAMED else ''

@@ -79,7 +79,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
         for note in notes:
           say(note)
         metrics = _run_steps(Trainer(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
-      checkpoints.wait()  # safe now, even if the weight files fail
+      checkpoints.wait()  # safe now, even if the weight files cannot be written
       written = False
     if not written:  # also if an earlier run was killed before it wrote them
       for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh, metrics):
@@ -190,7 +190,7 @@ def _run_steps(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, 
           reporter.images(run.pictures(sample, step))
       trainer.train(batch)
       if step == first_step + 1:
-        reporter.start_clock()  # the first step compiled
+        reporter.start_clock()  # the first step was compiled
 
       if stop.reached(step) or calendar.reports(step):
         nonfinite.note(reporter.report(step, trainer.faults.num_bad), trainer.state)
