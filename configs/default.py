@@ -1,4 +1,4 @@
-"""Every field of a run: the published ImageNet recipe for t2t_vit_14. Other configs are differences to this one."""
+"""Every field of a run: the published ImageNet recipe for t2t_vit_14. Other configs are differences from this file."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
   """Returns the default config; a placeholder (None) stands for "as the named model has it"."""
   config = ConfigDict()
   config.seed = 0  # of parameters, order of the data, augmentation and dropout
-  config.log_images = False  # before the first step write a picture of images as the network will see them
+  config.log_images = False  # write a picture of augmented images before the first step
   config.init_from = placeholder(str)  # weight file to start from; None: random parameters
 
   config.model = ConfigDict()
@@ -29,10 +29,10 @@ def get_config() -> ConfigDict:
   config.model.performer_dropout_rate = 0.1  # inside the token performer
   config.model.soft_split_form = placeholder(str)  # 'conv' (the fast one) or 'patches'; changes no result
   config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
-  # True: the blocks as a loop: compiles faster; other random draws. None: in float32 on a CPU, where it trains faster.
+  # True: blocks as a loop: compiles faster, other random draws. None: True in float32 on a CPU, where it trains faster.
   config.model.scan_blocks = placeholder(bool)
   config.model.residual_dtype = placeholder(str)  # None: 'float32'; 'bfloat16' is faster in training and less exact
-  config.model.remat = placeholder(str)  # of a block: 'nothing_saveable' needs the least memory; see `T2TViT`
+  config.model.remat = placeholder(str)  # what a block keeps for gradients: least is 'nothing_saveable'; see `T2TViT`
 
   config.data = ConfigDict()
   config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>
@@ -44,15 +44,15 @@ def get_config() -> ConfigDict:
   config.data.eval_fraction = 0.0  # of a folder without <eval_split>: share of each class that is held out; 0: none
   config.data.image_size = 224  # px, height and width
   config.data.batch_size = 512  # images an optimizer step, of all devices
-  config.data.min_steps_per_epoch = 0  # batch_size is halved, for small data, until an epoch has so many; 0: never
+  config.data.min_steps_per_epoch = 0  # for small data: batch_size is halved until an epoch has this many; 0: never
   config.data.eval_batch_size = 512  # any number: padding is masked out
   config.data.crop_fraction = 0.9  # evaluation: share of the resized short side kept by the centre crop
   config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops
   config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
   config.data.std = (0.229, 0.224, 0.225)
   config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
-  config.data.num_threads = 1  # in each of them
-  config.data.fast_decode = False  # training: quicker decoder and resizing, which rounds otherwise; see docs/data.md
+  config.data.num_threads = 1  # in each process
+  config.data.fast_decode = False  # training: faster decoding and resizing, which round differently; see docs/data.md
   config.data.max_bad_fraction = 0.001  # of training images that may be unreadable before the run stops
 
   config.augment = ConfigDict()
@@ -81,9 +81,9 @@ def get_config() -> ConfigDict:
   config.optimizer.epsilon = 1e-8  # of adamw
   config.optimizer.momentum = 0.9  # of sgd
   config.optimizer.weight_decay = 0.05  # times the learning rate; adamw spares biases, LayerNorm and cls token
-  config.optimizer.gradient_clip_norm = 0.0  # longest gradient of a step, all parameters as one vector; 0: any
+  config.optimizer.gradient_clip_norm = 0.0  # largest norm of a step's gradient, over all parameters; 0: no limit
   config.optimizer.nan_tolerance = 20  # steps in a row with a loss or gradient that is not finite, before the run stops
-  config.optimizer.accumulate_steps = 1  # parts of a batch that go through the model one by one, to need less memory
+  config.optimizer.accumulate_steps = 1  # parts of a batch that go through the model one by one, to save memory
 
   config.schedule = ConfigDict()
   config.schedule.base_learning_rate = 5e-4  # peak for a batch of base_batch_size, linear in data.batch_size
@@ -94,24 +94,24 @@ def get_config() -> ConfigDict:
   config.schedule.warmup_epochs = 10
   config.schedule.warmup_learning_rate = 1e-6  # at the start of the warmup
   config.schedule.final_learning_rate = 1e-5
-  config.schedule.granularity = 'epoch'  # the published run changes the learning rate per 'epoch'; or per 'step'
-  config.schedule.max_steps = 0  # > 0: end there, whatever the epochs say
+  config.schedule.granularity = 'epoch'  # the learning rate changes per 'epoch', as published, or per 'step'
+  config.schedule.max_steps = 0  # the run ends here at the latest; 0: no limit
 
   config.ema = ConfigDict()
   config.ema.decay = 0.99996  # per step, of the weights' moving average, which is what the paper evaluates; 0: none
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1  # evaluate and save
-  config.checkpoint.every_steps = 1000  # save in between too; 0: not
+  config.checkpoint.every_steps = 1000  # save in between too; 0: never
   config.checkpoint.keep_latest = 2  # beside the one with the best top-1
   config.checkpoint.allow_changes = False  # continue a run although its model or the order of its data has changed
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # x fsdp: devices that share a batch; -1: all the rest
-  config.mesh.fsdp = 1  # of them, neighbours that divide parameters, moving average and optimizer state among them
+  config.mesh.data = -1  # data x fsdp devices share a batch; -1: the rest of the devices
+  config.mesh.fsdp = 1  # neighbouring devices that divide parameters, moving average and optimizer state
 
   config.distributed = ConfigDict()
-  config.distributed.timeout_s = 300.0  # a process that misses others for so long, at the start or later, ends
+  config.distributed.timeout_s = 300.0  # a process that waits longer for others, at the start or later, ends
 
   config.logging = ConfigDict()
   config.logging.every_steps = 50

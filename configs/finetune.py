@@ -4,11 +4,11 @@ python train.py --config=configs/finetune.py --config.init_from=weights.safetens
   --config.data.source=folder --config.data.path=DIR
 
 DIR has train/CLASS/IMAGE and val/CLASS/IMAGE, or just CLASS/IMAGE: a fifth of each class is then held out. For tfds:
---config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two. The weight file decides about the model
-and the preparation of images, the data about the classes. To train the head alone (a linear probe):
+--config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two flags. The weight file decides about
+model and preparation of images, the data about classes. To train the head alone (a linear probe):
 --config.schedule.backbone_factor=0.
 
-Rates and optimizer are those of the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
+Rates and optimizer come from the published transfer to CIFAR; the rest is a choice for small data, tuned on nothing.
 
 Hardware: any number of devices that divides 64.
 Published top-1: none. Measured here: nothing.
@@ -21,7 +21,6 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = default.get_config()
   config.init_from = 'weights.safetensors'
   with config.unlocked():  # None: as the weight file has it
@@ -35,7 +34,7 @@ def get_config() -> ConfigDict:
   config.data.batch_size = 64
   config.data.min_steps_per_epoch = 8
   config.data.eval_batch_size = 64
-  config.data.num_workers = 0  # threads: processes take seconds to start, in each evaluation again
+  config.data.num_workers = 0  # threads: processes take seconds to start, anew for each evaluation
   config.data.num_threads = 4
   config.augment.crop_scale = (0.25, 1.0)
   config.augment.randaugment_operations = 0

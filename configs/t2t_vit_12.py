@@ -12,7 +12,6 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = default.get_config()
   config.model.name = 't2t_vit_12'
   config.schedule.base_learning_rate = 1e-3  # for a batch of 512, linear in data.batch_size

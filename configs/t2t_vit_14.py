@@ -14,5 +14,4 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   return default.get_config()

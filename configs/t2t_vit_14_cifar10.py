@@ -2,13 +2,14 @@
 
 python train.py --config=configs/t2t_vit_14_cifar10.py --config.data.data_dir=DATA
 
-Starts from t2t_vit_14.safetensors, which comes of the published ImageNet weights in two commands:
+Starts from t2t_vit_14.safetensors, made of the published ImageNet weights by two commands:
 curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.5_T2T_ViT_14.pth.tar
 python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors --model=t2t_vit_14
 The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
 
-Unlike the reference's script this trains the cls token and the last LayerNorm too, which it left out of its optimizer,
-computes in bfloat16 (--config.model.dtype=float32 as there) and leaves out the 16 images of an epoch's last batch.
+Differences from the reference's script: the cls token and the last LayerNorm, which it left out of its optimizer, are
+trained too; it computes in bfloat16 (--config.model.dtype=float32 as there); the 16 images of an epoch's last batch are
+left out.
 
 Hardware: 2 devices, as published, or any number that divides 64.
 Published top-1: 98.3 % (reference, the best of its epochs on the test images). Measured here: nothing.
@@ -20,7 +21,6 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = default.get_config()
   config.init_from = 't2t_vit_14.safetensors'
   config.data.name = 'cifar10'

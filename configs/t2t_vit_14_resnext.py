@@ -13,7 +13,6 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = default.get_config()
   config.model.name = 't2t_vit_14_resnext'
   return config

@@ -2,7 +2,7 @@
 
 python train.py --config=configs/t2t_vit_19_cifar100.py --config.data.data_dir=DATA
 
-Starts from t2t_vit_19.safetensors, which comes of the published ImageNet weights in two commands:
+Starts from t2t_vit_19.safetensors, made of the published ImageNet weights by two commands:
 curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.9_T2T_ViT_19.pth.tar
 python convert_torch_weights.py 81.9_T2T_ViT_19.pth.tar --output=t2t_vit_19.safetensors --model=t2t_vit_19
 The data, once: python -m t2t_vit_jax.data.prepare cifar100 --data-dir DATA
@@ -17,7 +17,6 @@ from configs import t2t_vit_19_cifar10
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = t2t_vit_19_cifar10.get_config()
   config.data.name = 'cifar100'
   return config

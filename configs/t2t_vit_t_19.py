@@ -12,7 +12,6 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the run's config."""
   config = default.get_config()
   config.model.name = 't2t_vit_t_19'
   config.optimizer.weight_decay = 0.065
