@@ -20,7 +20,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Defines and parses the flags; an unknown config field is refused in one line, like an unknown flag."""
   with refusing_bad_flags(argv, DEFAULT_CONFIG):
     config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, 'The run: a file in configs/.')
-    flags.DEFINE_bool('dry_run', False, 'Build and check everything, say what the run would be, and train nothing.')
+    flags.DEFINE_bool('dry_run', False, 'Build and check everything, describe the run, train nothing.')
     flags.DEFINE_string('evaluate', None, 'A weight file or a workdir: evaluate its weights, train nothing.')
     flags.DEFINE_string(
       'export', None, 'A workdir: write the weights of its newest checkpoint as files, train nothing.'

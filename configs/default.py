@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
   # True: blocks as a loop: compiles faster, other random draws. None: True in float32 on a CPU, where it trains faster.
   config.model.scan_blocks = placeholder(bool)
   config.model.residual_dtype = placeholder(str)  # None: 'float32'; 'bfloat16' is faster in training and less exact
-  config.model.remat = placeholder(str)  # what a block keeps for gradients: least is 'nothing_saveable'; see `T2TViT`
+  config.model.remat = placeholder(str)  # what blocks keep for gradients; 'nothing_saveable': the least; see `T2TViT`
 
   config.data = ConfigDict()
   config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>

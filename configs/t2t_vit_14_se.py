@@ -3,7 +3,7 @@
 python train.py --config=configs/t2t_vit_14_se.py --config.data.data_dir=DATA
 
 Hardware: 8 devices with 64 images each; on one add --config.optimizer.accumulate_steps=8.
-Batch, learning rate and weight decay are assumed to be those of t2t_vit_14: none are published.
+Batch, learning rate and weight decay are not published: t2t_vit_14's are assumed.
 Published top-1: 81.6 % (paper). Measured here: nothing.
 """
 

@@ -7,7 +7,7 @@ curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.9_
 python convert_torch_weights.py 81.9_T2T_ViT_19.pth.tar --output=t2t_vit_19.safetensors --model=t2t_vit_19
 The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
 
-Hardware: 2 devices, as published, or any number that divides 64; see t2t_vit_14_cifar10 for what differs.
+Hardware: 2 devices, as published, or any number that divides 64; see t2t_vit_14_cifar10 for the differences.
 Published top-1: 98.4 % (reference, the best of its epochs on the test images). Measured here: nothing.
 """
 

@@ -98,7 +98,7 @@ def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.C
 
 
 def data_size(config: Any, num_classes: int | None, num_train_images: int | None) -> tuple[int, int]:
-  """Classes and training images of a run: as given, else those of the prepared data, else those of ImageNet-1k.
+  """Classes and training images of a run: as given, or from the prepared data, or from ImageNet-1k.
 
   Raises:
     UserError: they are not known.
@@ -142,7 +142,7 @@ def search_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
 
   Args:
     fits: compiles for a number of images of each chip.
-    unit: only multiples of it are allowed.
+    unit: only its multiples are allowed.
     start: the first number to try, rounded up to an allowed one.
   """
   good = bad = 0
@@ -173,11 +173,11 @@ def parse_flags(argv: list[str]) -> list[str]:
   with refusing_bad_flags(argv):
     config_flags.DEFINE_config_file('config', None, 'The run: a file in configs/.')
     flags.DEFINE_string('topology', None, f"The slice, and a mesh in place of the config's: {tpu.EXAMPLES}/fsdp=8.")
-    flags.DEFINE_list('compare', None, 'Several of them, for a table: v5e:2x2,v5e:16x16,v5e:16x16/fsdp=8.')
+    flags.DEFINE_list('compare', None, 'Several topologies, for a table: v5e:2x2,v5e:16x16,v5e:16x16/fsdp=8.')
     flags.DEFINE_bool('markdown', False, 'With --compare: a table for Markdown.')
     flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
     flags.DEFINE_alias('search-batch', 'search_batch')
-    flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of them.')
+    flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of plans.')
     flags.DEFINE_integer('num_classes', None, 'Classes of data that is not prepared here.', lower_bound=1)
     flags.DEFINE_integer('train_images', None, 'Training images of data that is not prepared here.', lower_bound=1)
     arguments = flags.FLAGS(argv)
@@ -211,7 +211,7 @@ def plan(config: Any, options: Any) -> None:
   host_config.data.fast_decode = False  # its packages need not be installed
   pipeline.train_transform(host_config)  # refuses wrong fields
   data = data_size(config, options.num_classes, options.train_images)
-  # All of them first: a wrong slice is refused before anything is compiled.
+  # All recipes first: a wrong slice is refused before anything is compiled.
   recipes = [build(config, tpu_slice, *data) for tpu_slice in slices]
   plans = []
   for tpu_slice, recipe in zip(slices, recipes, strict=True):

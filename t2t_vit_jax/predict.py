@@ -42,7 +42,7 @@ class Classifier:
   model: T2TViT
   variables: dict[str, Any]
   prepare: EvalTransform  # a decoded image -> one of the model's size
-  normalize: Normalization  # uint8 images (B, height, width, 3) -> what the model takes
+  normalize: Normalization  # uint8 images (B, height, width, 3) -> the model's input
   class_names: tuple[str, ...]  # for people to read
 
 
@@ -90,7 +90,7 @@ def _prepare(crop: EvalTransform, image: Image.Image) -> Image.Image:
 def predict(
   classifier: Classifier, images: Sequence[str], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-  """Classifies image files one after the other; threads read the next ones while the device computes.
+  """Classifies image files one after the other; threads read the next files while the device computes.
 
   >>> for prediction in predict(open_classifier(Path('weights.safetensors')), find_images(['photos'])): ...
 

@@ -36,7 +36,7 @@ MEAN = 'mean'  # of all heads; single heads go by their numbers
 STAGE_SIDE, MAP_SIDE = 2.3, 1.4  # the longer sides of pictures
 STAGE_COLUMN, MAP_COLUMN = 1.7, 0.6  # least distances between columns, for the words above them
 GAP, MARGIN = 0.08, 0.25
-HEADING = 0.6  # above a row of pictures: a line about all of them, and their titles
+HEADING = 0.6  # for a line above a row of pictures, and for their titles
 BLOCK_NAME, BAR = 0.75, 0.8  # left and right of a row of attention maps
 LEAST_WIDTH = 9.0  # for the longest lines
 

@@ -238,7 +238,9 @@ def batch_augmentation(config: Any, num_classes: int, batch_size: int) -> BatchA
   check_positive('augment.mixing_group_size', augment.mixing_group_size)
   group_size = min(augment.mixing_group_size, batch_size) if mixed else 1  # a smaller batch is one group
   if batch_size % group_size:
-    raise UserError(f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images')
+    raise UserError(
+      f'augment.mixing_group_size {group_size} does not divide the batch of {batch_size} images: change one of the two'
+    )
   mixing = Mixing(augment.mixup_alpha, augment.cutmix_alpha, augment.cutmix_probability, group_size)
   erasing = RandomErasing(
     augment.random_erasing_probability, tuple(augment.random_erasing_area), tuple(augment.random_erasing_aspect_ratio)

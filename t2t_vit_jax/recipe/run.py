@@ -1,4 +1,4 @@
-"""A recipe with its data: what a config describes, built and checked before anything is written or computed."""
+"""A recipe with its data, built and checked from a config before anything is written or computed."""
 
 from collections.abc import Callable, Generator
 import dataclasses

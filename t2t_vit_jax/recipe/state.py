@@ -37,7 +37,7 @@ def init_state(
   with_ema: bool,
   variables: Tree | None = None,
 ) -> TrainState:
-  """A fresh state for square images of `image_size` px with three channels; `variables` replace random ones."""
+  """A fresh state for square images of `image_size` px with three channels; random unless `variables` are given."""
   if variables is None:
     variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
   # Stacked before the optimizer sees them: its programs too then have few arrays.

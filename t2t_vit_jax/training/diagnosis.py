@@ -105,7 +105,7 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
   def finite() -> jax.Array:
     layers = [('the augmented image', of_each_image(images))]
 
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def record_outputs(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
       outputs = call(*args, **kwargs)
       if context.method_name == '__call__':
         name = '/'.join(context.module.path) or 'the model'
@@ -114,7 +114,7 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
         layers.extend((name, check(x)) for x in jax.tree.leaves(outputs))
       return outputs
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record_outputs):
       model.apply(variables, images, train=True, rngs=rngs)
     names[:] = [name for name, _ in layers]
     return jnp.stack([row for _, row in layers])

@@ -14,7 +14,7 @@ from t2t_vit_jax.workdir.description import summary
 
 
 def dry_run(config: Any) -> None:
-  """Builds model, optimizer and data of a run, traces a step, and prints what it would do and need.
+  """Builds model, optimizer and data of a run, traces a step, and prints a summary and the memory it needs.
 
   Raises:
     UserError: as a run would.

@@ -40,7 +40,7 @@ def stop_request() -> Iterator[StopRequest]:
   numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
   previous = {number: signal.getsignal(number) for number in numbers}
 
-  def note(number: int, frame: Any) -> None:
+  def handle(number: int, frame: Any) -> None:
     del frame
     for each, handler in previous.items():
       signal.signal(each, handler)
@@ -51,7 +51,7 @@ def stop_request() -> Iterator[StopRequest]:
     print('\nfinishing this step, then saving; a second signal ends the run at once', file=sys.stderr)
 
   for number in numbers:
-    signal.signal(number, note)
+    signal.signal(number, handle)
   try:
     yield request
   finally:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved in the background, verified when read, the latest and the best kept.
 
-`fingerprints` tells whether one is whole, `compatibility` whether it fits the run, `orbax_errors` what went wrong.
+`fingerprints` tells whether a checkpoint is whole, `compatibility` whether it fits, `orbax_errors` what went wrong.
 """
 
 from collections.abc import Iterator, Sequence
@@ -147,11 +147,11 @@ class Checkpoints:
       )
 
   def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str], list[str]]:
-    """Loads the newest checkpoint that is whole; damaged ones are moved to the folder `damaged` beside this one.
+    """Loads the newest checkpoint that is whole; moves damaged checkpoints to the folder `damaged` beside this folder.
 
     Args:
       abstract_state: shapes, dtypes and shardings wanted.
-      run: what would be saved with a checkpoint now.
+      run: `description.description` of the run now.
 
     Returns:
       The state; a phrase for each field of the config that has changed since the checkpoint; and a line for each
@@ -229,8 +229,8 @@ class Checkpoints:
       ) from error
     restored = unstack_blocks(restored)
     frozen = restored.pop('frozen')
-    names = {'params': 'raw', 'ema': 'ema'}
-    return stored.custom_metadata, {names[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
+    kinds = {'params': 'raw', 'ema': 'ema'}
+    return stored.custom_metadata, {kinds[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
 
   def _newest_metadata(self, logged: Sequence[logging.LogRecord]) -> Any:
     """The newest checkpoint's shapes, dtypes and metrics, and the run that it belongs to.

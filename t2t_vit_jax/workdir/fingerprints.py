@@ -14,7 +14,7 @@ def fingerprints(state: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def abstract_fingerprints(state: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of `fingerprints`, from those of a state."""
+  """Describes the fingerprints of a state that is only described: shapes, dtypes and shardings."""
   sharding, shapes = replicated(mesh_of(state)), jax.eval_shape(fingerprints, state)
   return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
 

@@ -137,8 +137,8 @@ class Reporter:
       summary += f' {row["device_memory_gb"]:.1f} GB'
     if self._bar.disable:
       if self._steps_timed:
-        left = (self._total_steps - step) * self._batch_size / images_per_second
-        summary += f' {tqdm.format_interval(left)} left'
+        seconds_left = (self._total_steps - step) * self._batch_size / images_per_second
+        summary += f' {tqdm.format_interval(seconds_left)} left'
       say(f'step {step}/{self._total_steps} {summary}')
     else:
       self._bar.set_postfix_str(summary, refresh=False)

@@ -1,4 +1,4 @@
-"""Finds the one cause in what orbax and its storage raise and log."""
+"""Finds the one cause in the errors that orbax and its storage raise and log."""
 
 from collections.abc import Iterator, Sequence
 import contextlib

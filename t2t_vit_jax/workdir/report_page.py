@@ -1,4 +1,4 @@
-"""`report.png`: a run's curves and a sample of what the network saw, on one page."""
+"""`report.png`: a run's curves and some images as the network saw them, on one page."""
 
 import json
 import os
