@@ -223,7 +223,8 @@ def plan(config: Any, options: Any) -> None:
     if options.search_batch:
       say(f'largest batch on {tpu_slice.text}:')
       plans[-1]['largest_batch_size'] = largest_batch(config, tpu_slice, data, say)
-      say(f'  largest that fits: data.batch_size={plans[-1]["largest_batch_size"]}')
+      size = plans[-1]['largest_batch_size']
+      say(f'  largest that fits: data.batch_size={size}' if size else '  none fits')
   if options.compare:
     say('\n'.join(report.table(plans, options.markdown)))
   if options.output:

@@ -55,8 +55,9 @@ class NonFiniteSteps:
       self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
       self._last = step
       if self._in_a_row >= self.tolerance:
+        reason = explanation or explain(self.run, state, step)
         raise UserError(
-          f'{self._in_a_row} steps in a row up to {step} had a loss or gradients that are not finite ({explanation}). '
+          f'{self._in_a_row} steps in a row up to {step} had a loss or gradients that are not finite ({reason}). '
           'None of them was applied and the checkpoints are good. Continue with a lower '
           f'--config.schedule.base_learning_rate{_advice(self.run.recipe.model.dtype)}'
         )

@@ -186,13 +186,14 @@ def _recipe(config: Config, train_images: int | None, step: int) -> list[str]:
   backbone = schedule['backbone_factor']
   rates = f'{rate:.3g}' if backbone == 1 else f'{rate:.3g} for the head and {backbone * rate:.3g} for the rest'
   epochs = '' if train_images is None else f' ({step * batch / train_images:.1f} epochs)'
+  both = augment['mixup_alpha'] and augment['cutmix_alpha']  # then the probability decides; see `augment.Mixing`
   used = {
     'random resized crops': augment['crop'] == 'resized',
     'padded crops': augment['crop'] == 'padded',
     'flips': augment['horizontal_flip_probability'],
     'RandAugment': augment['randaugment_operations'],
-    'mixup': augment['mixup_alpha'] and augment['cutmix_probability'] < 1,
-    'cutmix': augment['cutmix_alpha'] and augment['cutmix_probability'],
+    'mixup': augment['cutmix_probability'] < 1 if both else augment['mixup_alpha'],
+    'cutmix': augment['cutmix_probability'] if both else augment['cutmix_alpha'],
     'random erasing': augment['random_erasing_probability'],
     'label smoothing': augment['label_smoothing'],
   }
@@ -201,7 +202,7 @@ def _recipe(config: Config, train_images: int | None, step: int) -> list[str]:
     f'{step:,} steps of {batch} images{epochs}, {optimizer["name"]}, weight decay {optimizer["weight_decay"]:g}, peak '
     f'learning rate {rates}, cosine schedule over {schedule["epochs"]} epochs with {schedule["warmup_epochs"]} of '
     f'warmup{ema}; computed in {config["model"]["dtype"]}.',
-    f'Augmentation: {", ".join(name for name, on in used.items() if on)}.',
+    f'Augmentation: {", ".join(name for name, on in used.items() if on) or "none"}.',
   ]
 
 
