@@ -17,11 +17,11 @@ from t2t_vit_jax.models.layers import Dense, Dtype, gelu, torch_conv_init
 
 Array = jax.Array
 
-SQUEEZE_REDUCTION = 16  # of the squeeze-and-excitation gate's hidden width
+SQUEEZE_REDUCTION = 16  # the gate of squeeze-and-excitation has hidden width D // 16
 
 
 class SqueezeExcitation(nn.Module):
-  """Scales each channel of (B, T, D) by a gate in (0, 1) that the mean over the tokens decides."""
+  """Scales each channel of (B, T, D) by a gate in (0, 1) that is computed from the mean over the tokens."""
 
   dtype: Dtype = jnp.float32
 
@@ -34,7 +34,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SqueezeExcitationAttention(Attention):
-  """Attention whose output is gated by `SqueezeExcitation`, for which all tokens are needed."""
+  """Attention whose output is gated by `SqueezeExcitation`, which needs all tokens."""
 
   def scaled_qkv(self, x: Array, scale: float, num_queries: int | None) -> list[Array]:
     del num_queries
@@ -51,7 +51,7 @@ class SqueezeExcitationBlock(EncoderBlock):
 
 
 class CheapOperation(nn.Module):
-  """A factor per channel of (B, T, C): the depthwise 1x1 convolution of a ghost layer, started like one."""
+  """A factor for each channel of (B, T, C): the depthwise 1x1 convolution of a ghost layer, initialised like one."""
 
   dtype: Dtype = jnp.float32
 
@@ -79,12 +79,12 @@ class GhostMlp(nn.Module):
 
 
 class GhostAttention(Attention):
-  """Attention of which each projection computes D/2 channels and derives the others from them."""
+  """Attention whose projections compute D/2 channels each and derive the others from them."""
 
   def scaled_qkv(self, x: Array, scale: float, num_queries: int | None) -> list[Array]:
     heads = (self.num_heads, x.shape[-1] // self.num_heads)
-    of_parts = [(x[:, :num_queries], 'q'), (x, 'k'), (x, 'v')]
-    q, k, v = (self._projection(y, name).reshape(*y.shape[:-1], *heads) for y, name in of_parts)
+    inputs = [(x[:, :num_queries], 'q'), (x, 'k'), (x, 'v')]
+    q, k, v = (self._projection(y, name).reshape(*y.shape[:-1], *heads) for y, name in inputs)
     return [q * scale, k, v]
 
   def _projection(self, x: Array, name: str) -> Array:
@@ -100,15 +100,15 @@ class GhostBlock(EncoderBlock):
   @classmethod
   def check_widths(cls, embed_dim: int, mlp_ratio: float) -> None:
     if mlp_ratio != 3 or embed_dim % 2:
-      raise UserError('ghost blocks need mlp_ratio 3 and an even embed_dim')
+      raise UserError(f'ghost blocks need mlp_ratio 3 and an even embed_dim, not {mlp_ratio} and {embed_dim}')
 
   def mlp(self, dim: int) -> nn.Module:
-    del dim  # its own input says it
+    del dim  # GhostMlp reads it from its input
     return GhostMlp(dropout_rate=self.dropout_rate, dtype=self.dtype, name='mlp')
 
 
 class DenseBlock(EncoderBlock):
-  """The standard block, its result narrowed and appended to its input: (B, T, D) -> (B, T, D + growth_rate)."""
+  """The standard block, whose result is narrowed and appended to its input: (B, T, D) -> (B, T, D + growth_rate)."""
 
   growth_rate: int = 64
 
@@ -135,14 +135,14 @@ class BlockType(NamedTuple):
 
   Attributes:
     block: the class.
-    fields: its own fields -> the fields of `T2TViT` that fill them.
+    fields: the class's own fields -> the fields of `T2TViT` that fill them.
   """
 
   block: type[EncoderBlock]
   fields: dict[str, str] = {}
 
 
-# The encoder's blocks, by `block_type`. docs/extending.md adds one.
+# The encoder's blocks, by `block_type`. docs/extending.md shows how to add one.
 BLOCK_TYPES = {
   'standard': BlockType(EncoderBlock),
   'se': BlockType(SqueezeExcitationBlock),

@@ -15,15 +15,15 @@ Array = jax.Array
 
 @jax.custom_jvp
 def project_to_heads(x: Array, kernel: Array) -> list[Array]:
-  """Projections of x stored as one: (B, T, D), (D, parts, heads, width) -> `parts` arrays (B, T, heads, width).
+  """Projects x by kernels stored as one: (B, T, D), (D, parts, heads, width) -> `parts` arrays (B, T, heads, width).
 
     y_i = x @ kernel_i
     dx  = sum_i dy_i @ kernel_i.T  =  concat(dy) @ concat(kernel).T
     dkernel_i = x.T @ dy_i,    all i in one product: x.T @ concat(dy)
 
-  Forward the projections are computed one by one: a joint product costs less, but cutting up its result costs more than
-  that. Backward the products are joint, where nothing has to be cut up. The rule below computes the tangent as one
-  product; its transpose is the backward pass.
+  The forward pass computes the projections one by one: a joint product costs less, but cutting up its result costs more
+  than that saves. The products of the backward pass are joint, since nothing has to be cut up there. The rule below
+  computes the tangent as one product; its transpose is the backward pass.
   """
   return [jnp.einsum('btd,dhe->bthe', x, kernel[:, i]) for i in range(kernel.shape[1])]
 
@@ -41,8 +41,8 @@ def _derivative_of_projections(
 class Attention(nn.Module):
   """Multi-head softmax attention: (B, T, D) -> (B, T, D).
 
-  `qk_scale` multiplies the scores; None stands for head_width ** -0.5. Its weights, (B, num_heads, T, T), are sown as
-  `attention`. `num_outputs` stops after the results of that many tokens, which still attend to all.
+  `qk_scale` multiplies the scores; None stands for head_width ** -0.5. The attention weights, (B, num_heads, T, T), are
+  sown as `attention`. With `num_outputs` only that many tokens, the first ones, get a result; they still attend to all.
   """
 
   num_heads: int
@@ -56,7 +56,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array, *, train: bool = False, num_outputs: int | None = None) -> Array:
     dim = x.shape[-1]
     if dim % self.num_heads:
-      raise UserError(f'{self.num_heads} heads (num_heads) do not divide the width {dim} of {self.path[-2]}')
+      raise UserError(f'num_heads must divide {dim}, the width of {self.path[-2]}, and is {self.num_heads}')
     scale = (dim // self.num_heads) ** -0.5 if self.qk_scale is None else self.qk_scale
 
     q, k, v = self.scaled_qkv(x, scale, num_outputs)  # (B, T, num_heads, head_width)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     """Queries of the first tokens times `scale`, keys and values of all: (B, T, num_heads, head_width)."""
     dim = x.shape[-1]
     heads = (self.num_heads, dim // self.num_heads)
-    # The scale goes into the weights, where it costs no pass over the queries and none over their gradients.
+    # Scaling the weights saves a pass over the queries and one over their gradients.
     scales = np.array([scale, 1, 1], np.float32)
     dense = DenseParameters(dim, 3 * dim, self.qkv_bias, name='qkv')()
     kernel = (dense['kernel'].reshape(dim, 3, *heads) * scales.reshape(1, 3, 1, 1)).astype(self.dtype)
@@ -106,7 +106,7 @@ class EncoderBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   attention_class: ClassVar[type[Attention]] = Attention
-  grows: ClassVar[bool] = False  # whether the result is wider than what is given
+  grows: ClassVar[bool] = False  # whether the result is wider than the input
 
   @classmethod
   def check_widths(cls, embed_dim: int, mlp_ratio: float) -> None:

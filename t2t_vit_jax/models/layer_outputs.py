@@ -4,7 +4,7 @@ A layer's name is its path in the parameters, such as 'blocks_3', 'blocks_3/mlp/
 Attention weights are called after the layer that forms them: 'blocks_3/attn/attention', (B, num_heads, T, T) with
 T = 1 + H * W tokens, the class token first, and 'tokens_to_token/attention1/attention', (B, T, T) for the T tokens of
 that stage row by row. Each row of weights is a query's and sums to 1; a performer's sums to less where its kernel is so
-small that the 1e-8 in its denominator counts.
+small that the 1e-8 in the denominator counts.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ Array = jax.Array
 def layer_outputs(
   model: T2TViT, variables: Any, images: Array, layers: Sequence[str]
 ) -> tuple[Features, dict[str, Array]]:
-  """Features of a batch, and what the named layers compute on the way to them, in one pass.
+  """Features of a batch, and the outputs of the named layers on the way to them, in one pass.
 
   Nothing else is computed or kept. A model with `scan_blocks` runs block by block here.
 
-  >>> features, found = layer_outputs(model, variables, images, ['blocks_3', 'blocks_3/attn/attention'])
+  >>> features, outputs = layer_outputs(model, variables, images, ['blocks_3', 'blocks_3/attn/attention'])
 
   Args:
-    model: of any kind.
+    model: any `T2TViT`.
     variables: the model's.
     images: (B, height, width, C), normalised; any size.
     layers: names, as `layer_shapes` lists them.
 
   Returns:
-    `Features`, and outputs by name. Encoder blocks have (B, 1 + H * W, D), the class token first, and the stages of
-    the tokens-to-token module (B, H', W', D).
+    `Features`, and outputs by name. Those of encoder blocks are (B, 1 + H * W, D), the class token first, and those of
+    the tokens-to-token module's stages (B, H', W', D).
 
   Raises:
     UserError: the model has no such layer; the message names the nearest.
@@ -46,12 +46,12 @@ def layer_outputs(
 
 
 def layer_shapes(model: T2TViT, variables: Any, images: Any) -> dict[str, tuple[int, ...]]:
-  """Every name that `layer_outputs` knows, and the shape that it gives; computes nothing.
+  """Name and output shape of every layer that `layer_outputs` knows; computes nothing.
 
   Parameters without an output of their own, such as those of 'qkv', are used by their parent and not listed.
 
   Args:
-    model: of any kind.
+    model: any `T2TViT`.
     variables: the model's, or their shapes.
     images: (B, height, width, C), or a `jax.ShapeDtypeStruct` of them.
   """
@@ -67,7 +67,7 @@ def _layer_outputs(
   for layer in layers:
     if layer not in outputs:
       raise UserError(f'the model has no layer {layer!r} with an output of its own: {did_you_mean(layer, outputs)}')
-  return features, {layer: outputs[layer] for layer in layers}  # jit drops what only the others need
+  return features, {layer: outputs[layer] for layer in layers}  # jit drops the computation of the others
 
 
 def _all_outputs(model: T2TViT, variables: Any, images: Array) -> tuple[Features, dict[str, Array]]:
@@ -76,7 +76,7 @@ def _all_outputs(model: T2TViT, variables: Any, images: Array) -> tuple[Features
   outputs = {
     name.removesuffix('/__call__'): output
     for name, (output, *_) in flatten_dict(dict(state['intermediates']), sep='/').items()
-    # Left out: parameters that the parent uses, features, and dropout, whose layers have names with capitals.
+    # Leaves out parameters that the parent uses, features, and dropout layers, whose names have capitals.
     if isinstance(output, jax.Array) and name == name.lower()
   }
   return cast(Features, features), outputs

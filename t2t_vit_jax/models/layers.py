@@ -1,12 +1,12 @@
 """Layers with the reference's constants.
 
-Flax's defaults differ from PyTorch's in three places that change results, so every layer of the
-model comes from here: LayerNorm's epsilon is 1e-5 (Flax: 1e-6) and its variance is computed in two
-passes for float32 (Flax's fast variance loses all digits when the mean is large), GELU is the exact erf form
-(Flax: tanh approximation), and Dense weights start from N(0, 0.02) (Flax: LeCun normal).
+Flax's defaults differ from PyTorch's in three places that change results, so every layer of the model comes from here.
+LayerNorm's epsilon is 1e-5 (Flax: 1e-6), and its variance is computed in two passes for float32 (Flax's fast variance
+loses all digits when the mean is large). GELU is the exact erf form (Flax: tanh approximation). Dense weights start
+from N(0, 0.02) (Flax: LeCun normal).
 
-`LayerNormParameters` and `DenseParameters` only hold a layer's parameters, under the names and with the
-start values of the layer itself: for code that computes the layer's result in another way.
+`LayerNormParameters` and `DenseParameters` only hold a layer's parameters, under the names and with the start values of
+the layer itself, for code that computes the layer's result in another way.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02))
 
 
 class LayerNorm(nn.LayerNorm):
-  """The one of Flax with epsilon 1e-5 and a variance in two passes; in half precision `half_layer_norm`."""
+  """Flax's LayerNorm with epsilon 1e-5 and a variance in two passes; in half precision `half_layer_norm`."""
 
   epsilon: float = EPSILON
   dtype: Dtype = jnp.float32
@@ -54,9 +54,9 @@ def half_layer_norm(epsilon: float, dtype: Dtype, x: Array, scale: Array, bias: 
     dx_hat = (dx - mean(dx) - x_hat * mean(dx * x_hat)) / deviation
     dresult = dx_hat * scale + x_hat * dscale + dbias
 
-  The variance comes from one pass, mean of squares less square of the mean. That loses digits of float32 as the mean
-  grows beyond the standard deviation: at 100 times, half precision rounds as much away. And gradients are computed from
-  x_hat in half precision, which takes less memory and traffic than to keep x.
+  The variance comes from one pass: mean of squares less square of the mean. That loses digits of float32 when the mean
+  exceeds the standard deviation: at 100 times, as much as half precision rounds away. Gradients are computed from x_hat
+  in half precision, which takes less memory and traffic to keep than x.
   """
   return (_normalise(x, epsilon)[0] * scale + bias).astype(dtype)
 
@@ -84,7 +84,7 @@ def _normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
 
 
 def gelu(x: Array) -> Array:
-  """Exact GELU, x * Phi(x), in float32: `jax.nn.gelu` gets there by erfc, which costs twice as much as erf."""
+  """Exact GELU, x * Phi(x), in float32: `jax.nn.gelu` computes it by erfc, which costs twice as much as erf."""
   y = x.astype(jnp.float32)
   return (y * (0.5 * lax.erf(y * 0.5**0.5) + 0.5)).astype(x.dtype)
 
@@ -147,7 +147,7 @@ class Mlp(nn.Module):
 class StochasticDepth(nn.Module):
   """Drops a residual branch of (B, T, D) for whole samples and divides the kept ones by the keep probability.
 
-  `rate` may be an array, where `nn.Dropout` needs a number: in a loop over blocks each has its own.
+  Unlike that of `nn.Dropout`, `rate` may be an array: in a loop over blocks each has its own.
   """
 
   rate: float | Array

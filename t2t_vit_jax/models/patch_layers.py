@@ -1,4 +1,4 @@
-"""Dense layers of every patch of a soft split: by definition, and as convolutions that never form the patches."""
+"""Dense layers over the patches of a soft split: by definition, and as convolutions that never form the patches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -17,14 +17,14 @@ SoftSplitForm = Literal['conv', 'patches']
 
 
 def patch_dense(x: Array, split: Split, dense: Params, *, form: SoftSplitForm = 'conv', dtype: Dtype) -> Array:
-  """A Dense layer of every patch: (B, H, W, C) -> (B, H', W', out).
+  """Applies a Dense layer to every patch: (B, H, W, C) -> (B, H', W', out).
 
   Args:
     x: images or tokens on their grid.
     split: where the patches lie.
     dense: `kernel` (C * kernel * kernel, out) and perhaps `bias` (out,).
-    form: 'patches' is the definition, the layer applied to `soft_split`. 'conv' is the same linear map of the
-      same numbers as a strided convolution, which forms no patches.
+    form: 'patches' is the definition, the layer applied to `soft_split`. 'conv' is the same linear map as a strided
+      convolution, which forms no patches.
     dtype: of computation and result.
   """
   if form == 'patches':
@@ -36,7 +36,7 @@ def patch_dense(x: Array, split: Split, dense: Params, *, form: SoftSplitForm = 
 def patch_norm_dense(
   x: Array, split: Split, norm: Params, dense: Params, parts: int, *, form: SoftSplitForm = 'conv', dtype: Dtype
 ) -> list[Array]:
-  """LayerNorm, then a Dense layer of every patch: (B, H, W, C) -> `parts` arrays (B, H', W', out // parts).
+  """Applies LayerNorm and a Dense layer to every patch: (B, H, W, C) -> `parts` arrays (B, H', W', out // parts).
 
   With the mean and the deviation of a patch, and the layers' parameters,
 
@@ -51,15 +51,15 @@ def patch_norm_dense(
   are never formed, nor is their gradient.
 
   Rounding: for a result in float32, `_subtract_references` subtracts a value near the patch's mean before anything is
-  multiplied or squared: the rounding of what the values have in common would grow up to 316-fold (1 / deviation) in a
-  flat patch. In half precision that rounding is small beside the result's own.
+  multiplied or squared. Otherwise the rounding of what all values have in common would grow up to 316-fold
+  (1 / deviation) in a flat patch. In half precision that error is small beside the rounding of the result.
 
   Args:
     x: images or tokens on their grid.
     split: where the patches lie.
     norm: `scale` and `bias`, (C * kernel * kernel,).
     dense: `kernel` (C * kernel * kernel, out) and perhaps `bias` (out,).
-    parts: into how many equal parts the result is cut. Each is computed by itself, which costs less.
+    parts: number of equal parts of the result. Each is computed by itself, which costs less than cutting it up.
     form: 'patches' is the definition, the layers applied to `soft_split`.
     dtype: of computation and result.
   """
@@ -71,7 +71,7 @@ def patch_norm_dense(
   offset = jnp.einsum('i,io->o', norm['bias'], dense['kernel'], precision=lax.Precision.HIGHEST)
   offset = offset + dense.get('bias', 0)
 
-  multiply, variance = (_half_windows if jnp.finfo(dtype).bits < 32 else _float32_windows)(x, split)
+  multiply, variance = (_half_products if jnp.finfo(dtype).bits < 32 else _float32_products)(x, split)
   inverse_deviation = lax.rsqrt(variance + EPSILON)
   parts_of_layer = zip(jnp.split(weights, parts, axis=-1), jnp.split(offset, parts), strict=True)
   return [(multiply(w) * inverse_deviation + _per_channel(o)).astype(dtype) for w, o in parts_of_layer]
@@ -81,18 +81,18 @@ def _dense(x: Any, params: Params, dtype: Dtype) -> Any:
   return Dense(params['kernel'].shape[-1], use_bias='bias' in params, dtype=dtype).apply({'params': params}, x)
 
 
-def _float32_windows(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
-  """Products with centred patches, kernel -> (patch - mean) @ kernel, and variances of patches (B, H', W', 1)."""
+def _float32_products(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
+  """Returns a function, kernel -> (patch - mean) @ kernel, and the variances of the patches, (B, H', W', 1)."""
   u, references = _subtract_references(x.astype(jnp.float32), split)
   mean, variance = _moments(u, references, split)
   return lambda kernel: _products(u, references - mean, kernel, split), variance
 
 
-def _half_windows(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
-  """`_float32_windows` where the result is rounded to half precision anyway, at less cost.
+def _half_products(x: Array, split: Split) -> tuple[Callable[[Array], Array], Array]:
+  """Returns the same as `_float32_products` at less cost, for results that are rounded to half precision.
 
-  x is never rounded: tokens are of half precision already, and images are multiplied in float32, by three products
-  of half precision on a TPU (`Precision.HIGH`). So their offset may be subtracted after the product.
+  x is never rounded: tokens have half precision already, and images are multiplied in float32, which a TPU does by
+  three products of half precision (`Precision.HIGH`). So the mean may be subtracted after the product.
   """
   size = split.kernel**2 * x.shape[-1]
   wide = x.astype(jnp.float32)
@@ -118,20 +118,19 @@ def _window_sums(x: Array, split: Split) -> Array:
 
 
 def _subtract_references(x: Array, split: Split) -> tuple[Array, Array]:
-  """Subtracts from the zero-padded x something near to it that is known for every patch.
+  """Subtracts references from the zero-padded x: values near its own that are known for every patch.
 
-  As patches overlap it is done by cells of stride x stride: each subtracts a reference, its first pixel's
-  mean over the channels. A patch lies in 2 x 2 cells, in the latter ones without the last row or
-  column; each cell's first pixel is one of the patch's own. The results of LayerNorm do not
-  depend on the references, so no gradient flows through them.
+  Patches overlap, so references belong to cells of stride x stride: a cell's reference is its first pixel's mean over
+  the channels. A patch lies in 2 x 2 cells, without the last row or column of the latter ones; the first pixel of each
+  belongs to it. The results of LayerNorm do not depend on the references, so no gradient flows through them.
 
   Args:
     x: (B, H, W, C).
     split: where the patches lie.
 
   Returns:
-    What is left of x, padded, (B, stride * (H' + 1), stride * (W' + 1), C); and the references of each
-    patch's cells less the first one's, (B, H', W', 4).
+    The padded x less its references, (B, stride * (H' + 1), stride * (W' + 1), C); and the references of each
+    patch's four cells less that of the first, (B, H', W', 4).
   """
   assert split.kernel == 2 * split.stride - 1, f'{split}: a patch must lie in 2 x 2 cells of stride x stride'
   height, width = (split.output_size(size) + 1 for size in x.shape[1:3])
@@ -143,13 +142,13 @@ def _subtract_references(x: Array, split: Split) -> tuple[Array, Array]:
   cells = x.reshape(-1, height, split.stride, width, split.stride, x.shape[-1])
   reference = lax.stop_gradient(cells[:, :, 0, :, 0].mean(axis=-1))
   u = (cells - reference[:, :, None, :, None, None]).reshape(x.shape)
-  own = reference[:, :-1, :-1]
+  first = reference[:, :-1, :-1]
   others = (reference[:, :-1, 1:], reference[:, 1:, :-1], reference[:, 1:, 1:])
-  return u, jnp.stack([jnp.zeros_like(own), *(other - own for other in others)], axis=-1)
+  return u, jnp.stack([jnp.zeros_like(first), *(other - first for other in others)], axis=-1)
 
 
 def _moments(u: Array, references: Array, split: Split) -> tuple[Array, Array]:
-  """Mean of each patch, less its first cell's reference, and variance: both (B, H', W', 1), float32."""
+  """Mean of each patch less its first cell's reference, and its variance: both (B, H', W', 1), float32."""
   cells = _cells_of_patch(u.shape[-1], split)
   size, cell_sizes = len(cells), cells.sum(axis=0).reshape(1, 1, 1, -1)
   sums = _convolve(u, jnp.asarray(cells, u.dtype), split, lax.Precision.HIGHEST)
@@ -170,18 +169,17 @@ def _products(u: Array, references: Array, kernel: Array, split: Split) -> Array
 
 
 def _cells_of_patch(channels: int, split: Split) -> np.ndarray:
-  """Which of its 2 x 2 cells each value of a patch lies in: (channels * kernel * kernel, 4), 0 or 1."""
+  """Table of the 2 x 2 cells in which each value of a patch lies: (channels * kernel * kernel, 4), 0 or 1."""
   second = np.arange(split.kernel) >= split.stride
   cells = [np.outer(rows, columns).ravel() for rows in (~second, second) for columns in (~second, second)]
   return np.tile(np.stack(cells, axis=-1), (channels, 1)).astype(np.float32)
 
 
 def _centred(x: Array) -> Array:
-  """Subtracts the mean over the last axis, in float32: for a LayerNorm over patches, which it does not change.
+  """Subtracts the mean over the last axis, in float32, before a LayerNorm over patches, whose result stays the same.
 
-  Where the image is constant a patch has no variance and LayerNorm multiplies what its own mean left
-  by rounding with epsilon ** -0.5 = 316: enough to move logits by 7e-5. A second mean over
-  values that are already centred leaves nothing.
+  In a constant patch the variance is 0, and LayerNorm multiplies the rounding error of its own mean with
+  epsilon ** -0.5 = 316: enough to move logits by 7e-5. A second mean, over centred values, has no such error.
   """
   x = x.astype(jnp.float32)
   return x - x.mean(axis=-1, keepdims=True)

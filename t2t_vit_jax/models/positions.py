@@ -12,8 +12,8 @@ Array = jax.Array
 def sinusoidal_position_embedding(num_positions: int, dim: int) -> np.ndarray:
   """The fixed table of shape (1, num_positions, dim); row 0 belongs to the cls token.
 
-  table[p, 2i] = sin(p / 10000^(2i/dim)) and table[p, 2i+1] = cos of the same angle. The angles are
-  computed in float64: in float32 the large ones are off by 1e-5.
+  table[p, 2i] = sin(p / 10000^(2i/dim)) and table[p, 2i+1] = cos of the same angle. The angles are computed in float64:
+  in float32 the large ones are off by 1e-5.
   """
   exponent = 2 * (np.arange(dim) // 2) / dim
   angle = np.arange(num_positions)[:, None] / np.power(10000.0, exponent)
@@ -24,8 +24,7 @@ def sinusoidal_position_embedding(num_positions: int, dim: int) -> np.ndarray:
 def resize_position_embedding(table: Array, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Array:
   """Resizes the grid rows of a position table as the reference does when it loads a checkpoint.
 
-  Bicubic in PyTorch's convention (a = -0.75, align_corners=False, no anti-aliasing); row 0, the cls
-  token's, is kept.
+  Bicubic in PyTorch's convention (a = -0.75, align_corners=False, no anti-aliasing); row 0, the cls token's, is kept.
 
   Args:
     table: (1, 1 + H * W, D).
@@ -39,7 +38,7 @@ def resize_position_embedding(table: Array, old_grid: tuple[int, int], new_grid:
     return table
   cls_row, rows = table[:, :1], table[:, 1:]
   dim = table.shape[-1]
-  # Interpolated in float32 and with full products on every backend: positions are small differences of large terms.
+  # In float32 and at full precision on every backend: positions are small differences of large terms.
   resized = jax.image.resize(
     rows.reshape(1, *old_grid, dim).astype(jnp.float32),
     (1, *new_grid, dim),

@@ -18,7 +18,7 @@ class Split(NamedTuple):
   padding: int
 
   def output_size(self, size: int) -> int:
-    """Number of patches along an axis of `size`: 0 or less if it is too short for one."""
+    """Number of patches along an axis of length `size`: 0 or less if it is too short for one."""
     return (size + 2 * self.padding - self.kernel) // self.stride + 1
 
 
@@ -27,7 +27,7 @@ SPLITS = (Split(7, 4, 2), Split(3, 2, 1), Split(3, 2, 1))
 
 
 def token_grid(image_size: tuple[int, int]) -> tuple[int, int]:
-  """(H, W) of the token grid that the three splits leave of an image of (height, width) pixels.
+  """(H, W) of the token grid that the three splits make of an image of (height, width) pixels.
 
   Raises:
     UserError: the image is too small for a split.

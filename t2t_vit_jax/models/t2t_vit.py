@@ -23,7 +23,7 @@ from t2t_vit_jax.models.tokens_to_token import TOKEN_ATTENTIONS, TokenAttentionF
 
 Array = jax.Array
 ResidualDtype = Literal['float32', 'bfloat16']
-CHOICES: dict[str, Collection[str]] = {  # fields of `T2TViT` that name one of several ways
+CHOICES: dict[str, Collection[str]] = {  # allowed values of fields of `T2TViT`
   'tokens_type': TOKEN_ATTENTIONS.keys(),
   'block_type': BLOCK_TYPES.keys(),
   'soft_split_form': get_args(SoftSplitForm),
@@ -84,19 +84,19 @@ class T2TViT(nn.Module):
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
       the definition. Parameters and results are the same; see `patch_layers.patch_norm_dense`.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
-      'chunked' those of some queries at a time; 'auto' is 'chunked' where tokens are many. Results are the same.
-    scan_blocks: run all blocks but the last as a loop: the program is that of two blocks, which compiles several
-      times faster, and trains faster in float32 on a CPU. Parameters are the same, and may come stacked (see
-      `stack_blocks`); random draws (dropout, stochastic depth) are others.
-    remat: 'none', or which of a block's values are kept for the backward pass, by the names of
-      `jax.checkpoint_policies`: less memory for more computation. 'nothing_saveable' keeps the least.
-    dtype: computation dtype; the logits are float32 always.
-    residual_dtype: of the sum that all blocks add to, where `dtype` is not wider. 'bfloat16' rounds each of its sums,
-      which costs accuracy beyond that of `dtype` alone, and saves memory and time in training.
+      'chunked' those of some queries at a time; 'auto' chooses 'chunked' for many tokens. Results are the same.
+    scan_blocks: run all blocks but the last as a loop. The program then has two blocks instead of all: it compiles
+      several times faster, and trains faster in float32 on a CPU. Parameters are the same, and may be stacked (see
+      `stack_blocks`); random draws (dropout, stochastic depth) differ.
+    remat: 'none', or the name in `jax.checkpoint_policies` of what a block keeps for its backward pass; it computes
+      the rest again, which costs time and saves memory. 'nothing_saveable' keeps the least.
+    dtype: computation dtype; the logits are always float32.
+    residual_dtype: dtype of the sum that all blocks add to, or `dtype` if that is wider. 'bfloat16' saves memory and
+      time in training, and costs accuracy beyond what `dtype` costs, since every sum is rounded.
 
   Raises:
-    UserError: unknown value of a field in `CHOICES`; ghost blocks of another shape than the reference's; `scan_blocks`
-      for dense blocks, which differ in width.
+    UserError: a field of `CHOICES` has an unknown value; ghost blocks have other widths than the reference's; or
+      `scan_blocks` is set for dense blocks, which differ in width.
   """
 
   num_classes: int = 1000
@@ -130,7 +130,7 @@ class T2TViT(nn.Module):
         raise UserError(f'{field} must be one of {", ".join(known)}, not {getattr(self, field)!r}')
     self.block_class.check_widths(self.embed_dim, self.mlp_ratio)
     if self.block_class.grows and self.scan_blocks:
-      raise UserError('scan_blocks needs blocks of one width: those of a dense encoder grow')
+      raise UserError('scan_blocks needs blocks of one width, and dense blocks grow: set scan_blocks to False')
     super().__post_init__()
 
   @property
@@ -173,19 +173,20 @@ class T2TViT(nn.Module):
     if features or not self.num_classes:
       x = norm(self._encode(x, train))
       return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, x.shape[-1]))
-    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])  # the class token's alone is what the head needs
+    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])  # the head needs the class token only
     return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
 
   def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
-    """(B, T, D) -> (B, T, D'); where only the first `num_outputs` are wanted, the last block may spare the others."""
-    by_name = self.is_initializing() or self.is_mutable_collection('intermediates')
+    """Runs all blocks: (B, T, D) -> (B, T, D'), with `num_outputs` the first tokens only: (B, num_outputs, D')."""
+    # Where layers make their parameters, or their outputs are asked for, each runs by itself and on all tokens.
+    layer_by_layer = self.is_initializing() or self.is_mutable_collection('intermediates')
     *blocks, last = self._blocks()
-    if self.scan_blocks and blocks and not by_name:
+    if self.scan_blocks and blocks and not layer_by_layer:
       x = self._run_as_loop(x, train)
     else:
       for block in blocks:
         x = block(x, train, None)
-    return last(x, train, None if by_name else num_outputs)  # by name, somebody may look at all tokens
+    return last(x, train, None if layer_by_layer else num_outputs)
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""
@@ -194,7 +195,7 @@ class T2TViT(nn.Module):
       for rate in np.linspace(0, self.stochastic_depth_rate, self.depth):
         yield self._block(block_class, float(rate), name=next(names))
       return
-    # The reference spreads the rate over 12 blocks, its default depth, but picks from it by stage.
+    # A quirk of the reference: rates rise over 12 blocks, its default depth, but all blocks of stage i take the i-th.
     stage_rates = np.linspace(0, self.stochastic_depth_rate, 12)
     for stage, num_blocks in enumerate(self.dense_stages):
       if stage:

@@ -24,7 +24,7 @@ Array = jax.Array
 TokenAttentionForm = Literal['auto', 'full', 'chunked']
 
 QUERY_CHUNK = 256
-FULL_ATTENTION_TOKENS = 1024  # most tokens for which 'auto' keeps all scores in memory
+FULL_ATTENTION_TOKENS = 1024  # with more tokens 'auto' means 'chunked'
 
 
 class TokenLayer(nn.Module):
@@ -32,8 +32,8 @@ class TokenLayer(nn.Module):
 
   Attributes:
     split: the patches that become tokens.
-    token_dim: width of the tokens that it makes.
-    soft_split_form: how layers of patches are computed; see `patch_layers`.
+    token_dim: width of the new tokens.
+    soft_split_form: how layers over patches are computed; see `patch_layers`.
     dtype: of computation and result.
   """
 
@@ -55,7 +55,7 @@ class Projection(TokenLayer):
 
 
 class Convolution(TokenLayer):
-  """The paper's ablation: a plain convolution in place of a soft split with what follows it."""
+  """The paper's ablation: a plain convolution in place of a soft split and the attention after it."""
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -89,26 +89,25 @@ class TokenAttention(TokenLayer):
 
 
 def attention_weights(q: Array, k: Array) -> Array:
-  """softmax(q kᵀ), (B, T, T), where both are (B, T, D), q scaled already."""
+  """softmax(q kᵀ), (B, T, T), of q and k (B, T, D); q is scaled already."""
   return nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1)
 
 
 def full_attention(q: Array, k: Array, v: Array) -> Array:
-  """Softmax attention with one head: softmax(q kᵀ) v, where each is (B, T, D), q scaled already."""
+  """Softmax attention with one head: softmax(q kᵀ) v, of q, k and v (B, T, D); q is scaled already."""
   return jnp.einsum('bts,bsd->btd', attention_weights(q, k), v)
 
 
 def chunked_attention(q: Array, k: Array, v: Array) -> Array:
-  """`full_attention` for `QUERY_CHUNK` queries at a time, and again in the backward pass.
+  """Computes `full_attention` for `QUERY_CHUNK` queries at a time, and again in the backward pass.
 
-  Queries do not depend on each other. So no more than QUERY_CHUNK x T scores are ever in memory,
-  where the full form keeps T x T of them for the backward pass: 9.8 million an image at 224 px, and
-  85 million at 384 px.
+  Queries do not depend on each other, so no more than QUERY_CHUNK x T scores are ever in memory. The full form keeps
+  T x T of them for the backward pass: 9.8 million an image at 224 px, and 85 million at 384 px.
   """
 
   @jax.checkpoint
   def attend(query: Array) -> Array:
-    """The attention of one query an image, (B, D); `lax.map` makes a chunk of them."""
+    """Attention of one query of each image, (B, D); `lax.map` makes chunks of queries."""
     return full_attention(query[:, None], k, v)[:, 0]
 
   return lax.map(attend, q.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
@@ -117,9 +116,8 @@ def chunked_attention(q: Array, k: Array, v: Array) -> Array:
 class TokenTransformer(TokenAttention):
   """One-head softmax attention over patches: (B, H, W, C) -> (B, H', W', token_dim).
 
-  Two quirks of the reference are kept because trained weights depend on them: scores are scaled by
-  the width of a *patch* ** -0.5, and the residual around the attention starts from the values, since
-  the input has another width.
+  Two quirks of the reference are kept because trained weights depend on them: scores are scaled by (width of a
+  *patch*) ** -0.5, and the residual around the attention starts from the values, since the input has another width.
   """
 
   attention_form: TokenAttentionForm = 'auto'
@@ -134,7 +132,7 @@ class TokenTransformer(TokenAttention):
     chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
     y = (chunked_attention if chunked else full_attention)(q, k, v)
     if self.is_mutable_collection('intermediates'):
-      # Computed apart from y, so that a compiler drops it where nobody reads it.
+      # Computed apart from y, so that the compiler drops it where nobody reads it.
       self.sow('intermediates', 'attention', attention_weights(q, k))
     x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
@@ -144,8 +142,8 @@ class TokenTransformer(TokenAttention):
 def positive_random_features(x: Array, random_projection: Array) -> Array:
   """exp(x wᵀ - |x|²/2) / sqrt(m): features whose inner products estimate the softmax kernel, without bias.
 
-  The exponent is float32. With m orthogonal rows of length sqrt(m) in w it is at most m/2, so
-  float32 and bfloat16 cannot overflow for the m = 32 of every published model; float16 does.
+  The exponent is computed in float32. With m orthogonal rows of length sqrt(m) in w it is at most m/2, so float32 and
+  bfloat16 cannot overflow for the m = 32 of every published model; float16 does.
 
   Args:
     x: (B, T, D), float32 or bfloat16.
@@ -164,8 +162,8 @@ def positive_random_features(x: Array, random_projection: Array) -> Array:
 class TokenPerformer(TokenAttention):
   """Linear attention over patches by positive random features (FAVOR+): (B, H, W, C) -> (B, H', W', token_dim).
 
-  The random projection is drawn once and never trained: it lives in the collection `frozen`. The
-  reference packs key, query, value in this order and hard-wires its dropout rate to 0.1.
+  The random projection is drawn once and never trained: it lives in the collection `frozen`. The reference packs key,
+  query and value in this order and fixes the dropout rate at 0.1.
   """
 
   random_feature_ratio: float = 0.5
@@ -186,15 +184,15 @@ class TokenPerformer(TokenAttention):
     k, q, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (k, q, v))
     k_features = positive_random_features(k, random_projection)
     q_features = positive_random_features(q, random_projection)
-    keys = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
-    normaliser = jnp.einsum('btm,bm->bt', q_features, keys, preferred_element_type=jnp.float32)
+    keys_sum = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
+    normaliser = jnp.einsum('btm,bm->bt', q_features, keys_sum, preferred_element_type=jnp.float32)
     keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v, preferred_element_type=jnp.float32)
     if self.is_mutable_collection('intermediates'):
-      # The attention that these products amount to, y = weights @ v, which they avoid to form.
+      # The other products give y = weights @ v without forming the weights.
       weights = jnp.einsum('btm,bsm->bts', q_features, k_features, preferred_element_type=jnp.float32)
       self.sow('intermediates', 'attention', weights / (normaliser[..., None] + 1e-8))
 
-    # proj(q_features @ keys_values / normaliser), where its kernel meets 32 rows an image instead of all tokens.
+    # proj(q_features @ keys_values / normaliser); proj's kernel multiplies 32 rows an image instead of all tokens.
     proj = DenseParameters(self.token_dim, self.token_dim, name='proj')()
     projected = jnp.einsum('bmd,de->bme', keys_values, proj['kernel']).astype(self.dtype)
     y = jnp.einsum('btm,bme->bte', q_features, projected, preferred_element_type=jnp.float32)
@@ -211,10 +209,10 @@ class TokensType(NamedTuple):
   """A row of `TOKEN_ATTENTIONS`.
 
   Attributes:
-    layer: the step after each of the first two soft splits.
-    fields: its own fields -> the fields of `TokensToToken` that fill them.
-    names: of the two layers, in the parameters.
-    projection: the last step.
+    layer: class of the layers at the first two soft splits.
+    fields: the class's own fields -> the fields of `TokensToToken` that fill them.
+    names: names of the two layers in the parameters.
+    projection: class of the layer at the last soft split.
   """
 
   layer: type[TokenLayer]
@@ -223,7 +221,7 @@ class TokensType(NamedTuple):
   projection: type[TokenLayer] = Projection
 
 
-# What makes tokens, by `tokens_type`. docs/extending.md adds one.
+# Layers that make tokens, by `tokens_type`. docs/extending.md shows how to add one.
 TOKEN_ATTENTIONS = {
   'performer': TokensType(TokenPerformer, {'dropout_rate': 'performer_dropout_rate'}),
   'transformer': TokensType(TokenTransformer, {'attention_form': 'token_attention_form'}),
@@ -234,7 +232,7 @@ TOKEN_ATTENTIONS = {
 class TokensToToken(nn.Module):
   """Image to token grid: (B, H, W, C) -> (B, H', W', embed_dim), with (H', W') = `token_grid((H, W))`.
 
-  `tokens_type` is a row of `TOKEN_ATTENTIONS`: the attention between the splits, or 'convolution'.
+  `tokens_type` names a row of `TOKEN_ATTENTIONS`: the attention between the splits, or 'convolution'.
   """
 
   tokens_type: str

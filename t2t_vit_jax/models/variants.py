@@ -9,7 +9,7 @@ from t2t_vit_jax.models.t2t_vit import T2TViT
 
 @dataclasses.dataclass(frozen=True)
 class DataDefaults:
-  """Preparation of images for a model whose weights were trained by the published recipe."""
+  """Preparation of images for a model that was trained by the published recipe."""
 
   image_size: int = 224  # px, height and width
   crop_fraction: float = 0.9  # evaluation: share of the resized short side that the centre crop keeps
@@ -21,7 +21,7 @@ class DataDefaults:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One named model: the arguments in which it differs from `T2TViT`'s defaults."""
+  """A named model: the arguments in which it differs from `T2TViT`'s defaults."""
 
   arguments: dict[str, Any]
   data: DataDefaults = DataDefaults()
@@ -62,12 +62,12 @@ VARIANTS: dict[str, Variant] = {
 
 
 def list_models() -> list[str]:
-  """Names that `create_model` knows, the paper's models only."""
+  """Names of the paper's models, for `create_model`."""
   return [name for name, variant in VARIANTS.items() if variant.public]
 
 
 def get_variant(name: str) -> Variant:
-  """The table's row of `name`.
+  """The row of `name` in `VARIANTS`.
 
   Raises:
     UserError: there is no such model; the message names the nearest.
