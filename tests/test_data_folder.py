@@ -157,7 +157,7 @@ def test_paths_without_images_are_refused(folder):
   (folder / 'empty').mkdir()
   with pytest.raises(UserError, match=r'empty has no images \(\.bmp, '):
     find_images([folder / 'val', folder / 'empty'])
-  with pytest.raises(UserError, match=r'there is no image and no folder .*typo'):
+  with pytest.raises(UserError, match=r'there is no file or folder .*typo'):
     find_images([folder / 'val', folder / 'typo'])
 
 

@@ -182,7 +182,7 @@ def test_names_of_files_may_be_anything(weights, photos, tmp_path, capsys):
     (['{weights}', '{photos}', '--json', '--csv'], 'not allowed with'),
     (['{weights}', '{photos}', '--image_size=big'], 'HEIGHTxWIDTH'),
     (['{weights}', '{photos}', '--image_size=1'], 'too small'),
-    (['{weights}', '{photos}/nothing'], 'there is no image and no folder'),
+    (['{weights}', '{photos}/nothing'], 'there is no file or folder'),
     (['{weights}', '{folder}/empty'], 'empty has no images'),
     (['{folder}/missing', '{photos}'], 'missing: no such file'),
     (['{photos}/a.jpg', '{photos}'], 'a.jpg: is neither a PyTorch checkpoint nor a safetensors file'),

@@ -1,4 +1,4 @@
 import os
 
-# Buckets are reached through gcsfs, whether TensorFlow is installed or not. To be set before tfds is imported.
+# Reaches buckets through gcsfs even where TensorFlow is installed. Must be set before tfds is imported.
 os.environ.setdefault('EPATH_USE_TF', 'false')

@@ -1,4 +1,4 @@
-"""Names that people give the classes: ImageNet's travel as ids of WordNet synsets, or not at all."""
+"""Readable names of classes: datasets and weights name ImageNet's by ids of WordNet synsets, or not at all."""
 
 from collections.abc import Sequence
 import functools
@@ -9,7 +9,7 @@ from importlib import resources
 def imagenet_names() -> dict[str, str]:
   """Words of the 1,000 classes of ImageNet-1k by id, such as 'tench, Tinca tinca' by 'n01440764', in label order.
 
-  They are WordNet's; `imagenet_names.tsv` says where they come from.
+  The words are WordNet's; `imagenet_names.tsv` has their source.
   """
   text = (resources.files('t2t_vit_jax.data') / 'imagenet_names.tsv').read_text(encoding='utf-8')
   rows = (line.split('\t') for line in text.splitlines() if not line.startswith('#'))
@@ -17,12 +17,12 @@ def imagenet_names() -> dict[str, str]:
 
 
 def readable_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-  """One name for each class, as a person would read it.
+  """One readable name for each class.
 
   Args:
-    class_names: those of the weights. ImageNet's ids, which tfds and image folders have, become words, and what is no
-      such id stays as it is. None if nothing is known: 1,000 classes are then ImageNet's, as in every published file.
-    num_classes: of the model.
+    class_names: names stored with the weights. ImageNet's ids, which tfds and image folders have, become words; other
+      names stay. None if there are none: 1,000 classes are then ImageNet's, as in every published file.
+    num_classes: number of classes of the model.
   """
   names = imagenet_names()
   if class_names is None:

@@ -9,7 +9,7 @@ from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import BadImage, decode
 from t2t_vit_jax.errors import DataError
 
-MAX_NAMED = 20  # images; after that they are only counted
+MAX_NAMED = 20  # images; further ones are only counted
 
 
 class Faults:
@@ -18,8 +18,8 @@ class Faults:
   Args:
     source: where the batches come from.
     warn: shows a line to the user.
-    consequence: what becomes of an image that cannot be read, for that line.
-    max_bad_fraction: how many of the source's images may be unreadable, as a share.
+    consequence: what becomes of an image that cannot be read, as that line says it.
+    max_bad_fraction: share of the source's images that may be unreadable.
   """
 
   def __init__(self, source: Source, warn: Callable[[str], None], consequence: str, max_bad_fraction: float = 1.0):
@@ -38,25 +38,25 @@ class Faults:
     """Passes on what the devices need of each batch: image, label and mask.
 
     Raises:
-      DataError: a label is none of the classes', or too many images cannot be read.
+      DataError: a label belongs to no class, or too many images cannot be read.
     """
     for batch in batches:
-      index, bad = batch.pop('index'), batch.pop('bad')
-      self._check_labels(batch['label'], index)
-      for each in index[bad].tolist():
-        self._note(each)
+      indices, bad = batch.pop('index'), batch.pop('bad')
+      self._check_labels(batch['label'], indices)
+      for index in indices[bad].tolist():
+        self._count_unreadable(index)
       yield batch
 
-  def _check_labels(self, labels: np.ndarray, index: np.ndarray) -> None:
+  def _check_labels(self, labels: np.ndarray, indices: np.ndarray) -> None:
     wrong = (labels >= len(self._source.class_names)) | ((labels < 0) & (labels != UNREADABLE))
     if wrong.any():
-      label, example = labels[wrong][0], self._source[int(index[wrong][0])].id
+      label, example = labels[wrong][0], self._source[int(indices[wrong][0])].id
       raise DataError(
         f'{example} has label {label}, but {self._source.description} has {len(self._source.class_names)} classes, '
         'numbered from 0: prepare the dataset anew'
       )
 
-  def _note(self, index: int) -> None:
+  def _count_unreadable(self, index: int) -> None:
     if index in self._bad:
       return
     self._bad.add(index)
@@ -71,7 +71,7 @@ class Faults:
 
 
 def explain(source: Source, index: int) -> tuple[str, str]:
-  """Id of a record that could not be read, and what reading it again runs into: workers don't send that along."""
+  """Id of a record that could not be read, and the reason. Workers don't send it: the record is read again."""
   name = f'{index} of {source.description}'
   try:
     record = source[index]
@@ -79,4 +79,4 @@ def explain(source: Source, index: int) -> tuple[str, str]:
     decode(record.image)
   except BadImage as error:
     return name, str(error)
-  return name, 'at a second try it could be'
+  return name, 'a second try succeeded'

@@ -1,8 +1,7 @@
 """Batches: a sample order that is a pure function of (seed, epoch), and its share for each process.
 
-Nothing is carried from step to step: what example stands where in which batch, and what its
-augmentation draws, follows from the seed and the step number alone. A run that starts again at step
-s therefore reads nothing of what came before.
+Nothing is carried from step to step: the seed and the step number alone decide which example stands where in a batch,
+and what its augmentation draws. So a run that starts again at step s reads nothing of the steps before.
 """
 
 from collections.abc import Generator, Sequence
@@ -22,7 +21,7 @@ from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import BadImage, EncodedImage, EvalTransform, TrainTransform, decode
 from t2t_vit_jax.errors import DataError, UserError
 
-# image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, of the record;
+# image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
 # bad: bool, whether that record could not be read. `faults.Faults` takes the last two out.
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]  # the same with a leading axis
@@ -35,9 +34,9 @@ GROUP_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """Which part of each global batch is read here: one contiguous block for each process."""
+  """The part of each global batch that this process reads: one contiguous block."""
 
-  batch_size: int  # images, of all processes together
+  batch_size: int  # images in all processes together
   process_index: int = 0
   process_count: int = 1
 
@@ -50,14 +49,14 @@ class Share:
     return self.batch_size // self.process_count
 
   def global_position(self, local_number: int) -> int:
-    """Position in the sequence of all batches of the `local_number`-th example that is read here."""
+    """Position in the sequence of all batches of the `local_number`-th example that this process reads."""
     step, offset = divmod(local_number, self.local_batch_size)
     return step * self.batch_size + self.process_index * self.local_batch_size + offset
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOrder:
-  """The order of training: every epoch a new permutation, its incomplete last batch left out."""
+  """Order of the training examples: a new permutation each epoch, without its incomplete last batch."""
 
   num_records: int
   batch_size: int
@@ -66,7 +65,7 @@ class TrainOrder:
   def __post_init__(self) -> None:
     if self.num_records < self.batch_size:
       raise UserError(
-        f'a batch of {self.batch_size} is more than the {self.num_records} training images: set data.batch_size to less'
+        f'data.batch_size={self.batch_size} is more than the {self.num_records} training images: set a smaller one'
       )
 
   @property
@@ -81,15 +80,15 @@ class TrainOrder:
 
 @functools.lru_cache(maxsize=2)  # two epochs meet in a worker's buffer
 def _permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
-  # The third number keeps it apart from the generators of examples, which have a smaller one there.
+  # The generators of examples have a record's index as third number, which is smaller: none of them equals this one.
   return np.random.default_rng((seed, epoch, num_records)).permutation(num_records)
 
 
 @dataclasses.dataclass(frozen=True)
 class _TrainExample(grain.transforms.Map):
-  """Number of an example in this process's sequence -> augmented example. Pickles, for worker processes.
+  """Maps an example's number in this process's sequence to the augmented example; pickles, for worker processes.
 
-  A record that cannot be read is replaced by the next that can.
+  A record that cannot be read is replaced by the next one that can.
   """
 
   source: Source
@@ -107,12 +106,12 @@ class _TrainExample(grain.transforms.Map):
       except BadImage:
         continue
       return _example(image, record.label, index, bad=tries > 0)
-    raise DataError(f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}')
+    raise DataError(f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}: check its files')
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvalExample(grain.transforms.Map):
-  """Number of an example in this process's sequence -> example, or padding after the last record."""
+  """Maps an example's number in this process's sequence to the example, or to padding after the last record."""
 
   source: Source
   share: Share
@@ -145,7 +144,7 @@ def _example(image: Any, label: int, index: int, *, mask: int = 1, bad: bool = F
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-  """Settings for the preparation of a process's images."""
+  """Processes and threads that prepare the images of this process."""
 
   num_workers: int = 0  # processes; 0 for threads of this one
   num_threads: int = 1  # in each process
@@ -153,16 +152,16 @@ class Workers:
   def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
     group_size = math.gcd(batch_size, GROUP_SIZE)
-    # In groups; about four batches in all.
-    buffer = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
-    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer)
-    # Groups are made of numbers, before workers share them out: they don't depend on how many workers there are.
+    # Counted in groups: about four batches in all workers.
+    buffer_size = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
+    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer_size)
+    # Numbers are grouped before workers share them out, so groups don't depend on the number of workers.
     groups = grain.MapDataset.range(numbers.start, numbers.stop).map(example).batch(group_size)
     dataset = groups.to_iter_dataset(read)
     if self.num_workers:
       if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without any has not parsed
-      # Shared memory for the images, but not for labels and the like: each array there is two open files.
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without flags has not parsed
+      # Shared memory for the images, but not for labels and the like: each array there takes two open files.
       dataset = grain.experimental.WithOptionsIterDataset(
         dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
       )
@@ -175,7 +174,7 @@ class Workers:
       if 'terminated unexpectedly' not in str(error):  # grain has no class of its own for this
         raise
       raise DataError(
-        f'a data worker died ({str(error).split(".")[0]}); if it was killed for want of memory, set a smaller '
+        f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
         '--config.data.num_workers'
       ) from error
     finally:
@@ -186,7 +185,7 @@ class Workers:
 def _free_shared_memory() -> None:
   """Frees what workers handed over last, which Python would otherwise report as leaked at exit."""
   gc.collect()  # grain leaves the last groups in a reference cycle
-  # It frees memory in one background thread, whose unfinished work is dropped at exit. There is no public way to wait.
+  # grain frees memory in a background thread, which may not finish before exit. There is no public way to wait for it.
   if thread := getattr(grain.multiprocessing.SharedMemoryArray, '_del_thread_pool', None):
     thread.apply(int)
 
@@ -196,7 +195,7 @@ def _concatenate(groups: Sequence[Batch]) -> Batch:
 
 
 def _ignore_interrupts(worker_index: int, worker_count: int) -> None:
-  """Leaves Ctrl-C, which a terminal sends to every process, to the main process: it ends its workers itself."""
+  """Leaves Ctrl-C, which a terminal sends to every process, to the main process, which ends its workers itself."""
   del worker_index, worker_count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -217,7 +216,7 @@ def train_batches(
 
 
 def eval_batches(source: Source, transform: EvalTransform, share: Share, workers: Workers) -> Generator[Batch]:
-  """This process's part of all images, each exactly once: the last batch is filled up with `mask` 0."""
+  """This process's part of all images, each exactly once: padding with `mask` 0 fills up the last batch."""
   num_batches = math.ceil(len(source) / share.batch_size)
   numbers = range(num_batches * share.local_batch_size)
   return workers.batches(numbers, _EvalExample(source, share, transform), share.local_batch_size)

@@ -11,7 +11,7 @@ from t2t_vit_jax.errors import UserError, choose
 
 
 def open_sources(data: Any) -> tuple[Source, Source]:
-  """The training and the evaluation split of `config.data`.
+  """Opens the training and the evaluation split of `config.data`.
 
   Raises:
     UserError: the source is unknown, or its data missing.
@@ -22,7 +22,7 @@ def open_sources(data: Any) -> tuple[Source, Source]:
 
 
 def open_eval_source(data: Any) -> Source:
-  """The evaluation split of `config.data` alone: the training split may be missing.
+  """Opens the evaluation split of `config.data` alone: the training split may be missing.
 
   Raises:
     UserError: the source is unknown, or its data missing.
@@ -32,31 +32,31 @@ def open_eval_source(data: Any) -> Source:
 
 def _open_tfds(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.path is not None:
-    raise UserError("data.path is the folder of data.source 'folder'; that of 'tfds' is data.data_dir")
+    raise UserError("data.path is for data.source='folder' only: for 'tfds' set data.data_dir instead")
   train = open_tfds(data.name, data.train_split, data.data_dir) if with_train else None
   return train, open_tfds(data.name, data.eval_split, data.data_dir)
 
 
 def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.path is None:
-    raise UserError("data.source 'folder' needs --config.data.path")
+    raise UserError("data.source='folder' needs --config.data.path=FOLDER")
   if data.eval_fraction and (
     divided := open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
   ):
     return divided
   if not with_train and not (Path(data.path).expanduser() / data.train_split).is_dir():
     return None, open_folder(data.path, data.eval_split)
-  train = open_folder(data.path, data.train_split)  # it decides which label a folder has
+  train = open_folder(data.path, data.train_split)  # its class folders give the labels
   return train, open_folder(data.path, data.eval_split, train.class_names)
 
 
 # Openers by `data.source`: (`config.data`, whether the training split is wanted) -> training split, or None where it is
-# not wanted, and evaluation split. docs/extending.md adds one.
+# not wanted, and evaluation split. docs/extending.md shows how to add one.
 SOURCES: dict[str, Callable[[Any, bool], tuple[Source | None, Source]]] = {'tfds': _open_tfds, 'folder': _open_folder}
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:
-  """The host's part of `config.augment`, in the published order.
+  """Crop and augmentations of `config.augment` that run on the host, in the published order.
 
   Raises:
     UserError: `config.augment.crop` or `config.data.interpolation` is unknown, or `config.data.fast_decode` needs
@@ -87,7 +87,7 @@ def _padded_crop(config: Any) -> transforms.TrainTransform:
   return transforms.RandomPaddedCrop(config.data.image_size, config.augment.crop_padding, _interpolation(config))
 
 
-# From the encoded image to a crop of `data.image_size`, by `augment.crop`.
+# Transforms from an encoded image to a crop of `data.image_size`, by `augment.crop`.
 CROPS: dict[str, Callable[[Any], transforms.TrainTransform]] = {'resized': _resized_crop, 'padded': _padded_crop}
 
 

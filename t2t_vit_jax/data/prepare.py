@@ -29,7 +29,7 @@ from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder
 from t2t_vit_jax.errors import UserError
 
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
-# The tars of ILSVRC2012 with their sizes in bytes, and the images in them. docs/data.md has the MD5 sums.
+# Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
 IMAGENET_TARS = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}
 IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 
@@ -108,7 +108,7 @@ def convert(folder: str, data_dir: str) -> tfds.core.DatasetInfo:
 
 
 def _write_array_record(info: tfds.core.DatasetInfo, folder: Path) -> None:
-  """Done with public interfaces, because the converter of tfds needs apache-beam and checks no counts."""
+  """Writes the shards by public interfaces of tfds, whose own converter needs apache-beam and checks no counts."""
   import tensorflow as tf
 
   writer = tfds.core.ExampleWriter(ARRAY_RECORD)
@@ -119,27 +119,27 @@ def _write_array_record(info: tfds.core.DatasetInfo, folder: Path) -> None:
         for key, record in enumerate(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()):
           bar.update()
           yield key, record
-      except tf.errors.OpError as error:  # tfrecord has check sums
+      except tf.errors.OpError as error:  # such as a wrong check sum
         raise UserError(f'{path} is damaged') from error
 
     for split in info.splits.values():
       for old, new, length in zip(split.filepaths, _array_record_files(split), split.shard_lengths, strict=True):
         writer.write(folder / new.name, read(old))
-        if (found := len(ArrayRecordDataSource(folder / new.name))) != length:
-          raise UserError(f'{old} holds {found:,} images, dataset_info.json says {length:,}')
+        if (count := len(ArrayRecordDataSource(folder / new.name))) != length:
+          raise UserError(f'{old} holds {count:,} images, dataset_info.json says {length:,}')
   info.set_file_format(ARRAY_RECORD, override=True, override_if_initialized=True)
   info.write_to_directory(folder)
 
 
 def _open_folder(folder: str) -> tfds.core.DatasetBuilder:
-  with _one_line(f'{folder} is no folder of a tfds dataset, such as DATA/imagenet2012/5.1.0'):
+  with _as_user_error(f'{folder} is no folder of a tfds dataset, such as DATA/imagenet2012/5.1.0'):
     return tfds.builder_from_directory(folder)
 
 
 def _imagenet_tars(folder: Path | None, allow_partial: bool) -> list[Path]:
   if folder is None or not folder.is_dir():
-    given = f': {folder} is no folder' if folder else ''
-    raise UserError(f'give --manual-dir, the folder of {" and ".join(IMAGENET_TARS)}{given}')
+    mistake = f': {folder} is no folder' if folder else ''
+    raise UserError(f'give --manual-dir, the folder of {" and ".join(IMAGENET_TARS)}{mistake}')
   if missing := [name for name in IMAGENET_TARS if not (folder / name).is_file()]:
     others = sorted(path.name for path in folder.glob('*.tar*') if path.name not in IMAGENET_TARS)
     raise UserError(
@@ -147,9 +147,9 @@ def _imagenet_tars(folder: Path | None, allow_partial: bool) -> list[Path]:
       'register at https://image-net.org/download-images and put the tars of ILSVRC2012 there'
     )
   for name, size in IMAGENET_TARS.items():
-    if (found := (folder / name).stat().st_size) != size and not allow_partial:
+    if (num_bytes := (folder / name).stat().st_size) != size and not allow_partial:
       raise UserError(
-        f'{folder / name} has {found:,} bytes, the official one {size:,}: complete the download, '
+        f'{folder / name} has {num_bytes:,} bytes, the official one {size:,}: complete the download, '
         'or add --allow-partial if it holds a part of ImageNet on purpose'
       )
   return [folder / name for name in IMAGENET_TARS]
@@ -175,7 +175,7 @@ def _count_images(train: Path, validation: Path) -> Mapping[str, int]:
 
 @contextlib.contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-  with _one_line(f'{path} is truncated or damaged'), tarfile.open(path, 'r:') as tar:
+  with _as_user_error(f'{path} is truncated or damaged'), tarfile.open(path, 'r:') as tar:
     yield tar
     last = tar.getmembers()[-1]
     if path.stat().st_size < last.offset_data + last.size + 1024:  # cut between two files, so no header shows it
@@ -188,7 +188,7 @@ def _require_tensorflow() -> None:
 
 
 def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:
-  """array_record files take as much as the same images in tars or tfrecord; nothing is extracted beside them."""
+  """Raises UserError unless there is as much free space as `files` take: array_record files take the same."""
   needed = 1.01 * sum(os.stat(path).st_size for path in files)
   free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.exists())).free
   if free < needed:
@@ -201,19 +201,19 @@ def _array_record_files(split: tfds.core.SplitInfo) -> list[Path]:
 
 
 def _verify(info: tfds.core.DatasetInfo, counts: Mapping[str, int]) -> None:
-  """Compares the records in the files with dataset_info.json, and that with `counts`."""
+  """Raises UserError unless files, dataset_info.json and `counts` have the same numbers of images."""
   remedy = f'delete {info.data_dir} and start again'
   for name, split in info.splits.items():
-    with _one_line(f'{info.data_dir} is damaged, {remedy}'):
-      found = len(ArrayRecordDataSource(_array_record_files(split)))
-    if found != split.num_examples:
-      raise UserError(f'{info.data_dir} holds {found:,} of {split.num_examples:,} {name} images: {remedy}')
+    with _as_user_error(f'{info.data_dir} is damaged, {remedy}'):
+      num_records = len(ArrayRecordDataSource(_array_record_files(split)))
+    if num_records != split.num_examples:
+      raise UserError(f'{info.data_dir} holds {num_records:,} of {split.num_examples:,} {name} images: {remedy}')
   if counts is IMAGENET_COUNTS:
     remedy += ', or add --allow-partial if a part of ImageNet is meant'
   for name, expected in counts.items():
-    found = info.splits[name].num_examples if name in info.splits else 0
-    if found != expected:
-      raise UserError(f'{info.data_dir} holds {found:,} {name} images, not {expected:,}: {remedy}')
+    count = info.splits[name].num_examples if name in info.splits else 0
+    if count != expected:
+      raise UserError(f'{info.data_dir} holds {count:,} {name} images, not {expected:,}: {remedy}')
 
 
 @contextlib.contextmanager
@@ -224,32 +224,30 @@ def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
     return set(target.parent.glob(f'incomplete.*_{target.name}'))
 
   def report() -> None:
-    while not done.wait(seconds):
+    while not finished.wait(seconds):
       with contextlib.suppress(FileNotFoundError):  # files come and go
         sizes = {path.name: path.stat().st_size for folder in incomplete() - leftovers for path in folder.iterdir()}
         shards = sum('-of-' in name for name in sizes)
         print(f'{target}: {sum(sizes.values()) / 1e9:.2f} GB, {shards} shards', file=sys.stderr, flush=True)
 
-  leftovers, done, on_terminal = incomplete(), threading.Event(), sys.stderr.isatty()
+  leftovers, finished, on_terminal = incomplete(), threading.Event(), sys.stderr.isatty()
   for folder in sorted(leftovers):
-    print(
-      f'note: an interrupted run left {folder}; unless another one is running: rm -r {shlex.quote(str(folder))}',
-      file=sys.stderr,
-    )
+    remedy = f'delete it unless another one is running: rm -r {shlex.quote(str(folder))}'
+    print(f'note: an interrupted run left {folder}; {remedy}', file=sys.stderr)
   tfds.display_progress_bar(on_terminal)
   if not on_terminal:
     threading.Thread(target=report, daemon=True).start()
   try:
-    with _one_line(f'cannot write {target}'):
+    with _as_user_error(f'cannot write {target}'):
       yield
   finally:
-    done.set()
+    finished.set()
     tfds.display_progress_bar(True)
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-  """Turns whatever a dataset's code, a damaged file, a full disk or a lost connection raises into a UserError."""
+def _as_user_error(problem: str) -> Iterator[None]:
+  """Turns errors of a dataset's code, a damaged file, a full disk or a lost connection into a UserError of one line."""
   try:
     yield
   except UserError:
@@ -258,7 +256,7 @@ def _one_line(what: str) -> Iterator[None]:
     reason = ' '.join(str(error).split()) or type(error).__name__
     if 'No space left on device' in reason:
       reason = 'the disk is full'
-    raise UserError(f'{what}: {reason[:400]}') from error
+    raise UserError(f'{problem}: {reason[:400]}') from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
   if arguments.convert and not arguments.data_dir:
     parser.error('--convert needs --data-dir')
   os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}  # no notes about TensorFlow's build
-  for logger in ('absl', 'urllib3'):  # tfds misses ImageNet's test images; downloads are tried ten times
+  for logger in ('absl', 'urllib3'):  # they warn of ImageNet's missing test images, and of each retried download
     logging.getLogger(logger).setLevel(logging.ERROR)
   try:
     if arguments.convert:

@@ -1,8 +1,7 @@
 """RandAugment as timm defines `rand-m9-mstd0.5-inc1`, the policy of the published recipe.
 
-Every operation is a function of an RGB image and its magnitude, from 0 to 10. "Increasing" means that
-the effect grows with the magnitude in every operation (RandAugment's first version had some the other
-way round). Pixels equal timm's.
+Every operation is a function of an RGB image and its magnitude, from 0 to 10. "Increasing" means that the effect grows
+with the magnitude in every operation (in RandAugment's first version it fell in some). Pixels equal timm's.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class Draw:
   level: float  # magnitude / 10, in [0, 1]
   sign: int  # 1 or -1, for the operations that have a direction
   resampling: Image.Resampling  # of the geometric operations
-  fill: tuple[int, int, int]  # RGB that geometric operations put where the image has moved away
+  fill: tuple[int, int, int]  # RGB where geometric operations move the image away
 
 
 Operation = Callable[[Image.Image, Draw], Image.Image]
@@ -72,7 +71,7 @@ def invert(image: Image.Image, draw: Draw) -> Image.Image:
 
 
 def posterize(image: Image.Image, draw: Draw) -> Image.Image:
-  """Keeps the upper 4 to 0 bits: with none left the image is black, which Pillow itself refuses to do."""
+  """Keeps the upper 4 to 0 bits. With 0 bits, which Pillow refuses, the image is black."""
   bits = 4 - int(4 * draw.level)
   return ImageOps.posterize(image, bits) if bits else Image.new('RGB', image.size)
 
@@ -118,11 +117,11 @@ class RandAugment:
   """Draws operations with replacement and applies each with a probability.
 
   Attributes:
-    num_operations: drawn for each image.
-    magnitude: mean of a normal distribution, clipped to [0, 10], of which each application draws its own.
-    magnitude_std: its standard deviation.
-    probability: of applying a drawn operation.
-    fill: RGB from 0 to 255 for what geometric operations uncover.
+    num_operations: number of operations drawn for each image.
+    magnitude: mean of the normal distribution from which each application draws its magnitude, clipped to [0, 10].
+    magnitude_std: standard deviation of that distribution.
+    probability: probability of applying a drawn operation.
+    fill: RGB from 0 to 255 where geometric operations move the image away.
   """
 
   num_operations: int = 2
@@ -145,7 +144,7 @@ class RandAugment:
     return image
 
   def draw(self, rng: np.random.Generator) -> Draw:
-    """The random part of one application."""
+    """Draws the random numbers of one application."""
     magnitude = min(max(rng.normal(self.magnitude, self.magnitude_std), 0.0), MAX_MAGNITUDE)
     return Draw(
       level=magnitude / MAX_MAGNITUDE,

@@ -17,7 +17,7 @@ from t2t_vit_jax.errors import UserError, did_you_mean
 
 # What counts as an image in a folder, by its name: torchvision's list.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
-# Other names that people give the folder of a split.
+# Names that the folder of a split may have.
 SPLIT_FOLDERS = {'validation': ('validation', 'val', 'valid')}
 
 
@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
   image: bytes  # an encoded image file
   label: int
-  id: str  # names the example in messages: the same in every run
+  id: str  # name of the example in messages, the same in every run
 
 
 class Records(Protocol):
@@ -44,8 +44,8 @@ class Source:
   Attributes:
     records: the examples.
     class_names: one per label.
-    description: what and where, for messages.
-    part: which part of a folder's images, where a share is held out.
+    description: what it is and where, for messages.
+    part: description of the part of a folder's images, if a share is held out.
   """
 
   records: Records
@@ -61,22 +61,22 @@ class Source:
 
     Raises:
       BadImage: its file, or its part of the array_record file, cannot be read.
-      IndexError: there is none of that number.
+      IndexError: there is no record of this number.
     """
     if not 0 <= index < len(self):
       raise IndexError(index)
     try:
       return self.records[index]
-    except (OSError, RuntimeError) as error:  # array_record's for a checksum that does not match
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError for a wrong checksum
       raise BadImage(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
-  """A tfds data source with its dicts turned into records."""
+  """A tfds data source whose dicts become records."""
 
   examples: Any
-  name: str  # of dataset and split
+  name: str  # dataset/split
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -91,7 +91,7 @@ class _TfdsRecords:
 
 @dataclasses.dataclass(frozen=True)
 class _FolderRecords:
-  """Files below a folder. Names are kept as bytes in one array: 50 MB for ImageNet, and quick to hand to workers."""
+  """Files below a folder. Names are bytes in one array: 50 MB for ImageNet, and quick to hand to workers."""
 
   folder: Path
   names: np.ndarray  # relative to the folder, dtype 'S'
@@ -109,12 +109,12 @@ def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str
   """Opens `path/split/<class>/...`, the layout of PyTorch's ImageFolder.
 
   Labels number the class folders in the order of their names, which for ImageNet's synsets is tfds's order too.
-  Images may lie in folders inside a class's; their names decide what is an image (`IMAGE_SUFFIXES`).
+  Images may lie in folders inside a class's folder; a file's suffix shows whether it is an image (`IMAGE_SUFFIXES`).
 
   Args:
     path: the folder of the splits.
     split: 'train', 'validation' (also found as 'val' and 'valid') or any other name.
-    class_names: the classes of the training split, for another split of the same dataset; None takes its own.
+    class_names: the training split's classes, for another split of the same dataset; None takes the split's own.
 
   Raises:
     UserError: folders are missing, a class is unknown or has no image.
@@ -125,16 +125,16 @@ def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str
 def open_divided_folder(
   path: str | os.PathLike[str], train_split: str, eval_split: str, eval_fraction: float
 ) -> tuple[Source, Source] | None:
-  """Training and evaluation images of a folder without a folder for evaluation: a share of each class is held out.
+  """Divides the images of a folder that has no evaluation split: a share of each class is held out for evaluation.
 
-  The images are those of `path/train_split/<class>/...`, or of `path/<class>/...` without such a folder. Which of them
-  are held out follows from their names alone, by hash. A class with a single image keeps it for training.
+  The images lie in `path/train_split/<class>/...`, or in `path/<class>/...` without such a folder. Hashes of the names
+  alone decide which are held out. A class with a single image keeps it for training.
 
   Returns:
-    None if there is a folder for evaluation.
+    The images for training and for evaluation; None if there is a folder for evaluation.
 
   Raises:
-    UserError: what looks like classes are folders of folders, a class has no image, or none has two.
+    UserError: class folders hold folders but no images, a class has no image, or no class has two.
   """
   folder = Path(path).expanduser()
   if not folder.is_dir() or _find_split(folder, eval_split):
@@ -159,12 +159,12 @@ def open_divided_folder(
   if not held_out.any():
     raise UserError(f'no class of {whole.description} has two images, so none can be held out for evaluation')
   return (
-    _part(whole, ~held_out, f'all but the held-out {eval_fraction:.0%} of each class'),
-    _part(whole, held_out, f'{eval_fraction:.0%} of each class, held out'),
+    _select(whole, ~held_out, f'all but the held-out {eval_fraction:.0%} of each class'),
+    _select(whole, held_out, f'{eval_fraction:.0%} of each class, held out'),
   )
 
 
-def _part(source: Source, chosen: np.ndarray, part: str) -> Source:
+def _select(source: Source, chosen: np.ndarray, part: str) -> Source:
   records = source.records
   assert isinstance(records, _FolderRecords)
   records = _FolderRecords(records.folder, records.names[chosen], records.labels[chosen])
@@ -172,17 +172,17 @@ def _part(source: Source, chosen: np.ndarray, part: str) -> Source:
 
 
 def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
-  """`folder/<class>/...`; see `open_folder`."""
-  found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
-  if not found:
+  """Opens `folder/<class>/...`; see `open_folder`."""
+  own_classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+  if not own_classes:
     raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
-  class_names = class_names or tuple(found)
-  if unknown := set(found) - set(class_names):
+  class_names = class_names or tuple(own_classes)
+  if unknown := set(own_classes) - set(class_names):
     raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
   names, labels = [], []
   for label, class_name in enumerate(class_names):
-    images = sorted(_images_below(folder, class_name)) if class_name in found else []
-    if not images and class_name in found:
+    images = sorted(_images_below(folder, class_name)) if class_name in own_classes else []
+    if not images and class_name in own_classes:
       raise UserError(f'{folder / class_name} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
     names += images
     labels += [label] * len(images)
@@ -198,31 +198,31 @@ def _split_folder(path: Path, split: str) -> Path:
   if folder := _find_split(path, split):
     return folder
   candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
-  what = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
-  raise UserError(f'{path} {what}: images are expected as {candidates[0]}/CLASS/IMAGE')
+  problem = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
+  raise UserError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE')
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
   """Paths of image files, and of the images below folders.
 
-  A file is taken whatever its name is. In folders, names decide (`IMAGE_SUFFIXES`); their images come in the order of
+  A file is taken whatever its name is. In folders, suffixes decide (`IMAGE_SUFFIXES`), and images come in the order of
   their paths.
 
   Raises:
     UserError: there is no such file or folder, a folder cannot be read or has no images.
   """
-  found: list[str] = []
+  files: list[str] = []
   for path in map(Path, paths):
     if path.is_dir():
-      below = sorted(_images_below(path))
-      if not below:
+      names = sorted(_images_below(path))
+      if not names:
         raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
-      found += [os.fspath(path / os.fsdecode(name)) for name in below]
+      files += [os.fspath(path / os.fsdecode(name)) for name in names]
     elif path.exists():
-      found.append(os.fspath(path))
+      files.append(os.fspath(path))
     else:
-      raise UserError(f'there is no image and no folder {path}')
-  return found
+      raise UserError(f'there is no file or folder {path}')
+  return files
 
 
 def open_images(files: Sequence[str]) -> Source:
@@ -261,7 +261,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   builder = open_builder(name, data_dir)
   if isinstance(builder, Digits):
-    builder = _prepared(builder)
+    builder = _prepare_digits(builder)
   command = prepare_command(name, builder.data_dir_root)
   if not builder.info.splits:
     raise UserError(f'{name} is not prepared, {builder.data_path} has no data; prepare it with: {command}')
@@ -271,8 +271,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   except NotImplementedError as error:
     raise UserError(without_array_record(builder)) from error
   except (ValueError, AssertionError) as error:
-    splits = did_you_mean(split, builder.info.splits)
-    raise UserError(f'{name} has no split {split!r}: {splits}') from error
+    raise UserError(f'{name} has no split {split!r}: {did_you_mean(split, builder.info.splits)}') from error
   if not len(records):
     raise UserError(f'split {split!r} of {name} is empty')
   return Source(
@@ -281,7 +280,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-  """The tfds builder of `name`, prepared or not.
+  """The tfds builder of `name`, whether its data is prepared or not.
 
   Raises:
     UserError: tfds has no such dataset (the message names the nearest), or `data_dir` cannot be read.
@@ -299,11 +298,11 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
     raise UserError(f"{name} needs TensorFlow: pip install 't2t-vit-jax[prepare]'") from error
   except OSError as error:
     raise UserError(f'cannot read {data_dir}: {error.strerror or str(error).splitlines()[0]}') from error
-  except Exception as error:  # no such config or version, damaged metadata: tfds raises what comes
+  except Exception as error:  # no such config or version, damaged metadata: tfds raises errors of many kinds
     raise UserError(f'tfds cannot build {name!r}: {str(error).splitlines()[0]}') from error
 
 
-def _prepared(builder: Digits) -> Digits:
+def _prepare_digits(builder: Digits) -> Digits:
   tfds.disable_progress_bar()  # four bars for half a second's work
   try:
     builder.download_and_prepare()  # returns at once where the files exist
@@ -323,16 +322,16 @@ def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
 
 
 def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
-  """A line about a dataset that is prepared in a format without random access, such as tfrecord."""
+  """Error message for a dataset that is prepared in a format without random access, such as tfrecord."""
   folder = shlex.quote(builder.data_dir.rstrip('/'))
   return (
-    f'{builder.data_path} holds no array_record files, which random access needs; convert what is there with: '
+    f'{builder.data_path} holds no array_record files, which random access needs; convert its files with: '
     f'python -m t2t_vit_jax.data.prepare --convert {folder} --data-dir NEW_FOLDER'
   )
 
 
 def image_and_label(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
-  """The features of a dataset that has an image and a class.
+  """The features of a dataset, which must have an image and a class.
 
   Raises:
     UserError: the dataset has no such features.

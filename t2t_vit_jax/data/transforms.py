@@ -28,7 +28,7 @@ class BadImage(ValueError):  # noqa: N818 (a condition of the data that is dealt
 
 @contextlib.contextmanager
 def _pillow_errors() -> Iterator[None]:
-  """Turns whatever a damaged file makes Pillow's readers stumble over into `BadImage`."""
+  """Turns every error of Pillow's readers but a lack of memory into `BadImage`."""
   try:
     yield
   except MemoryError:
@@ -57,10 +57,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class EncodedImage:
-  """An image file of which a crop decodes what it needs.
+  """An image file, of which only the part that a crop needs is decoded.
 
   Raises:
-    BadImage: the file is empty or no image; damage further in shows when it is decoded.
+    BadImage: the file is empty or no image; other damage shows when it is decoded.
   """
 
   def __init__(self, encoded: bytes):
@@ -70,11 +70,11 @@ class EncodedImage:
     self.width, self.height = self._image.size
 
   def crop(self, box: Box, *, fast: bool = False) -> Image.Image:
-    """The same pixels as `decode(encoded).crop(box)`. What lies below the box is not decoded if the file allows it.
+    """Cuts out the pixels of `decode(encoded).crop(box)`, without decoding rows below the box if the file allows it.
 
     Args:
       box: inside the image.
-      fast: decode JPEG with simplejpeg, which says nothing of some kinds of damage; CMYK may be off by one.
+      fast: decode JPEG with simplejpeg, which overlooks some kinds of damage; CMYK may be off by one.
 
     Raises:
       BadImage: the file is damaged or cut off.
@@ -88,25 +88,25 @@ class EncodedImage:
 
 
 def _fast_crop(encoded: bytes, box: Box) -> Image.Image | None:
-  """None for what simplejpeg can't read."""
+  """Decodes with simplejpeg and crops; None if simplejpeg can't read the file."""
   import simplejpeg
 
   left, top, right, bottom = box
   try:
-    pixels = simplejpeg.decode_jpeg(encoded, strict=False)  # strictly, a file that ends early would be an error
+    pixels = simplejpeg.decode_jpeg(encoded, strict=False)  # strict, it would refuse the shortened height
   except ValueError:
     return None
   return Image.fromarray(pixels[top:bottom, left:right])
 
 
 def _without_rows_below(bottom: int, encoded: bytes, width: int, height: int) -> bytes:
-  """A JPEG file whose header ends the image early, so that the decoder does; `encoded` itself if it is of another kind.
+  """JPEG file with less height in its header, so that the decoder stops early; `encoded` itself for other files.
 
-  Rows are stored from top to bottom in stripes of up to 16. One stripe more than needed is left, since the decoder
-  interpolates colour between rows: so the pixels above `bottom` stay what they are.
+  Rows are stored from top to bottom in stripes of up to 16. One stripe more than needed is kept, since the decoder
+  interpolates colour between rows: so the pixels above `bottom` stay the same.
   """
   rows = 16 * math.ceil(bottom / 16) + 16
-  if rows >= height or not encoded.endswith(JPEG_END):  # if the end is missing, decoding everything will find that out
+  if rows >= height or not encoded.endswith(JPEG_END):  # only decoding everything shows that the end is missing
     return encoded
   return encoded.replace(_jpeg_frame(width, height), _jpeg_frame(width, rows), 1)
 
@@ -121,7 +121,7 @@ Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def upright(image: Image.Image) -> Image.Image:
-  """Turns a decoded image as its EXIF orientation says, if that can be understood: photographs of a phone need it."""
+  """Turns a decoded image by its EXIF orientation, if that can be read: photographs of phones need it."""
   try:
     return ImageOps.exif_transpose(image)
   except Exception:  # EXIF is full of surprises, and none of them harms the pixels
@@ -129,7 +129,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-  """Resizes to at least (height, width) px: to one of them exactly, and the other side is rounded down."""
+  """Resizes to at least (height, width) px: one side exactly, the other by the aspect ratio, rounded down."""
   height, width = size
   if width * image.height >= height * image.width:
     height = int(width * image.height / image.width)
@@ -163,22 +163,21 @@ class ResizeCenterCrop:
 class RandomResizedCrop:
   """Inception's crop as in timm: a random area and aspect ratio, resized to `size` x `size` px.
 
-  Ten tries to fit a box with area share uniform in `scale` and aspect ratio log-uniform in `ratio`
-  into the image, then the largest centred box that keeps the ratio. The interpolation is drawn anew
-  for each image.
+  Ten tries to fit a box with area share uniform in `scale` and aspect ratio log-uniform in `ratio` into the image, then
+  the largest centred box that keeps the ratio. The interpolation is drawn for each image.
   """
 
   size: int
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   interpolations: tuple[str, ...] = ('bilinear', 'bicubic')
-  fast: bool = False  # other decoder, and `fast_resize`
+  fast: bool = False  # decodes by simplejpeg, resizes by `fast_resize`
 
   def __post_init__(self) -> None:
     check_interval('augment.crop_scale', self.scale, most=1)
     check_interval('augment.crop_ratio', self.ratio)
     if self.fast and not all(map(importlib.util.find_spec, ('cykooz_resizer', 'simplejpeg'))):
-      raise UserError("data.fast_decode needs other packages: pip install 't2t-vit-jax[fast]'")
+      raise UserError("data.fast_decode needs cykooz-resizer and simplejpeg: pip install 't2t-vit-jax[fast]'")
 
   def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     box = self.draw_box(image.width, image.height, rng)
@@ -205,7 +204,7 @@ class RandomResizedCrop:
 
 
 def fast_resize(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-  """Resizes an RGB image to `size` x `size` px with vector instructions: Pillow's filters, rounded differently."""
+  """Resizes an RGB image to `size` x `size` px with vector instructions: Pillow's filters, but other rounding."""
   resized = Image.new('RGB', (size, size))
   resizer, options = _fast_resizer(interpolation)
   resizer.resize_pil(image, resized, options)
@@ -216,7 +215,7 @@ def fast_resize(image: Image.Image, size: int, interpolation: str) -> Image.Imag
 def _fast_resizer(interpolation: str) -> tuple[Any, Any]:
   from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 
-  filters = {'bilinear': FilterType.bilinear, 'bicubic': FilterType.catmull_rom}  # Pillow's bicubic is Catmull-Rom's
+  filters = {'bilinear': FilterType.bilinear, 'bicubic': FilterType.catmull_rom}  # Pillow's bicubic is Catmull-Rom
   return Resizer(), ResizeOptions(resize_alg=ResizeAlg.convolution(filters[interpolation]))
 
 
@@ -235,7 +234,7 @@ class RandomPaddedCrop:
     whole = image.crop((0, 0, image.width, image.height))
     resized = whole.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
     left, top = (int(offset) for offset in rng.integers(-self.padding, self.padding + 1, size=2))
-    # PIL fills with black what a box takes from outside the image.
+    # Pillow fills the part of a box outside the image with black.
     return resized.crop((left, top, left + self.size, top + self.size))
 
 
@@ -256,7 +255,7 @@ class RandomHorizontalFlip:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """A crop and then augmentations, drawing from one generator."""
+  """A crop, then augmentations, which all draw from one generator."""
 
   crop: TrainTransform
   augmentations: tuple[Augmentation, ...] = ()
