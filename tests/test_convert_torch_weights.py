@@ -63,7 +63,7 @@ def test_other_classes_and_sizes(tmp_path):
     (['--output={}', '--weights=best'], 'weights'),
     (['--output={}', '--set=heads=4'], "did you mean 'num_heads'?"),
     (['--output={}', '--set=num_heads=four'], 'four'),
-    (['--output={}', '--set=num_heads=5'], '5 heads'),
+    (['--output={}', '--set=num_heads=5'], 'num_heads must divide 64, the width of blocks_0, and is 5'),
     (['--output={}', '--set=num_heads=0'], 'positive'),
     (['--output={}', '--set=num_heads=4', '--image_size=big'], 'HEIGHTxWIDTH'),
     (['--output={}', '--set=num_heads=4', '--image_size=0'], 'too small'),

@@ -1,4 +1,4 @@
-"""Weights that travel: PyTorch checkpoints of T2T-ViT to variables here, one safe file format, and back."""
+"""Weight files: from PyTorch checkpoints of T2T-ViT to variables here, to one safe file format, and back."""
 
 from t2t_vit_jax.conversion.convert import Options, convert, load_pretrained, parse_image_size
 

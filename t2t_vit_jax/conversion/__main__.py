@@ -15,12 +15,12 @@ from t2t_vit_jax.errors import UserError, did_you_mean
 
 OUTPUT = flags.DEFINE_string('output', None, 'The file to write: .safetensors, or .pth with --reverse.')
 MODEL = flags.DEFINE_string('model', None, 'Name of the model, where the tensors fit more than one.')
-SET = flags.DEFINE_list('set', [], 'What tensors do not show: num_heads=4,qk_scale=0.17,image_size=192x256.')
+SET = flags.DEFINE_list('set', [], 'Arguments that tensors do not show: num_heads=4,qk_scale=0.17,image_size=192x256.')
 WEIGHTS = flags.DEFINE_enum(
   'weights', None, ['ema', 'raw'], 'The moving average or the raw weights. Default: the average, if the file has it.'
 )
 NUM_CLASSES = flags.DEFINE_integer(
-  'num_classes', None, 'Another number of classes: an untrained head, or none for 0.', lower_bound=0
+  'num_classes', None, 'Another number of classes, with an untrained head; 0 for no head.', lower_bound=0
 )
 IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Another image size, SIDE or HEIGHTxWIDTH: resizes the positions.')
 FORCE = flags.DEFINE_bool('force', False, 'Overwrite the output.')
@@ -28,7 +28,7 @@ REVERSE = flags.DEFINE_bool('reverse', False, 'Write a PyTorch state dict.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a wrong one is refused in one line."""
+  """Parses the flags; ends the program with one line if one is wrong."""
   try:
     arguments = flags.FLAGS(argv)
   except flags.Error as error:

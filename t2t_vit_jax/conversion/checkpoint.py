@@ -1,4 +1,4 @@
-"""The forms in which T2T-ViT weights go around: which of a file's tensors are the model's, and under which names."""
+"""Forms of published T2T-ViT checkpoints: which of a file's tensors are the model's, and under which names."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -36,18 +36,18 @@ class Checkpoint:
   notes: tuple[str, ...]  # what was chosen and dropped, for the user
 
 
-def read_checkpoint(path: Path, kind: files.Format, weights: WeightsKind | None) -> Checkpoint:
-  """Reads a file of reference or mmpretrain names.
+def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind | None) -> Checkpoint:
+  """Reads a checkpoint with the reference's or mmpretrain's names.
 
   Args:
     path: the file.
-    kind: what `files.file_format` says of it.
+    file_format: result of `files.file_format`.
     weights: the moving average or the raw weights; None takes the average where the file has both.
 
   Raises:
-    UserError: the file is damaged or unsafe, holds no weights, or not the ones asked for.
+    UserError: the file is damaged or unsafe, or does not hold the weights that are asked for.
   """
-  saved = files.read_safetensors(path) if kind == 'safetensors' else files.read_torch(path, kind)
+  saved = files.read_safetensors(path) if file_format == 'safetensors' else files.read_torch(path, file_format)
   if not isinstance(saved, dict):
     raise UserError(f'holds a {type(saved).__name__}, not a state dict')
   sets = _sets_of_weights(saved)
@@ -65,12 +65,12 @@ def read_checkpoint(path: Path, kind: files.Format, weights: WeightsKind | None)
     if dropped:
       notes.append(f'dropped: {", ".join(dropped)} ({reason})')
       state = {name: tensor for name, tensor in state.items() if name not in dropped}
-  arrays = dict(state) if kind == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
+  arrays = dict(state) if file_format == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
   return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
 
 
 def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
-  """The file's state dicts, the preferred first: timm's saver, mmpretrain's, the CIFAR transfer's, or a bare one.
+  """The file's state dicts, the preferred first: as saved by timm, mmpretrain or the CIFAR transfer, or a bare one.
 
   Raises:
     UserError: there is none.
@@ -80,32 +80,32 @@ def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
     sets = {None: saved['net'] if isinstance(saved.get('net'), dict) else saved}
   sets = {label: state for label, state in sets.items() if state is not None}
   if not all(isinstance(state, dict) and state for state in sets.values()):
-    raise UserError('its state dict is empty or none at all')
+    raise UserError('its state dict is empty or not a dict')
   # DataParallel puts a prefix before every name.
   sets = {label: _renamed(state, lambda name: name.removeprefix('module.')) for label, state in sets.items()}
   if 'backbone.cls_token' in sets.get('raw', {}):
-    other = saved.get('ema_state_dict')
-    return _mmpretrain_sets(sets['raw'], other if isinstance(other, dict) else {})
+    ema_state_dict = saved.get('ema_state_dict')
+    return _mmpretrain_sets(sets['raw'], ema_state_dict if isinstance(ema_state_dict, dict) else {})
   return sets
 
 
-def _mmpretrain_sets(state: State, other: State) -> dict[WeightsKind | None, State]:
-  """Returns both sets of weights. Since mmpretrain swaps them when it saves, `state_dict` is the average.
+def _mmpretrain_sets(state_dict: State, ema_state_dict: State) -> dict[WeightsKind | None, State]:
+  """Returns the average and, if saved, the raw weights. mmpretrain swaps them: `state_dict` is the average.
 
-  In older files the raw ones lie beside the average, with underscores for dots in their names, and
-  without the position table, which is not trained.
+  In older files the raw ones lie beside the average, with underscores for dots in their names, and without the position
+  table, which is not trained.
   """
-  average = {name: tensor for name, tensor in state.items() if not str(name).startswith('ema_')}
-  flat = {name: f'ema_{str(name).replace(".", "_")}' for name in average}
-  raw = {name: state[key] for name, key in flat.items() if key in state}
+  average = {name: tensor for name, tensor in state_dict.items() if not str(name).startswith('ema_')}
+  raw_names = {name: f'ema_{str(name).replace(".", "_")}' for name in average}
+  raw = {name: state_dict[raw_name] for name, raw_name in raw_names.items() if raw_name in state_dict}
   if raw and 'backbone.pos_embed' in average:
     raw.setdefault('backbone.pos_embed', average['backbone.pos_embed'])
-  raw = raw or _renamed(other, lambda name: name.removeprefix('module.'))
+  raw = raw or _renamed(ema_state_dict, lambda name: name.removeprefix('module.'))
   return {'ema': average, 'raw': raw} if raw else {'ema': average}
 
 
 def _renamed(state: State, new_name: Callable[[str], str]) -> dict[Any, Any]:
-  """`state` under new names; UserError if two of them become one."""
+  """`state` under new names; UserError if two entries get the same name."""
   renamed: dict[Any, Any] = {}
   for name, tensor in state.items():
     new = new_name(name) if isinstance(name, str) else name
@@ -116,7 +116,7 @@ def _renamed(state: State, new_name: Callable[[str], str]) -> dict[Any, Any]:
 
 
 def _class_names(saved: State) -> tuple[str, ...] | None:
-  """The names of the classes as mmpretrain notes them: `CLASSES`, later `dataset_meta.classes`."""
+  """Names of the classes where mmpretrain saves them: `CLASSES`, later `dataset_meta.classes`; None if it does not."""
   meta = saved.get('meta')
   if not isinstance(meta, dict):
     return None

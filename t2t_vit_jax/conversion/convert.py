@@ -1,4 +1,4 @@
-"""From a checkpoint to checked variables, to a file that holds weights and nothing else, and back to PyTorch."""
+"""Converts checkpoints to checked variables, to files that hold weights and nothing else, and back to PyTorch."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -35,25 +35,26 @@ _CIFAR = dict(  # how the reference's CIFAR transfer prepares images
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Facts that a user may give about a file. A converted one knows the first three, and must agree."""
+  """Facts about a weight file, the first three fields, with which a converted file must agree; and changes to make."""
 
   model_name: str | None = None  # where the tensors fit more than one named model
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments that tensors don't show
-  weights: WeightsKind | None = None  # None: the moving average where the file has both
-  num_classes: int | None = None  # None: the file's head; another number: a fresh head, 0: none
+  weights: WeightsKind | None = None  # None: the moving average if the file has both
+  num_classes: int | None = None  # None: the file's head; another number: a fresh head; 0: no head
   image_size: ImageSize | None = None  # px; another than the file's resizes the stored position table
   seed: int = 0  # of a fresh head
 
   def __post_init__(self) -> None:
-    unknown = set(self.settings) - {'num_heads', 'qk_scale', 'image_size'}
+    if unknown := self.settings.keys() - {'num_heads', 'qk_scale', 'image_size'}:
+      raise UserError(f'settings are num_heads, qk_scale and image_size, not {" or ".join(sorted(unknown))}')
     numbers = [self.settings.get('num_heads', 1), self.settings.get('qk_scale', 1), 1 + (self.num_classes or 0)]
-    if unknown or not all(0 < number < math.inf for number in numbers):
+    if not all(0 < number < math.inf for number in numbers):
       raise UserError(f'num_heads and qk_scale must be positive, num_classes not negative: {self}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A model's variables and what must be known to use them."""
+  """A model's variables, and all that is needed to use them."""
 
   arrays: dict[str, np.ndarray]  # float32, by path: 'params/...' and 'frozen/...'
   model: str | None  # its name, if it has one
@@ -61,10 +62,10 @@ class Weights:
   channels: int  # of the images
   data: dict[str, Any]  # fields of `DataDefaults`
   class_names: tuple[str, ...] | None
-  source: dict[str, Any]  # where they come from, and which `weights` of there: 'ema', 'raw' or None
+  source: dict[str, Any]  # the file that they come from, and which of its `weights`: 'ema', 'raw' or None
 
   def metadata(self) -> dict[str, Any]:
-    """Everything but the arrays."""
+    """All fields but the arrays."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != 'arrays'}
 
   def build(self) -> tuple[T2TViT, dict[str, Any]]:
@@ -94,10 +95,10 @@ def load_pretrained(
     UserError: one line that names the file and every tensor at fault.
   """
   path = Path(path)
-  found, notes = load(path, Options(num_classes=num_classes, image_size=image_size, **options))
+  weights, notes = load(path, Options(num_classes=num_classes, image_size=image_size, **options))
   for note in notes:
     logging.log(logging.WARNING if note.startswith(_CHANGES) else logging.INFO, '%s: %s', path, note)
-  return found.build()
+  return weights.build()
 
 
 def convert(
@@ -105,8 +106,8 @@ def convert(
 ) -> list[str]:
   """Writes the weights of any file that `load` reads as a safetensors file of this package.
 
-  With `reverse`, as a PyTorch file instead: a plain state dict under the reference's names. Unless
-  `force` is set, an existing `output` is an error.
+  With `reverse` it writes a PyTorch file instead: a plain state dict under the reference's names. An existing
+  `output` is an error unless `force` is set.
 
   Returns:
     Lines for the user: what was found, chosen, dropped and written.
@@ -116,23 +117,23 @@ def convert(
   """
   output = Path(output)
   files.check_output(output, force=force)
-  found, notes = load(Path(path), options)
-  files.write_file(output, lambda temporary: (_write_torch if reverse else _write)(found, temporary))
-  numbers = sum(array.size for array in found.arrays.values())
-  return [*notes, f'wrote {output}: {len(found.arrays)} tensors, {numbers:,} numbers']
+  weights, notes = load(Path(path), options)
+  files.write_file(output, lambda temporary: (_write_torch if reverse else _write_converted)(weights, temporary))
+  numbers = sum(array.size for array in weights.arrays.values())
+  return [*notes, f'wrote {output}: {len(weights.arrays)} tensors, {numbers:,} numbers']
 
 
-def write_weights(found: Weights, path: Path) -> None:
-  """Writes a safetensors file of this package: whole or not at all, in place of one that is there.
+def write_weights(weights: Weights, path: Path) -> None:
+  """Writes a safetensors file of this package: whole or not at all, in place of an older one.
 
   Raises:
     UserError: `path` can't be written.
   """
-  files.write_file(path, lambda temporary: _write(found, temporary))
+  files.write_file(path, lambda temporary: _write_converted(weights, temporary))
 
 
 def read_header(file: BinaryIO) -> dict[str, Any] | None:
-  """Reads the header of an open file of `write_weights`: the fields of `Weights` but the arrays, and `version`.
+  """Reads the header of an open file that `write_weights` wrote: the fields of `Weights.metadata`, and `version`.
 
   Returns:
     None for any other file.
@@ -149,7 +150,7 @@ def parse_image_size(text: str) -> ImageSize:
   """'224' -> 224, '192x256' -> (192, 256): pixels.
 
   Raises:
-    UserError: it is neither of the two.
+    UserError: `text` has neither form.
   """
   try:
     numbers = [int(number) for number in text.split('x', maxsplit=1)]
@@ -159,12 +160,12 @@ def parse_image_size(text: str) -> ImageSize:
 
 
 def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple[Weights, list[str]]:
-  """Reads a converted file or a checkpoint, checks every tensor of it, and changes what `options` asks for.
+  """Reads a converted file or a checkpoint, checks each of its tensors, and changes what `options` asks for.
 
   Args:
     path: the file.
-    options: what the user says of it and wants changed.
-    only_converted: refuse checkpoints, whose tensors may leave questions that `options` must answer.
+    options: facts about the file, and changes to make.
+    only_converted: refuse checkpoints, which may lack facts that `options` must give.
 
   Returns:
     The weights, and notes for the user on what was found, chosen, dropped and changed.
@@ -174,76 +175,77 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
   """
   notes: list[str] = []
   try:
-    kind = files.file_format(path)
-    if kind == 'safetensors' and METADATA_KEY in files.read_metadata(path):
-      found = _read(path)
-      _check_agreement(found, options)
+    file_format = files.file_format(path)
+    if file_format == 'safetensors' and METADATA_KEY in files.read_metadata(path):
+      weights = _read_converted(path)
+      _check_agreement(weights, options)
     elif only_converted:
       raise UserError('is no weight file of this package: convert it with convert_torch_weights.py first')
     else:
-      found, notes = _import(path, kind, options)
-    found, changes = _adapt(found, options)
+      weights, notes = _import_checkpoint(path, file_format, options)
+    weights, changes = _adapt(weights, options)
   except UserError as error:
     raise files.problem(path, str(error)) from error
-  return found, [*notes, *changes]
+  return weights, [*notes, *changes]
 
 
 def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
-  """Reads a converted file of a model that can classify pictures: it has a head, and knows how to prepare RGB images.
+  """Reads a converted file of a model that classifies RGB images: it has a head, and mean and deviation of the colours.
 
   Args:
     path: the file.
-    image_size: px, if not the weights'.
+    image_size: px; None for the image size of the weights.
 
   Returns:
     As `load`.
 
   Raises:
-    UserError: as `load`, or the file is of another kind.
+    UserError: as `load`, or the model cannot classify RGB images.
   """
-  found, notes = load(path, Options(image_size=image_size), only_converted=True)
-  colours = [found.channels, *(len(found.data.get(field, ())) for field in ('mean', 'std'))]
-  if colours != [3, 3, 3] or not found.arguments['num_classes']:
+  weights, notes = load(path, Options(image_size=image_size), only_converted=True)
+  colours = [weights.channels, *(len(weights.data.get(field, ())) for field in ('mean', 'std'))]
+  if colours != [3, 3, 3] or not weights.arguments['num_classes']:
     raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB images')
-  return found, notes
+  return weights, notes
 
 
-def _import(path: Path, kind: files.Format, options: Options) -> tuple[Weights, list[str]]:
-  """A checkpoint's weights under our paths."""
-  checkpoint = read_checkpoint(path, kind, options.weights)
+def _import_checkpoint(path: Path, file_format: files.Format, options: Options) -> tuple[Weights, list[str]]:
+  """Reads a checkpoint's weights, under our paths."""
+  checkpoint = read_checkpoint(path, file_format, options.weights)
   shapes = {name: array.shape for name, array in checkpoint.tensors.items()}
   inferred = infer.infer_arguments(shapes, options.settings.get('image_size'))
   channels = infer.infer_channels(shapes)
   expected = _expected_shapes({'num_heads': 1, **inferred, **options.settings}, channels)
   rows = {key: names.to_torch(key, inferred['tokens_type']) for key in expected}
-  _account(checkpoint.tensors, {name: kept.torch_shape(expected[key]) for key, (name, kept) in rows.items()})
+  torch_shapes = {name: transform.torch_shape(expected[key]) for key, (name, transform) in rows.items()}
+  _check_tensors(checkpoint.tensors, torch_shapes)
   model, arguments = infer.name_model(inferred, options.settings, options.model_name)
 
   defaults = VARIANTS[model].data if model else DataDefaults()
   class_names = checkpoint.class_names
-  found = Weights(
+  weights = Weights(
     arrays={key: transform.to_here(checkpoint.tensors[name]) for key, (name, transform) in rows.items()},
     model=model,
     arguments=arguments,
     channels=channels,
-    data={**dataclasses.asdict(defaults), **(_CIFAR if checkpoint.cifar else {}), **_sizes(arguments)},
+    data={**dataclasses.asdict(defaults), **(_CIFAR if checkpoint.cifar else {}), **_data_sizes(arguments)},
     class_names=class_names if class_names and len(class_names) == arguments['num_classes'] else None,
     source=dict(file=path.name, sha256=files.sha256(path), weights=checkpoint.weights),
   )
   shown = ', '.join(f'{field}={value}' for field, value in arguments.items())
-  return found, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})']
+  return weights, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})']
 
 
 def _expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every variable of the model, found without computing any."""
+  """Path -> shape of every variable of the model; computes none."""
   model = T2TViT(**arguments)
   height, width = _sides(model.image_size)
   variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, channels))))
   return {key: leaf.shape for key, leaf in flatten_dict(variables, sep='/').items()}
 
 
-def _account(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises a UserError that lists every tensor that is missing, left over, misshaped or not finite."""
+def _check_tensors(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises a UserError that lists all tensors that are missing, left over, misshaped or not finite."""
   problems = [f'{name} is missing' for name in expected if name not in arrays]
   for name, array in arrays.items():
     if name not in expected:
@@ -259,9 +261,9 @@ def _account(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int,
 _CHANGES = ('positions:', 'head:')  # how the notes of `_adapt` begin
 
 
-def _adapt(found: Weights, options: Options) -> tuple[Weights, list[str]]:
-  """The weights for the number of classes and the image size that `options` names."""
-  arrays, arguments, class_names, notes = dict(found.arrays), dict(found.arguments), found.class_names, []
+def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
+  """Changes weights to the number of classes and the image size of `options`; returns them with notes for the user."""
+  arrays, arguments, class_names, notes = dict(weights.arrays), dict(weights.arguments), weights.class_names, []
   if options.image_size not in (None, arguments['image_size']):
     old, new = (token_grid(_sides(size)) for size in (arguments['image_size'], options.image_size))
     arguments['image_size'] = options.image_size
@@ -277,67 +279,67 @@ def _adapt(found: Weights, options: Options) -> tuple[Weights, list[str]]:
       head = Dense(options.num_classes).init(jax.random.key(options.seed), features)['params']
       arrays.update({f'params/head/{key}': np.asarray(array) for key, array in head.items()})
   changes: dict[str, Any] = dict(arrays=arrays, arguments=arguments, class_names=class_names)
-  return dataclasses.replace(found, data={**found.data, **_sizes(arguments)}, **changes), notes
+  return dataclasses.replace(weights, data={**weights.data, **_data_sizes(arguments)}, **changes), notes
 
 
 def _sides(image_size: ImageSize) -> tuple[int, int]:
   return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
-def _sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _data_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {field: arguments[field] for field in ('image_size', 'num_classes')}
 
 
-def _write(found: Weights, path: Path) -> None:
+def _write_converted(weights: Weights, path: Path) -> None:
   from t2t_vit_jax import __version__  # not at the top: the package imports this module
 
-  header = {METADATA_KEY: json.dumps({**found.metadata(), 'version': __version__})}
-  arrays = {key: np.ascontiguousarray(array) for key, array in found.arrays.items()}
+  header = {METADATA_KEY: json.dumps({**weights.metadata(), 'version': __version__})}
+  arrays = {key: np.ascontiguousarray(array) for key, array in weights.arrays.items()}
   safetensors.numpy.save_file(arrays, path, header)
 
 
-def _write_torch(found: Weights, path: Path) -> None:
+def _write_torch(weights: Weights, path: Path) -> None:
   torch = files.import_torch()
   state = {}
-  for key, array in found.arrays.items():
-    name, transform = names.to_torch(key, found.arguments['tokens_type'])
+  for key, array in weights.arrays.items():
+    name, transform = names.to_torch(key, weights.arguments['tokens_type'])
     state[name] = torch.from_numpy(np.array(transform.to_torch(array), order='C'))
   torch.save(state, path)
 
 
-def _read(path: Path) -> Weights:
-  """Reads what `_write` wrote, and checks it as closely as a stranger's file."""
+def _read_converted(path: Path) -> Weights:
+  """Reads a file of `_write_converted`, and checks it as closely as a file from elsewhere."""
   arrays = files.read_safetensors(path)
   try:
     metadata = _from_json(json.loads(files.read_metadata(path)[METADATA_KEY]))
     metadata.pop('version')
-    found = Weights(arrays=arrays, **metadata)
-    # A model of absurd size would take forever to describe; these bound it by what the file holds.
-    height, width = token_grid(_sides(found.arguments['image_size']))
-    table, stored = (1, 1 + height * width, found.arguments['embed_dim']), arrays['frozen/pos_embed'].shape
-    blocks = found.arguments['depth'] + sum(found.arguments.get('dense_stages', ()))
+    weights = Weights(arrays=arrays, **metadata)
+    # Shapes of an absurdly large model would take forever, so first its size must be one that the file can hold.
+    height, width = token_grid(_sides(weights.arguments['image_size']))
+    table, stored = (1, 1 + height * width, weights.arguments['embed_dim']), arrays['frozen/pos_embed'].shape
+    blocks = weights.arguments['depth'] + sum(weights.arguments.get('dense_stages', ()))
     if stored != table or blocks > len(arrays):
       raise UserError(f'frozen/pos_embed is {stored}, not {table}, or most of {blocks} blocks are missing')
-    expected = _expected_shapes(found.arguments, found.channels)
+    expected = _expected_shapes(weights.arguments, weights.channels)
   except UserError:
     raise
   except Exception as error:  # JSON can hold anything
     raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
-  _account(arrays, expected)
-  return found
+  _check_tensors(arrays, expected)
+  return weights
 
 
-def _check_agreement(found: Weights, options: Options) -> None:
-  """Raises a UserError if the user says of a file of this package what it contradicts."""
-  said = {'model': options.model_name, 'weights': options.weights, **options.settings}
-  known = {'model': found.model, 'weights': found.source['weights'], **found.arguments}
-  wrong = [f'{field}={known[field]}, not {value}' for field, value in said.items() if value not in (None, known[field])]
+def _check_agreement(weights: Weights, options: Options) -> None:
+  """Raises a UserError if the facts in `options` contradict the metadata of a file of this package."""
+  given = {'model': options.model_name, 'weights': options.weights, **options.settings}
+  known = {'model': weights.model, 'weights': weights.source['weights'], **weights.arguments}
+  wrong = [f'{field}={known[field]}, not {x}' for field, x in given.items() if x not in (None, known[field])]
   if wrong:
     raise UserError(f'is a weight file with {", ".join(wrong)}')
 
 
 def _from_json(value: Any) -> Any:
-  """JSON with tuples for lists."""
+  """A JSON value with tuples in place of lists."""
   if isinstance(value, list):
     return tuple(_from_json(item) for item in value)
   return {key: _from_json(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,10 +1,9 @@
-"""Opens weight files that nobody vouches for, and writes new ones whole or not at all.
+"""Reads weight files that cannot be trusted, and writes new ones whole or not at all.
 
-A PyTorch checkpoint is an archive around a pickle, which is a program. So its format is decided by
-its first bytes, its declared sizes are bounded by its own before anything is unpacked, and torch
-reads it with the restricted unpickler only, from version 2.10 on (older ones could be made to run code
-or corrupt memory: CVE-2025-32434, CVE-2026-24747). A file that needs more is refused; nothing falls
-back. Errors here do not name the file: `problem` adds that.
+A PyTorch checkpoint is an archive around a pickle, which is a program. So its first bytes decide its format, the sizes
+that it declares may not exceed the file's before anything is unpacked, and torch reads it with the restricted unpickler
+only, from version 2.10 on (older ones could be made to run code or corrupt memory: CVE-2025-32434, CVE-2026-24747).
+A file that needs more is refused; there is no second way. Errors here do not name the file: `problem` adds its name.
 """
 
 import argparse
@@ -33,15 +32,15 @@ _SAFETENSORS_FLOATS = ('F32', 'F16', 'BF16')
 
 
 def problem(path: Path, text: str) -> UserError:
-  """An error about a file, on one line whatever names it contains."""
+  """UserError about a file, on one line whatever characters its names contain."""
   return UserError(printable(f'{path}: {text}'))
 
 
 def file_format(path: Path) -> Format:
-  """Format of a weight file, by its first bytes and never by its name.
+  """Format of a weight file, decided by its first bytes, never by its name.
 
   Raises:
-    UserError: it is none that can be read safely; the message says what it is.
+    UserError: the file is of no format that can be read safely; the message says what it is.
   """
   with _reading():
     if path.is_dir():
@@ -80,7 +79,7 @@ def import_torch() -> Any:
   return torch
 
 
-def read_torch(path: Path, kind: Format) -> Any:
+def read_torch(path: Path, file_format: Format) -> Any:
   """Reads a PyTorch file ('zip' or 'legacy') of containers, numbers, strings and tensors only.
 
   Raises:
@@ -89,7 +88,7 @@ def read_torch(path: Path, kind: Format) -> Any:
   """
   torch = import_torch()
   with _reading(), path.open('rb') as file:
-    if kind == 'zip':
+    if file_format == 'zip':
       _check_zip(file)
     elif tarfile.is_tarfile(file):
       raise UserError('is a tar archive')
@@ -101,7 +100,7 @@ def read_torch(path: Path, kind: Format) -> Any:
 
 @contextlib.contextmanager
 def _only_namespace(serialization: Any) -> Iterator[None]:
-  """Lets torch build an `argparse.Namespace`, and nothing that other libraries have allowed in this process."""
+  """Lets torch build an `argparse.Namespace`, but nothing that other libraries have allowed in this process."""
   allowed = serialization.get_safe_globals()
   serialization.clear_safe_globals()
   try:
@@ -112,7 +111,7 @@ def _only_namespace(serialization: Any) -> Iterator[None]:
 
 
 def _check_zip(file: IO[bytes]) -> None:
-  """Looks through the directory of a PyTorch zip file before torch does."""
+  """Raises UserError unless the directory of a zip file is that of a plain PyTorch checkpoint."""
   size = os.fstat(file.fileno()).st_size
   with zipfile.ZipFile(file) as archive:
     members = archive.infolist()
@@ -121,7 +120,7 @@ def _check_zip(file: IO[bytes]) -> None:
     declared = sum(member.file_size for member in members)
     if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
       raise UserError(
-        f'refused: {declared:,} bytes unpacked in a file of {size:,}, or compressed, unlike PyTorch files'
+        f'refused: unlike PyTorch files it is compressed, or declares {declared:,} bytes in a file of {size:,}'
       )
     if not any(member.filename.endswith('/data.pkl') for member in members):
       raise UserError('is a zip archive but not a PyTorch checkpoint')
@@ -133,19 +132,19 @@ def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, n
   """Float32 arrays of a state dict's tensors; float16 and bfloat16 are widened, which is exact.
 
   Raises:
-    UserError: listing every entry that is no ordinary floating-point tensor; or together they pass `max_bytes`.
+    UserError: entries are no ordinary floating-point tensors (the message lists them), or together exceed `max_bytes`.
   """
   torch = import_torch()
-  troubles = [f'{name} is {trouble}' for name, tensor in tensors.items() if (trouble := _trouble(name, tensor, torch))]
-  if troubles:
-    raise UserError('; '.join(troubles))
+  defects = [f'{name} is {defect}' for name, tensor in tensors.items() if (defect := _defect(name, tensor, torch))]
+  if defects:
+    raise UserError('; '.join(defects))
   if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > max_bytes:
     raise UserError('refused: its tensors share their numbers, and together declare far more than the file holds')
   return {name: tensor.float().numpy(force=True) for name, tensor in tensors.items()}
 
 
-def _trouble(name: Any, tensor: Any, torch: Any) -> str | None:
-  """The reason why an entry is not a name and a plain CPU tensor of floating-point numbers."""
+def _defect(name: Any, tensor: Any, torch: Any) -> str | None:
+  """Reason why an entry is not a name with a plain CPU tensor of floating-point numbers; None if it is."""
   if not isinstance(name, str):
     return f'a {type(name).__name__}, not a name'
   if not isinstance(tensor, torch.Tensor):
@@ -173,18 +172,18 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
   """Float32 arrays of a safetensors file; float16 and bfloat16 are widened.
 
   Raises:
-    UserError: it is damaged, or listing every tensor of another type.
+    UserError: the file is damaged, or has tensors of other types (the message lists them).
   """
   with _reading(), safetensors.safe_open(path, framework='np') as file:
-    types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    others = [f'{name} is of type {kind}, not F32' for name, kind in types.items() if kind not in _SAFETENSORS_FLOATS]
-    if others:
-      raise UserError('; '.join(others))
-    return {name: file.get_tensor(name).astype(np.float32, copy=False) for name in types}
+    dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    defects = [f'{name} is of type {x}, not F32' for name, x in dtypes.items() if x not in _SAFETENSORS_FLOATS]
+    if defects:
+      raise UserError('; '.join(defects))
+    return {name: file.get_tensor(name).astype(np.float32, copy=False) for name in dtypes}
 
 
 def check_output(path: Path, *, force: bool) -> None:
-  """Raises UserError unless a file may be written at `path`: asked before the work, not after it."""
+  """Raises UserError unless a file may be written at `path`; to be called before the work, not after it."""
   try:
     if path.is_dir() or not path.absolute().parent.is_dir():
       raise problem(path, 'cannot be written: it is a folder, or its folder does not exist')
@@ -205,11 +204,11 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary.touch()
     mode = temporary.stat().st_mode
     write(temporary)
-    temporary.chmod(mode)  # of safetensors' files, their owner alone could read them
+    temporary.chmod(mode)  # safetensors lets only the owner read its files
     with temporary.open('rb') as file:
       os.fsync(file.fileno())
     temporary.replace(path)
-  except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch says RuntimeError of a full disk
+  except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
     raise problem(path, f'cannot be written: {_first_line(error)}') from error
   finally:
     temporary.unlink(missing_ok=True)
@@ -217,7 +216,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-  """Makes one line of whatever a damaged file sets off in the libraries that parse it."""
+  """Turns every error of the libraries that parse a file into a UserError of one line."""
   try:
     yield
   except UserError:
@@ -226,11 +225,11 @@ def _reading() -> Iterator[None]:
     raise UserError(f'cannot be read: {_first_line(error)}') from error
   except Exception as error:
     if wanted := re.search(r'GLOBAL ([\w.]+)', str(error)):
-      raise UserError(f'refused: it wants to import {wanted[1]}; a file of tensors alone needs nothing') from error
+      raise UserError(f'refused: it wants to import {wanted[1]}, which no file of tensors needs') from error
     raise UserError(f'damaged or not a weight file: {_first_line(error)}') from error
 
 
 def _first_line(error: Exception) -> str:
-  """The telling line of an exception: torch puts paragraphs of advice before it."""
+  """The line of an exception that names the cause: torch puts paragraphs of advice before it."""
   text = re.sub(r'.*WeightsUnpickler error: ', '', str(error), flags=re.DOTALL).strip()
   return f'{type(error).__name__}: {text}'.splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Which model a set of tensors belongs to, as far as names and shapes tell."""
+"""Infers the model to which tensors belong, as far as their names and shapes show it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,33 +19,33 @@ _LEAF = r'\.(bias|weight)'
 
 
 def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
-  """Arguments of `T2TViT` that reference names and shapes show; heads and qk_scale are not among them.
+  """Arguments of `T2TViT` that reference names and shapes show; num_heads and qk_scale are not among them.
 
-  Each is what most of the tensors that know it agree on: a damaged one then stands out by its own
-  name, and does not change the model that all others are compared with.
+  Each has the value on which most of the tensors that show it agree. So a damaged tensor does not change the model that
+  all are compared with, and the error names that tensor.
 
   Raises:
-    UserError: these are no T2T-ViT's tensors, or the images were not square and `image_size` is not given.
+    UserError: the tensors are no T2T-ViT's, or images were not square and `image_size` is not given.
   """
   if not any(name.startswith('tokens_to_token.') for name in shapes):
     raise UserError(
       f'holds no T2T-ViT: no tokens_to_token among its {len(shapes)} tensors ({", ".join(sorted(shapes)[:2])} ...)'
     )
-  embed_dim = _agreed(
+  embed_dim = _most_common(
     _sizes(shapes, rf'tokens_to_token\.project{_LEAF}|blocks\.0\.norm\d{_LEAF}', 0)
     + _sizes(shapes, 'cls_token|pos_embed', -1)
   )
-  hidden = _agreed(
+  hidden = _most_common(
     _sizes(shapes, rf'blocks\.0\.mlp\.fc1{_LEAF}', 0) + _sizes(shapes, r'blocks\.0\.mlp\.fc2\.weight', 1)
   )
   blocks = _infer_blocks(shapes)
   return {
-    'num_classes': _agreed(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
+    'num_classes': _most_common(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
     'image_size': image_size or _infer_image_size(shapes),
     'tokens_type': tokens_type_of(shapes),
     'embed_dim': embed_dim,
-    'mlp_ratio': 3.0 if blocks['block_type'] == 'ghost' else _ratio(hidden, embed_dim),
-    'token_dim': _agreed(
+    'mlp_ratio': 3.0 if blocks['block_type'] == 'ghost' else _mlp_ratio(hidden, embed_dim),
+    'token_dim': _most_common(
       _sizes(shapes, rf'tokens_to_token\.(attention\d\.(norm2|(attn\.)?proj|mlp\.\w+)|soft_split\d){_LEAF}', 0)
     ),
     **blocks,
@@ -53,25 +53,25 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
 
 
 def infer_channels(shapes: Shapes) -> int:
-  """Channels of the images: 3, but for models of other data."""
+  """Channels of the images that the model takes."""
   patch = _sizes(shapes, rf'tokens_to_token\.attention1\.norm1{_LEAF}', 0)
   patch += _sizes(shapes, r'tokens_to_token\.attention1\.(kqv|attn\.qkv)\.weight', 1)
   channels = [size // SPLITS[0].kernel ** 2 for size in patch]
-  return _agreed(channels + _sizes(shapes, r'tokens_to_token\.soft_split0\.weight', 1))
+  return _most_common(channels + _sizes(shapes, r'tokens_to_token\.soft_split0\.weight', 1))
 
 
 def name_model(
   inferred: Mapping[str, Any], settings: Mapping[str, Any], model_name: str | None
 ) -> tuple[str | None, dict[str, Any]]:
-  """Name (None where no named model fits) and all arguments of the model that has the `inferred` ones.
+  """Name (None if no named model fits) and all arguments of the model that has the `inferred` arguments.
 
   Args:
-    inferred: what `infer_arguments` says.
-    settings: what the user says of arguments that no tensor shows.
-    model_name: the name that the user gives.
+    inferred: result of `infer_arguments`.
+    settings: the user's values of arguments that no tensor shows.
+    model_name: the name that the user gives; None to find it.
 
   Raises:
-    UserError: the name contradicts the tensors, or they fit more than one model, or none and heads are unknown.
+    UserError: the tensors contradict the name, or fit more than one model, or fit none and num_heads is not given.
   """
   arguments = {'qk_scale': None, **inferred, **settings}
   known = {field: value for field, value in arguments.items() if field not in ('num_classes', 'image_size')}
@@ -81,8 +81,8 @@ def name_model(
   if len(fitting) == 1:
     return fitting[0], {**arguments, 'num_heads': models[fitting[0]].num_heads}
   if model_name is not None:
-    theirs = {field: getattr(models[model_name], field) for field in known}
-    wrong = [f'{field}={known[field]} instead of {theirs[field]}' for field in known if known[field] != theirs[field]]
+    named = {field: getattr(models[model_name], field) for field in known}
+    wrong = [f'{field}={known[field]} instead of {named[field]}' for field in known if known[field] != named[field]]
     raise UserError(f'is not {model_name}: it has {", ".join(wrong)}')
   if fitting:
     raise UserError(f'its tensors fit more than one model: add --model={" or --model=".join(fitting)}')
@@ -95,7 +95,7 @@ def name_model(
 
 
 def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
-  """Number and kind of the encoder's blocks; a lone stray tensor makes no block."""
+  """Arguments that the encoder's blocks show; a single stray tensor makes no block."""
   blocks: dict[int, list[str]] = {}
   for name in shapes:
     if match := re.fullmatch(r'blocks\.(\d{1,6})\.(.+)', name):
@@ -104,26 +104,26 @@ def _infer_blocks(shapes: Shapes) -> dict[str, Any]:
     number: inside for number, inside in sorted(blocks.items()) if len(inside) > 1 or inside[0].startswith('linear.')
   }
 
-  def most(pattern: str) -> bool:
-    have = [any(re.fullmatch(pattern, name) for name in inside) for inside in blocks.values()]
-    return any(have) and 2 * sum(have) >= len(have)
+  def most_blocks_have(pattern: str) -> bool:
+    matches = [any(re.fullmatch(pattern, name) for name in inside) for inside in blocks.values()]
+    return any(matches) and 2 * sum(matches) >= len(matches)
 
-  arguments = {'depth': len(blocks), 'block_type': 'standard', 'qkv_bias': most(r'attn\.(qkv|q|k|v)\.bias')}
-  if most(r'attn\.se_layer\..+'):
+  arguments = {'depth': len(blocks), 'block_type': 'standard', 'qkv_bias': most_blocks_have(r'attn\.(qkv|q|k|v)\.bias')}
+  if most_blocks_have(r'attn\.se_layer\..+'):
     arguments['block_type'] = 'se'
-  elif most(r'(attn|mlp)\.cheap_operation.+'):
+  elif most_blocks_have(r'(attn|mlp)\.cheap_operation.+'):
     arguments['block_type'] = 'ghost'
-  elif most(rf'dense_linear{_LEAF}'):
+  elif most_blocks_have(rf'dense_linear{_LEAF}'):
     transitions = [any(name.startswith('linear.') for name in inside) for inside in blocks.values()]
     stages = tuple(len(list(group)) for between, group in itertools.groupby(transitions) if not between)
-    growth_rate = _agreed(_sizes(shapes, rf'blocks\.\d+\.dense_linear{_LEAF}', 0))
+    growth_rate = _most_common(_sizes(shapes, rf'blocks\.\d+\.dense_linear{_LEAF}', 0))
     arguments.update(block_type='dense', dense_stages=stages, growth_rate=growth_rate, depth=sum(stages))
   return arguments
 
 
 def _infer_image_size(shapes: Shapes) -> int:
-  """Pixels a side of the (square) images that the position table is made for: a multiple of 16."""
-  num_tokens = (_agreed(_sizes(shapes, 'pos_embed', 1)) or 1 + 14**2) - 1  # missing is reported later, with the others
+  """Side in pixels of the (square) images that the position table is made for: a multiple of 16."""
+  num_tokens = (_most_common(_sizes(shapes, 'pos_embed', 1)) or 1 + 14**2) - 1  # reported later if missing
   side = math.isqrt(num_tokens)
   if side**2 != num_tokens or not side:
     raise UserError(
@@ -133,18 +133,18 @@ def _infer_image_size(shapes: Shapes) -> int:
   return math.prod(split.stride for split in SPLITS) * side
 
 
-def _ratio(hidden: int, width: int) -> float:
-  """The ratio for which int(width * ratio) is `hidden`."""
+def _mlp_ratio(hidden: int, width: int) -> float:
+  """MLP ratio for which int(width * ratio) is `hidden`."""
   ratio = hidden / max(width, 1)
   return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _sizes(shapes: Shapes, pattern: str, axis: int) -> list[int]:
-  """Sizes along `axis` of all tensors whose whole name matches."""
+  """Sizes along `axis` of all tensors whose whole name matches `pattern`."""
   matching = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
   return [shape[axis] for shape in matching if -len(shape) <= axis < len(shape)]
 
 
-def _agreed(sizes: list[int]) -> int:
-  """The most common size, the first of equals; 0 if there is none."""
+def _most_common(sizes: list[int]) -> int:
+  """The most common size, the first one if several are; 0 if there is no size."""
   return Counter(sizes).most_common(1)[0][0] if sizes else 0

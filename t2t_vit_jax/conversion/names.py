@@ -1,4 +1,4 @@
-"""Which tensor of the PyTorch reference is which variable here: one table, read in both directions."""
+"""Table of the PyTorch reference's tensors and the variables here that hold them, read in both directions."""
 
 from collections.abc import Iterable
 import re
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Transform(NamedTuple):
-  """Change of a tensor's axes: `axes` lists torch's in our order, None leaves them alone."""
+  """Change of a tensor's axes: `axes` lists torch's axes in our order, None leaves them alone."""
 
   name: str
   axes: tuple[int, ...] | None = None
@@ -20,7 +20,7 @@ class Transform(NamedTuple):
     return array if self.axes is None else array.transpose(np.argsort(self.axes))
 
   def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch of our `shape`."""
+    """Shape in torch of a tensor that has `shape` here."""
     return shape if self.axes is None else tuple(shape[axis] for axis in np.argsort(self.axes))
 
 
@@ -35,7 +35,7 @@ _LAYERS: dict[str, tuple[tuple[str, str, Transform], ...]] = {  # torch's name o
 
 
 class Row(NamedTuple):
-  """One line of the table; each `#` stands for a number, the same on both sides."""
+  """Row of the table; each `#` stands for a number, the same on both sides."""
 
   torch: str
   here: str
@@ -120,7 +120,7 @@ _MMPRETRAIN = (  # mmpretrain's names -> the reference's, applied in turn
 
 
 def from_torch(name: str, tokens_type: str) -> tuple[str, Transform]:
-  """Path of a reference tensor's variable, 'params/...' or 'frozen/...'; KeyError if it has none."""
+  """Path of a reference tensor's variable, 'params/...' or 'frozen/...', and transform; KeyError if it has none."""
   for row in TABLE[tokens_type]:
     if path := _rewrite(name, row.torch, row.here):
       return path, row.transform
@@ -128,7 +128,7 @@ def from_torch(name: str, tokens_type: str) -> tuple[str, Transform]:
 
 
 def to_torch(path: str, tokens_type: str) -> tuple[str, Transform]:
-  """The reverse: the reference's name of a variable; KeyError if no model has this path."""
+  """The reference's name of the variable at `path`, and transform; KeyError if no model has this path."""
   for row in TABLE[tokens_type]:
     if name := _rewrite(path, row.here, row.torch):
       return name, row.transform
@@ -151,6 +151,6 @@ def from_mmpretrain(name: str) -> str:
 
 
 def tokens_type_of(names: Iterable[str]) -> str:
-  """The tokens type that most of a checkpoint's reference names speak for."""
+  """The tokens type to which most of a checkpoint's reference names point."""
   text = '\n'.join(names)
   return max(_EVIDENCE, key=lambda kind: len(re.findall(_EVIDENCE[kind], text)))
