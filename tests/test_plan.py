@@ -104,7 +104,7 @@ def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message):
 def test_a_slice_that_libtpu_does_not_know():
   code, _, errors = plan(*TINY, *DIGITS, '--topology=v5e:5x7')
   assert code == 2
-  assert errors.startswith('error: libtpu has no slice v5e:5x7, only such as v4:4x4x4, v5e:2x2')
+  assert errors.startswith('error: libtpu knows no slice v5e:5x7: choose one such as v4:4x4x4, v5e:2x2')
   assert errors.count('\n') == 1
 
 

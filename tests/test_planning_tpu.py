@@ -30,7 +30,7 @@ def test_parse():
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('v5litepod-16', "'v5litepod-16' is no TPU slice: write v4:4x4x4, v5e:2x2"),
+    ('v5litepod-16', "'v5litepod-16' is no TPU slice: write one such as v4:4x4x4, v5e:2x2"),
     ('v5e:16x16/tensor=2', 'is no TPU slice'),
     ('v6:16x16', "unknown chip 'v6' in 'v6:16x16': did you mean 'v6e'"),
   ],

@@ -1,4 +1,4 @@
-"""Compiles a program for chips that need not be there, and says what it takes."""
+"""Compiles a program for chips that need not be there, and tells what memory, work and time it takes."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,7 +12,7 @@ from t2t_vit_jax.planning.tpu import Chip
 
 
 class DoesNotFit(Exception):  # noqa: N818 (an answer, not an error)
-  """The compiler found no way to run a program in the memory of a chip; the text is what it says."""
+  """A program needs more memory than a chip has; the text is the compiler's."""
 
 
 def compile_program(function: jax.stages.Wrapped, arguments: Sequence[Any]) -> tuple[Any, float]:
@@ -22,7 +22,7 @@ def compile_program(function: jax.stages.Wrapped, arguments: Sequence[Any]) -> t
     The `jax.stages.Compiled`, and the seconds that the compiler took.
 
   Raises:
-    DoesNotFit: it needs more memory than a device has.
+    DoesNotFit: the program needs more memory than a device has.
   """
   lowered = function.lower(*arguments)
   start = time.perf_counter()
@@ -36,20 +36,20 @@ def compile_program(function: jax.stages.Wrapped, arguments: Sequence[Any]) -> t
 
 
 def figures(compiled: Any, chip: Chip, parts: int = 1) -> dict[str, Any]:
-  """Figures of a program compiled for TPU, of each chip: bytes of memory, work, and the time it may need.
+  """Figures of a program compiled for TPU, for each chip: bytes of memory, work, and the time it may take.
 
   Args:
     compiled: from `compile_program`.
-    chip: that it was compiled for.
-    parts: it takes a batch in so many parts, one after the other, in a loop that XLA's FLOP count has once.
+    chip: the chip that it was compiled for.
+    parts: number of parts of a batch that it computes one after the other, in a loop that XLA's FLOP count has once.
   """
   memory = compiled.memory_analysis()
   schedule = read_schedule(compiled.as_text())
-  flops = compiled.cost_analysis()['flops'] * parts  # XLA counts a loop once; what follows it is a thousandth
+  flops = compiled.cost_analysis()['flops'] * parts  # all but a thousandth of the work is in the loop
   sizes = {
     'arguments': memory.argument_size_in_bytes,
     'temporaries': memory.temp_size_in_bytes,
-    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # but those that take an argument's place
+    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # less those in an argument's place
     'program': memory.generated_code_size_in_bytes,
   }
   return {
@@ -63,6 +63,6 @@ def figures(compiled: Any, chip: Chip, parts: int = 1) -> dict[str, Any]:
 
 
 def shortage(message: str) -> str:
-  """The compiler's line about memory, without the list of buffers that follows."""
+  """The compiler's line about the lack of memory, without the list of buffers that follows."""
   paragraph = message.split('RESOURCE_EXHAUSTED:')[1].strip().split('\n\n')[0]
   return ' '.join(paragraph.split())[:300]

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def count_flops(function: Any, *arguments: Any) -> int:
-  """Operations of one call of a jitted function; branches count all, loops of unknown length once."""
+  """Operations of one call of a jitted function; all branches count, and loops of unknown length count once."""
   return _count(function.trace(*arguments).jaxpr.jaxpr)
 
 
@@ -27,15 +27,15 @@ def _count(jaxpr: Any) -> int:
       total += _convolution_flops(equation)
     else:
       times = params['length'] if name == 'scan' else 1
-      total += times * sum(map(_count, _inner(params)))
+      total += times * sum(map(_count, _inner_programs(params)))
   return total
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-  """The programs that an operation such as a loop or a jitted call consists of."""
+def _inner_programs(params: dict[str, Any]) -> Iterator[Any]:
+  """Yields the programs inside an operation such as a loop or a jitted call."""
   for value in params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):
-      part = getattr(part, 'jaxpr', part)  # of a closed one
+      part = getattr(part, 'jaxpr', part)  # a ClosedJaxpr holds one
       if hasattr(part, 'eqns'):
         yield part
 
@@ -47,15 +47,15 @@ def _dot_flops(equation: Any) -> int:
 
 
 def _convolution_flops(equation: Any) -> int:
-  """Products with padding and with the zeros between the values of a dilated input are not counted."""
+  """Counts no products with padding, nor with the zeros between the values of a dilated input."""
   params, (left, right) = equation.params, (x.aval.shape for x in equation.invars)
   numbers, out = params['dimension_numbers'], equation.outvars[0].aval.shape
-  pairs = 1
+  num_pairs = 1  # of an output and an input position
   for i, (low, _) in enumerate(params['padding']):
     kernel, size = right[numbers.rhs_spec[2 + i]], left[numbers.lhs_spec[2 + i]]
     starts = np.arange(out[numbers.out_spec[2 + i]])[:, None] * params['window_strides'][i] - low
     places = starts + np.arange(kernel) * params['rhs_dilation'][i]
     dilation = params['lhs_dilation'][i]
-    pairs *= int(((places >= 0) & (places <= (size - 1) * dilation) & (places % dilation == 0)).sum())
+    num_pairs *= int(((places >= 0) & (places <= (size - 1) * dilation) & (places % dilation == 0)).sum())
   batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-  return 2 * batch * features * right[numbers.rhs_spec[1]] * pairs
+  return 2 * batch * features * right[numbers.rhs_spec[1]] * num_pairs

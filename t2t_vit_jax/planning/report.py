@@ -1,4 +1,4 @@
-"""Plans for people: see `plan.make_plan` for what a plan holds."""
+"""Shows plans to people: as lines, or as rows of a table. `plan.make_plan` makes them."""
 
 from collections.abc import Sequence
 import itertools
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def describe(plan: dict[str, Any]) -> list[str]:
-  """A plan in lines."""
+  """Lines that describe a plan."""
   config, mesh, group_size = plan['config'], plan['mesh'], plan['mixing_group_size']
   spans_chips = plan['images_per_chip'] % group_size != 0
   seconds = [f'{step["compile_s"]:.0f} s' for step in (plan['train_step'], plan['eval_step']) if step['fits']]
@@ -58,7 +58,7 @@ def _describe_step(name: str, step: dict[str, Any], chip: dict[str, Any]) -> lis
 
 
 def memory(step: dict[str, Any], hbm_gib: float) -> str:
-  """A phrase about the memory of a chip that a step takes, and whether that is too much."""
+  """A phrase: the memory of a chip that a step takes, and whether it fits."""
   if step['fits']:
     return f'fits, {step["memory"] / GIB:.2f} of {hbm_gib:g} GiB'
   return f'DOES NOT FIT: {step["compiler_says"]}'
@@ -70,23 +70,23 @@ def _speed(step: dict[str, Any], kind: str) -> str:
 
 
 def collectives(step: dict[str, Any]) -> str:
-  """The transfers of a step, those of a kind together, with the bytes of their results on a chip."""
+  """A phrase: the transfers of a step, added up by kind, with the bytes of their results on a chip."""
 
-  def group(transfer: dict[str, Any]) -> tuple[bool, str]:
+  def group_key(transfer: dict[str, Any]) -> tuple[bool, str]:
     return transfer['in_open_loop'], transfer['kind']
 
   texts = []
-  for (is_open, kind), transfers in itertools.groupby(sorted(step['collectives'], key=group), key=group):
-    same = list(transfers)
-    count, size = sum(x['count'] for x in same), sum(x['count'] * x['num_bytes'] for x in same)
-    dtypes = '+'.join(sorted({dtype for x in same for dtype in x['dtype'].split('+')}))
+  for (is_open, kind), group in itertools.groupby(sorted(step['collectives'], key=group_key), key=group_key):
+    transfers = list(group)
+    count, size = sum(x['count'] for x in transfers), sum(x['count'] * x['num_bytes'] for x in transfers)
+    dtypes = '+'.join(sorted({dtype for x in transfers for dtype in x['dtype'].split('+')}))
     amount = f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size} B'
     texts.append(f'{count} {kind} of {amount} {dtypes}' + (' in loops of unknown length' if is_open else ''))
   return ', '.join(texts) or 'none'
 
 
 def table(plans: Sequence[dict[str, Any]], markdown: bool) -> list[str]:
-  """The training steps of plans as rows of one table, and the compiler that the figures are of."""
+  """Lines of a table with a row for the training step of each plan, and a line that names the compiler."""
   rows = [list(COLUMNS), *map(_row, plans)]
   compilers = ' and '.join(sorted({plan['compiler'] for plan in plans}))
   if markdown:

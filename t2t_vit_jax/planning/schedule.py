@@ -1,4 +1,4 @@
-"""Reads what a compiled program does on each chip from the text of XLA's scheduled HLO for TPU."""
+"""Reads the text of XLA's scheduled HLO for TPU: the work and the transfers of a compiled program on each chip."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -15,9 +15,9 @@ COLLECTIVES = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-# They name values, or end what is counted at its start: nothing moves.
+# Opcodes that move nothing: they only name values, or end what is counted at its start.
 FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'after-all')
-# `custom-call`s that lay other values side by side.
+# Targets of `custom-call`s that move nothing either: they put other values side by side.
 FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer')
 
 _COMPUTATION = re.compile(r'(ENTRY )?%(\S+) \(.*\{$')
@@ -32,9 +32,9 @@ class Collective:
   Attributes:
     kind: HLO's name, such as 'all-reduce'.
     dtype: HLO's name of the values' type.
-    num_bytes: of its result on one chip.
+    num_bytes: bytes of its result on one chip.
     count: how often a step runs it.
-    in_open_loop: it is in a loop of unknown length, and counted once.
+    in_open_loop: whether it is in a loop of unknown length, and counted once.
   """
 
   kind: str
@@ -46,11 +46,11 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """One run of a program on one chip; loops count as often as they run, those of unknown length once.
+  """One run of a program on one chip. Loops count as often as they run; loops of unknown length count once.
 
   Attributes:
     cycles: sum of the compiler's estimates.
-    hbm_bytes: read from and written to the chip's main memory; what stays in on-chip memory is not counted.
+    hbm_bytes: bytes read from and written to the chip's main memory, without what stays in on-chip memory.
     collectives: in the order of the text.
     open_loops: number of loops of unknown length.
   """
@@ -66,13 +66,13 @@ class Operation:
   """An instruction of a program that the compiler has priced; most are fusions of several of JAX's operations.
 
   Attributes:
-    name: HLO's.
-    type: of its result, as HLO writes it.
+    name: HLO's name.
+    type: type of its result, as HLO writes it.
     source: the JAX operation that it, or the root of its fusion, came from: transformations, modules, then the
       primitive, such as 'jit(f)/transpose(jvp(T2TViT))/blocks_0/mlp/fc1/dot_general'; '' if the compiler made it.
     cycles: the compiler's estimate of all its runs together.
-    hbm_bytes: likewise, as in `Schedule`.
-    count: how often it runs; once in loops of unknown length.
+    hbm_bytes: bytes as in `Schedule`, of all its runs together.
+    count: how often it runs; 1 in loops of unknown length.
   """
 
   name: str
@@ -95,12 +95,12 @@ class _Instruction:
     return re.findall(r'%([\w.-]+)', self.rest.split(')')[0])
 
   def called(self, attribute: str) -> str:
-    found = re.search(rf'\b{attribute}=%([\w.-]+)', self.rest)
-    return found[1] if found else ''
+    computation = re.search(rf'\b{attribute}=%([\w.-]+)', self.rest)
+    return computation[1] if computation else ''
 
 
 def read_schedule(text: str) -> Schedule:
-  """Reads `jax.stages.Compiled.as_text()` of a program that was compiled for TPU."""
+  """Reads the schedule from `jax.stages.Compiled.as_text()` of a program that was compiled for TPU."""
   computations, entry = _computations(text)
   cycles = hbm_bytes = open_loops = 0
   collectives = []
@@ -112,7 +112,7 @@ def read_schedule(text: str) -> Schedule:
       hbm_bytes += times * _hbm_bytes(instruction, types)
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
       for transfer in _transfers(instruction, computations):
-        # Transfers that other work hides are spread over several fusions, which share a channel.
+        # A transfer that runs beside other work is spread over several fusions, which share a channel.
         channel = re.search(r'channel_id=(\d+)', transfer.rest)
         if transfer is instruction or channel is None or channel[1] not in channels:
           collectives.append(_collective(transfer, times, is_open))
@@ -121,7 +121,7 @@ def read_schedule(text: str) -> Schedule:
 
 
 def read_operations(text: str) -> list[Operation]:
-  """The operations whose cycles `read_schedule` adds up, the costliest first; those in a loop are one."""
+  """Reads the operations whose cycles `read_schedule` adds up, the costliest first; runs in a loop are one entry."""
   computations, entry = _computations(text)
   operations = []
   for name, times, _ in _executed(computations, entry, 1, False):
@@ -142,7 +142,7 @@ def _cycles(instruction: _Instruction) -> int:
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-  """The computations of a module by name, and the name of the one that is its program."""
+  """Computations of a module by name, and the name of its entry, where the program starts."""
   computations: dict[str, list[_Instruction]] = {}
   entry = name = ''
   for line in text.splitlines():
@@ -158,7 +158,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _executed(
   computations: dict[str, list[_Instruction]], name: str, times: int, is_open: bool
 ) -> Iterator[tuple[str, int, bool]]:
-  """Every computation that runs on its own, how often, and whether that is a guess."""
+  """Yields each computation that runs on its own, how often, and whether it is in a loop of unknown length."""
   yield name, times, is_open
   for instruction in computations[name]:
     if instruction.opcode == 'while':
@@ -172,7 +172,7 @@ def _executed(
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
-  """Number of rounds of a loop: the compiler's, or that of the condition `counter < constant` of `lax.scan`."""
+  """Rounds of a loop, as the compiler notes or `lax.scan`'s condition `counter < constant` shows; None if unknown."""
   if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
     return int(noted[1])
   condition = computations[loop.called('condition')]
@@ -184,7 +184,7 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
 
 
 def _transfers(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> list[_Instruction]:
-  """The collectives that an instruction is, or that are fused into it."""
+  """The instruction itself, if it is a collective, and the collectives that are fused into it."""
   candidates = instruction, *computations.get(instruction.called('calls'), ())
   return [x for x in candidates if x.opcode.removesuffix('-start') in COLLECTIVES]
 
@@ -194,13 +194,13 @@ def _collective(instruction: _Instruction, times: int, is_open: bool) -> Collect
   shapes = _SHAPE.findall(instruction.type)
   if instruction.opcode != kind and kind != 'all-reduce':
     operands = len(instruction.operands)
-    shapes = shapes[operands : 2 * operands]  # of those that start and end apart: (operands, results, ...)
+    shapes = shapes[operands : 2 * operands]  # an asynchronous start has the type (operands, results, ...)
   size = sum(_num_bytes(dtype, dims) for dtype, dims, _ in shapes)
   return Collective(kind, '+'.join(sorted({dtype for dtype, _, _ in shapes})), size, times, is_open)
 
 
 def _hbm_bytes(instruction: _Instruction, types: dict[str, str]) -> int:
-  """Bytes of an instruction's results and operands that are not in on-chip memory."""
+  """Bytes of an instruction's results and operands, without those in on-chip memory."""
   opcode = instruction.opcode
   if opcode in FREE or opcode.endswith('-done') or any(f'"{target}"' in instruction.rest for target in FREE_TARGETS):
     return 0

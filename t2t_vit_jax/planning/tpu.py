@@ -1,4 +1,4 @@
-"""TPU chips as Google publishes them, and slices of them that are described, not present."""
+"""TPU chips by Google's published figures, and slices that need not be there: libtpu describes them."""
 
 import dataclasses
 import importlib.metadata
@@ -16,15 +16,15 @@ EXAMPLES = 'v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16'
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A chip's published peaks, and how libtpu describes it.
+  """Published peaks of a chip, and the options that describe it to libtpu.
 
   Attributes:
-    name: Google's.
+    name: Google's name.
     flops: bfloat16 operations a second.
-    bandwidth: of its main memory (HBM), bytes a second.
-    hbm_gib: main memory. Google writes GB; a compiler that offers 15.75 GiB of "16 GB" shows that GiB are meant.
-    flops_per_cycle: of its matrix units together: TensorCores x units x side^2 x 2.
-    options: for `jax.experimental.topologies`.
+    bandwidth: bytes a second of its main memory (HBM).
+    hbm_gib: GiB of main memory. Google writes GB, but the compiler offers 15.75 GiB of "16 GB": GiB are meant.
+    flops_per_cycle: operations of all its matrix units: TensorCores x units x side^2 x 2.
+    options: options for `jax.experimental.topologies`.
   """
 
   name: str
@@ -36,20 +36,20 @@ class Chip:
 
   @property
   def clock(self) -> float:
-    """Cycles a second: published for v4 only (1.05 GHz), so it is what the peak and the matrix units imply."""
+    """Cycles a second, from the peak and the matrix units: Google publishes them for v4 only (1.05 GHz)."""
     return self.flops / self.flops_per_cycle
 
   def roofline_s(self, flops: float, hbm_bytes: float) -> float:
-    """Seconds for so much work at the peaks, if transfers and work overlap."""
+    """Seconds that work and transfers take at the peaks if they overlap."""
     return max(flops / self.flops, hbm_bytes / self.bandwidth)
 
 
-# Peaks and units: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The last of them gives v6e two or four
-# matrix units, by revision: with four of 256 x 256 the clock is 1.75 GHz, with two it would be 3.5 GHz.
+# Peaks and units: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The page of v6e says two or four matrix
+# units, by revision: with four of 256 x 256 the clock is 1.75 GHz, with two it would be 3.5 GHz.
 CHIPS = {
   chip.name: chip
   for chip in (
-    # As on Cloud TPU VMs: one device is a chip with both TensorCores.
+    # As on Cloud TPU VMs, a device is a whole chip with both TensorCores.
     Chip('v4', 275e12, 1200e9, 32, 2 * 4 * 128**2 * 2, {'chip_config_name': 'megacore'}),
     Chip('v5e', 197e12, 819e9, 16, 1 * 4 * 128**2 * 2),
     Chip('v5p', 459e12, 2765e9, 95, 2 * 4 * 128**2 * 2),
@@ -63,10 +63,10 @@ class Slice:
   """A TPU slice and how its chips form a mesh, such as 'v5e:16x16' or 'v5e:16x16/fsdp=8'.
 
   Attributes:
-    text: as above.
-    chip: its chips' kind.
-    topology: libtpu's name of it.
-    fsdp: in place of `config.mesh.fsdp`; None leaves the config's mesh.
+    text: the slice as the user writes it.
+    chip: kind of its chips.
+    topology: libtpu's name of the slice.
+    fsdp: replaces `config.mesh.fsdp`; None leaves the config's mesh.
   """
 
   text: str
@@ -76,16 +76,16 @@ class Slice:
 
   @classmethod
   def parse(cls, text: str) -> 'Slice':
-    """Raises UserError if `text` is none."""
+    """Parses the form above; UserError if `text` is no slice."""
     parts = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:/fsdp=(\d+))?', text)
     if parts is None:
-      raise UserError(f'{text!r} is no TPU slice: write {EXAMPLES}, and /fsdp=8 after it for another mesh')
+      raise UserError(f'{text!r} is no TPU slice: write one such as {EXAMPLES}, with /fsdp=8 after it for another mesh')
     if parts[1] not in CHIPS:
       raise UserError(f'unknown chip {parts[1]!r} in {text!r}: {did_you_mean(parts[1], CHIPS)} (such as {EXAMPLES})')
     return cls(text, CHIPS[parts[1]], f'{parts[1]}:{parts[2]}', int(parts[3]) if parts[3] else None)
 
   def devices(self) -> list[Any]:
-    """Its chips as devices that programs can be compiled for.
+    """Devices of the slice, for which programs can be compiled.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
@@ -98,11 +98,11 @@ class Slice:
       return topologies.get_topology_desc(platform='tpu', topology_name=self.topology, **self.chip.options).devices
     except jax.errors.JaxRuntimeError as error:
       reason = str(error).splitlines()[0]
-      raise UserError(f'libtpu has no slice {self.topology}, only such as {EXAMPLES} ({reason})') from error
+      raise UserError(f'libtpu knows no slice {self.topology}: choose one such as {EXAMPLES} ({reason})') from error
 
 
 def compiler() -> str:
-  """The versions that figures about programs depend on."""
+  """Versions of libtpu and jax, on which the figures depend."""
   return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
 
 
@@ -111,9 +111,9 @@ def without_tpu() -> None:
   os.environ |= {
     'JAX_PLATFORMS': 'cpu',
     'TPU_SKIP_MDS_QUERY': '1',  # do not ask Google's metadata server what machine this is
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',  # of this machine, not of the slice: silences a question
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',  # this machine, not the slice; libtpu need not ask for it
     'TPU_WORKER_HOSTNAMES': 'localhost',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # libtpu's lock is for chips, and none is touched
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # libtpu's lock protects chips, and none is used
     'TPU_MIN_LOG_LEVEL': '3',
     'TPU_STDERR_LOG_LEVEL': '3',
   }
