@@ -1,4 +1,4 @@
-"""Command lines, with and without --config=FILE and --config.FIELD=VALUE: what is wrong is said in one line."""
+"""Command lines, with and without --config=FILE and --config.FIELD=VALUE: an error is one line and exit code 2."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from t2t_vit_jax.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-  """Parser for tools without a config: raises a UserError for wrong arguments, and knows no abbreviations of flags."""
+  """Parser for tools without a config: raises UserError for wrong arguments, and takes no abbreviations of flags."""
 
   def __init__(self, **options: Any):
     super().__init__(allow_abbrev=False, **options)
@@ -26,19 +26,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_tool(tool: Callable[[], int]) -> int:
-  """Runs the `main` of such a tool and returns its exit code: 2 after a line that says what the user can correct."""
+  """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
   try:
     code = tool()
     sys.stdout.flush()
     return code
   except KeyboardInterrupt:
-    return 130  # as shells have it
+    return 130  # the shells' code for Ctrl-C
   except UserError as error:
     message = str(error)
-  except BrokenPipeError:  # whoever reads the output has seen enough, such as `head`
+  except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
     _drop_output()
     return 141
-  except OSError as error:  # such as a full disk under the output
+  except OSError as error:  # such as a full disk
     _drop_output()
     message = str(error)
   print(f'error: {message}', file=sys.stderr)
@@ -46,19 +46,19 @@ def run_tool(tool: Callable[[], int]) -> int:
 
 
 def _drop_output() -> None:
-  """Sends what is left of standard output nowhere: Python would fail again when it ends."""
+  """Sends the rest of standard output nowhere, or Python would fail again when it ends."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> Iterator[None]:
-  """Ends the program if a flag is wrong; a context for the definition and parsing of flags, among them `config`.
+  """Context in which flags, among them `config`, are defined and parsed: ends the program if one is wrong.
 
   An unknown config field is refused like an unknown flag.
 
   Args:
     argv: the command line.
-    default_config: the config file where it names none; None if it must name one.
+    default_config: the config file if `argv` names none; None if it must name one.
   """
   file = config_file(argv) or default_config
   try:
@@ -77,7 +77,7 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 
 
 def check_and_quiet(argv: list[str]) -> None:
-  """Ends the program if an argument is left, and keeps libraries from chatting; for the start of `main`."""
+  """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
@@ -85,9 +85,9 @@ def check_and_quiet(argv: list[str]) -> None:
 
 
 def config_file(argv: list[str]) -> str | None:
-  """The file that `--config=FILE` or `--config FILE` names, without an argument for the config."""
-  given = re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE)
-  return given[-1].split(':')[0] if given else None
+  """The file of `--config=FILE` or `--config FILE`, without an argument for the config; None if there is none."""
+  values = re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE)
+  return values[-1].split(':')[0] if values else None
 
 
 def _refuse_unknown_field(argv: list[str], config_file: str | None) -> None:
@@ -101,6 +101,6 @@ def _refuse_unknown_field(argv: list[str], config_file: str | None) -> None:
 
 
 def fail(message: str) -> NoReturn:
-  """Ends the program: a line on standard error, exit code 2."""
+  """Ends the program with a line on standard error and exit code 2."""
   print(f'error: {message}', file=sys.stderr)
   sys.exit(2)

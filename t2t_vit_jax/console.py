@@ -1,4 +1,4 @@
-"""Lines for the user, which leave a progress line intact."""
+"""Prints lines for the user, and leaves a progress line intact."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The error for input that the user can correct, and names that are looked up in a table."""
+"""Errors that the user can correct, checks of numbers in a config, and names that are looked up in a table."""
 
 from collections.abc import Iterable, Mapping
 import difflib
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-  """Data that failed while a run was reading it: what the run has done so far is good."""
+  """Data that fails while a run reads it: what the run has done so far is good."""
 
 
 def printable(text: str) -> str:
@@ -22,7 +22,7 @@ def printable(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns `name`'s nearest relatives among `known` as a phrase, or all of `known` if none is near."""
+  """A phrase with the names in `known` that are most like `name`, or with all of them if none is like it."""
   known = sorted(set(known))
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
   if near:
@@ -31,35 +31,35 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_positive(field: str, number: float) -> None:
-  """Raises UserError, with the name of a config's field, unless its number is above 0."""
+  """Raises UserError, naming the config's `field`, unless its number is above 0."""
   if not number > 0:
     raise UserError(f'{field} must be positive, not {number}')
 
 
 def check_not_negative(field: str, number: float) -> None:
-  """Raises UserError, with the name of a config's field, if its number is below 0."""
+  """Raises UserError, naming the config's `field`, unless its number is at least 0."""
   if not number >= 0:
     raise UserError(f'{field} must not be negative, not {number}')
 
 
 def check_share(field: str, number: float) -> None:
-  """Raises UserError, with the name of a config's field, unless its number is a share, from 0 to 1."""
+  """Raises UserError, naming the config's `field`, unless its number is a share, from 0 to 1."""
   if not 0 <= number <= 1:
     raise UserError(f'{field} must lie between 0 and 1, not {number}')
 
 
 def check_interval(field: str, interval: tuple[float, float], most: float = math.inf) -> None:
-  """Raises UserError, with the name of a config's field, unless it holds two numbers, 0 < low <= high <= `most`."""
+  """Raises UserError, naming the config's `field`, unless it holds two numbers, 0 < low <= high <= `most`."""
   if len(interval) != 2 or not 0 < interval[0] <= interval[1] <= most:
     above = f' and up to {most:g}' if most < math.inf else ''
     raise UserError(f'{field} must hold two numbers above 0{above}, the smaller one first, not {interval}')
 
 
 def choose(table: Mapping[str, Row], field: str, name: str) -> Row:
-  """Looks up `name` in `table`; `field` of the config is for the message.
+  """Looks up `name`, the value of the config's `field`, in `table`.
 
   Raises:
-    UserError: there is none.
+    UserError: the table has no such row; the message names `field`.
   """
   if name not in table:
     raise UserError(f'{field} must be {" or ".join(map(repr, table))}, not {name!r}')

@@ -1,4 +1,4 @@
-"""Several processes as one run: started together, checked to be alike, and failing together."""
+"""Several processes as one run: they start together, check that they are alike, and fail together."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -24,11 +24,14 @@ from t2t_vit_jax.errors import UserError
 
 T = TypeVar('T')
 
-HEARTBEAT_TIMEOUT_S = 100  # after which a silent process counts as dead; JAX's own default
+HEARTBEAT_TIMEOUT_S = 100  # a process that is silent for longer counts as dead; JAX's own default
 LEAVE_TIMEOUT_S = 10
-# In what JAX raises when it can't talk to another process.
+REMEDY = (
+  'give each process --coordinator, --num_processes and its own --process_id, or --num_processes=1 if it is alone'
+)
+# Words in the errors that JAX raises when it can't reach another process.
 SIGNS_OF_LOSS = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED', 'gloo', 'Gloo', 'onnection', 'NCCL')
-# Versions that decide about numbers, pixels or the form of a checkpoint.
+# Packages whose versions change numbers, pixels or the form of a checkpoint.
 PACKAGES = ('flax', 'grain', 'jax', 'jaxlib', 'ml_collections', 'numpy', 'optax', 'orbax-checkpoint', 'Pillow')
 
 
@@ -37,15 +40,15 @@ class LostProcessError(UserError):
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_s: float) -> None:
-  """Joins this process to the others of its run; to be called before JAX is used. Nothing to do for a single one.
+  """Joins this process to the others of its run, if there are others; to be called before JAX is used.
 
   Without arguments JAX looks for the others by itself: on TPU pods, under SLURM, Open MPI and Kubernetes.
 
   Args:
     coordinator: host:port at which process 0 can be reached.
-    num_processes: of the run; 1 also keeps JAX from looking for others.
-    process_id: from 0 on.
-    timeout_s: seconds after which a process that still misses others ends with exit code 2 and a line about it.
+    num_processes: number of processes of the run; 1 also keeps JAX from looking for others.
+    process_id: number of this process, from 0 on.
+    timeout_s: seconds after which a process that still misses others ends with one line and exit code 2.
 
   Raises:
     UserError: the arguments don't make sense, or JAX cannot find or join the others.
@@ -54,21 +57,21 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     raise UserError(f'distributed.timeout_s must be at least 1, not {timeout_s:g}')
   if num_processes == 1 and coordinator is None:
     return
-  given = (coordinator, num_processes, process_id)
-  if given == (None, None, None):
+  arguments = (coordinator, num_processes, process_id)
+  if arguments == (None, None, None):
     address, count, number, local_devices = _detect_cluster(timeout_s)
     if count is None or count == 1:
       return
   else:
-    _check(coordinator, num_processes, process_id)
-    address, count, number, local_devices = *given, None
+    _check_arguments(*arguments)
+    address, count, number, local_devices = *arguments, None
   _say(f'process {number} of {count}: meeting the others at {address} within {timeout_s:g} s')
-  missing = (
+  timeout_message = (
     f'error: process {number}: not all of the {count} processes met at {address} within {timeout_s:g} s. '
     'Is every one started, each with its own --process_id and the same --coordinator, and can it reach that address?'
   )
-  # JAX itself would abort without a word that a user understands.
-  with _deadline(timeout_s, missing), _one_line(f'process {number} cannot join the others'):
+  # JAX itself would abort with a message that no user understands.
+  with _deadline(timeout_s, timeout_message), _as_user_error(f'process {number} cannot join the others'):
     jax.distributed.initialize(
       address,
       count,
@@ -85,35 +88,32 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _say(text: str) -> None:
-  """Prints to standard error: standard output is for results, and who is first may not be known yet."""
+  """Prints a line to standard error; `console.say` prints in the first process only, which may not be known yet."""
   print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-  """Makes one line of what JAX raises."""
+def _as_user_error(problem: str) -> Iterator[None]:
+  """Turns errors of JAX into a UserError of one line."""
   try:
     yield
   except (RuntimeError, ValueError) as error:
-    raise UserError(
-      f'{what} ({str(error).splitlines()[0][:300]}); give --coordinator, --num_processes and --process_id, each '
-      'process its own, or --num_processes=1 if there are no others'
-    ) from error
+    raise UserError(f'{problem} ({str(error).splitlines()[0][:300]}); {REMEDY}') from error
 
 
 def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
-  """Returns what JAX finds out by itself: (address of process 0, number of processes, own number, own devices)."""
-  # Not a public function. `jax.distributed.initialize` calls it too, but would not tell whom it is waiting for.
+  """Returns (address of process 0, number of processes, own number, own devices), as JAX finds them by itself."""
+  # Not public. `jax.distributed.initialize` calls it too, but does not say which processes it waits for.
   from jax._src.clusters import ClusterEnv
 
   with (
-    _deadline(timeout_s, f'error: JAX did not find the other processes within {timeout_s:g} s'),
-    _one_line('JAX cannot find the other processes'),
+    _deadline(timeout_s, f'error: JAX did not find the other processes within {timeout_s:g} s; {REMEDY}'),
+    _as_user_error('JAX cannot find the other processes'),
   ):
     return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, round(timeout_s))
 
 
-def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def _check_arguments(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   if coordinator is None or num_processes is None or process_id is None:
     raise UserError('--coordinator, --num_processes and --process_id belong together: give all three, or none')
   if not re.fullmatch(r'\S+:\d+', coordinator):
@@ -141,7 +141,7 @@ def _deadline(seconds: float, message: str, exit_code: int = 2) -> Iterator[None
 
 
 def gather_texts(text: str) -> list[str]:
-  """The texts of all processes, by number. All must call it."""
+  """Texts of all processes in the order of their numbers; all must call it."""
   if jax.process_count() == 1:
     return [text]
   content = np.frombuffer(text.encode(), np.uint8)
@@ -153,10 +153,10 @@ def gather_texts(text: str) -> list[str]:
 
 
 def together(action: Callable[[], T]) -> T:
-  """Returns what `action` does here; all processes must call it, and it must not wait for other processes.
+  """Returns the result of `action` here. All processes must call this, and `action` must not wait for other processes.
 
   Raises:
-    UserError: `action` raised one in any process. So none is left waiting for one that gave up.
+    UserError: `action` raised one in any process: so none waits for one that gave up.
   """
   if jax.process_count() == 1:
     return action()
@@ -171,7 +171,7 @@ def together(action: Callable[[], T]) -> T:
   for number, text in enumerate(failures):
     if text:
       raise UserError(f'process {number} has failed: {text}')
-  return result  # type: ignore[return-value]  # it has one, since nothing failed
+  return result  # type: ignore[return-value]  # there is one, since nothing failed
 
 
 def lost_process(error: Exception) -> LostProcessError | None:
@@ -187,18 +187,18 @@ def lost_process(error: Exception) -> LostProcessError | None:
 
 
 def leave(exit_code: int, lost: bool = False) -> NoReturn:
-  """Ends a process that has failed, and has said so.
+  """Ends a process that has failed and reported it.
 
   Args:
-    exit_code: of the process.
-    lost: another process is gone. Otherwise the others are expected to end too and are waited for, but not for long.
+    exit_code: exit code of the process.
+    lost: whether another process is gone. If not, the others should end too: waits for them up to `LEAVE_TIMEOUT_S`.
   """
   if jax.distributed.is_initialized():
     if not lost:
       with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
         jax.distributed.shutdown()
     elif jax.process_index() == 0:
-      time.sleep(LEAVE_TIMEOUT_S)  # JAX aborts the others, whatever they are about to say, when process 0 is gone
+      time.sleep(LEAVE_TIMEOUT_S)  # when process 0 ends, JAX aborts the others before they can report an error
   for worker in multiprocessing.active_children():
     worker.kill()
   sys.stdout.flush()
@@ -209,7 +209,7 @@ def check_agreement(config: Any) -> None:
   """Makes sure that all processes have the same config and the same code.
 
   Raises:
-    UserError: they don't; it names the differences.
+    UserError: they don't; the message names the differences.
   """
   if jax.process_count() == 1:
     return
@@ -224,7 +224,7 @@ def check_agreement(config: Any) -> None:
 
 
 def code_digest() -> str:
-  """Twelve characters that stand for the content of this package's Python files."""
+  """First 12 characters of a checksum of this package's Python files."""
   root = Path(__file__).parent
   digest = hashlib.sha256()
   for file in sorted(root.rglob('*.py')):
