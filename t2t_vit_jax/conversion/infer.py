@@ -54,9 +54,9 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
 
 def infer_channels(shapes: Shapes) -> int:
   """Channels of the images that the model takes."""
-  patch = _sizes(shapes, rf'tokens_to_token\.attention1\.norm1{_LEAF}', 0)
-  patch += _sizes(shapes, r'tokens_to_token\.attention1\.(kqv|attn\.qkv)\.weight', 1)
-  channels = [size // SPLITS[0].kernel ** 2 for size in patch]
+  patch_sizes = _sizes(shapes, rf'tokens_to_token\.attention1\.norm1{_LEAF}', 0)
+  patch_sizes += _sizes(shapes, r'tokens_to_token\.attention1\.(kqv|attn\.qkv)\.weight', 1)
+  channels = [size // SPLITS[0].kernel ** 2 for size in patch_sizes]
   return _most_common(channels + _sizes(shapes, r'tokens_to_token\.soft_split0\.weight', 1))
 
 

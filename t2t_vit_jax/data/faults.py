@@ -1,4 +1,4 @@
-"""Names and counts data that cannot be used, and ends a run that meets too much of it."""
+"""Names and counts images that cannot be read, and ends a run that meets too many, or a wrong label."""
 
 from collections.abc import Callable, Generator, Iterable
 
@@ -53,7 +53,7 @@ class Faults:
       label, example = labels[wrong][0], self._source[int(indices[wrong][0])].id
       raise DataError(
         f'{example} has label {label}, but {self._source.description} has {len(self._source.class_names)} classes, '
-        'numbered from 0: prepare the dataset anew'
+        'numbered from 0: prepare the dataset again'
       )
 
   def _count_unreadable(self, index: int) -> None:

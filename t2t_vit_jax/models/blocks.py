@@ -17,8 +17,8 @@ STACK = 'blocks'  # name of the stacked blocks; the last block keeps its own, wh
 def stack_blocks(tree: Any) -> Any:
   """Stacks all blocks but the last, `blocks_0`, `blocks_1` and so on, into one tree `blocks`: arrays (depth - 1, ...).
 
-  `T2TViT` with `scan_blocks` takes parameters in both forms, and stacks plain ones at each call. Looking at
-  layers by name, in `intermediates` too, needs the plain form.
+  `T2TViT` with `scan_blocks` takes parameters in both forms, and stacks plain ones at each call. Looking at layers by
+  name, in `intermediates` too, needs the plain form.
 
   Args:
     tree: nested dicts of arrays with blocks of one shape somewhere inside: variables, or a training state. Without

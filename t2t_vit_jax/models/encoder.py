@@ -42,7 +42,7 @@ class Attention(nn.Module):
   """Multi-head softmax attention: (B, T, D) -> (B, T, D).
 
   `qk_scale` multiplies the scores; None stands for head_width ** -0.5. The attention weights, (B, num_heads, T, T), are
-  sown as `attention`. With `num_outputs` only that many tokens, the first ones, get a result; they still attend to all.
+  sown as `attention`. `num_outputs` limits the result to that many first tokens, which still attend to all.
   """
 
   num_heads: int
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 class EncoderBlock(nn.Module):
   """x + attention(norm x), then x + mlp(norm x): (B, T, D) -> (B, T, D).
 
-  With `num_outputs` only that many tokens of the result, the first ones, are computed, with the same values.
+  `num_outputs` limits the result to that many first tokens, whose values stay the same.
   """
 
   num_heads: int

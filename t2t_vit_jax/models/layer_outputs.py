@@ -36,8 +36,8 @@ def layer_outputs(
     layers: names, as `layer_shapes` lists them.
 
   Returns:
-    `Features`, and outputs by name. Those of encoder blocks are (B, 1 + H * W, D), the class token first, and those of
-    the tokens-to-token module's stages (B, H', W', D).
+    `Features`, and outputs by name: (B, 1 + H * W, D) for encoder blocks, the class token first, and (B, H', W', D) for
+    stages of the tokens-to-token module.
 
   Raises:
     UserError: the model has no such layer; the message names the nearest.
@@ -48,7 +48,7 @@ def layer_outputs(
 def layer_shapes(model: T2TViT, variables: Any, images: Any) -> dict[str, tuple[int, ...]]:
   """Name and output shape of every layer that `layer_outputs` knows; computes nothing.
 
-  Parameters without an output of their own, such as those of 'qkv', are used by their parent and not listed.
+  Parameters without an output of their own, such as 'qkv', are used by their parent and not listed.
 
   Args:
     model: any `T2TViT`.

@@ -147,7 +147,7 @@ class Mlp(nn.Module):
 class StochasticDepth(nn.Module):
   """Drops a residual branch of (B, T, D) for whole samples and divides the kept ones by the keep probability.
 
-  Unlike that of `nn.Dropout`, `rate` may be an array: in a loop over blocks each has its own.
+  `rate` may be an array, unlike in `nn.Dropout`: in a loop over blocks each has its own.
   """
 
   rate: float | Array

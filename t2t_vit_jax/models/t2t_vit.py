@@ -84,7 +84,7 @@ class T2TViT(nn.Module):
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
       the definition. Parameters and results are the same; see `patch_layers.patch_norm_dense`.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
-      'chunked' those of some queries at a time; 'auto' chooses 'chunked' for many tokens. Results are the same.
+      'chunked' the scores of some queries at a time; 'auto' chooses 'chunked' for many tokens. Results are the same.
     scan_blocks: run all blocks but the last as a loop. The program then has two blocks instead of all: it compiles
       several times faster, and trains faster in float32 on a CPU. Parameters are the same, and may be stacked (see
       `stack_blocks`); random draws (dropout, stochastic depth) differ.

@@ -245,9 +245,9 @@ class TokensToToken(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
-    kind = TOKEN_ATTENTIONS[self.tokens_type]
-    fields = {field: getattr(self, source) for field, source in kind.fields.items()}
-    how: dict[str, Any] = dict(soft_split_form=self.soft_split_form, dtype=self.dtype)
-    for split, name in zip(SPLITS[:-1], kind.names, strict=True):
-      x = kind.layer(split, self.token_dim, **how, **fields, name=name)(x, train=train)
-    return kind.projection(SPLITS[-1], self.embed_dim, **how, name='project')(x, train=train)
+    row = TOKEN_ATTENTIONS[self.tokens_type]
+    fields = {field: getattr(self, source) for field, source in row.fields.items()}
+    common: dict[str, Any] = dict(soft_split_form=self.soft_split_form, dtype=self.dtype)
+    for split, name in zip(SPLITS[:-1], row.names, strict=True):
+      x = row.layer(split, self.token_dim, **common, **fields, name=name)(x, train=train)
+    return row.projection(SPLITS[-1], self.embed_dim, **common, name='project')(x, train=train)
