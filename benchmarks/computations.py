@@ -95,18 +95,18 @@ def workloads(
   Raises:
     UserError: something about one is unknown or does not fit together.
   """
-  found = {}
+  workloads = {}
   for name, form in common.forms(arguments.form, FORMS, default_forms).items():
     own = {field: form.get(field, getattr(arguments, field)) for field in OWN_FIELDS}
     own['image_size'] = own['image_size'] or get_variant(own['model']).data.image_size
     if own['dtype'] not in DTYPES:
       raise UserError(f'--form={name}: unknown dtype {own["dtype"]!r}: {did_you_mean(str(own["dtype"]), DTYPES)}')
     fields = {field: value for field, value in form.items() if field not in OWN_FIELDS}
-    found[name] = Workload(**own, fields=fields)
-    model = build_model(found[name])
+    workloads[name] = Workload(**own, fields=fields)
+    model = build_model(workloads[name])
     if check:
-      variables_of(model, found[name])  # says what is wrong before anything is measured
-  return found
+      variables_of(model, workloads[name])  # says what is wrong before anything is measured
+  return workloads
 
 
 def build_model(workload: Workload) -> Any:

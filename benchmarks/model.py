@@ -141,7 +141,7 @@ def say(text: str) -> None:
 
 def rows(entries: Mapping[str, Entry], seconds: Mapping[str, list[float]], device: dict[str, Any]) -> list[list[str]]:
   """Rows of the table."""
-  found = []
+  table = []
   for key, entry in entries.items():
     facts, own = entry.facts, seconds[key]
     ratios = [rival / mine for rival, mine in zip(seconds[entry.rival], own, strict=True)]
@@ -149,7 +149,7 @@ def rows(entries: Mapping[str, Entry], seconds: Mapping[str, list[float]], devic
     share = ''
     if flops and device['peak_flops'] and facts.get('half_precision'):
       share = f'{flops / statistics.median(own) / device["peak_flops"]:.1%}'
-    found.append(
+    table.append(
       [
         entry.form,
         entry.computation,
@@ -163,7 +163,7 @@ def rows(entries: Mapping[str, Entry], seconds: Mapping[str, list[float]], devic
         f'{facts["first_s"]:.2f}',
       ]
     )
-  return found
+  return table
 
 
 def _megabytes(size: int | None) -> str:

@@ -115,17 +115,17 @@ def points(arguments: argparse.Namespace) -> list[Point]:
     own = {field: fields.pop(field) for field in computations.OWN_FIELDS if field in fields}
     return dataclasses.replace(base, fields=fields, **own)
 
-  found = [
+  all_points = [
     Point('image size', curve, changed(image_size=image_size, **fields), alone)
     for curve, (fields, alone) in CURVES.items()
     for image_size in arguments.sizes
   ]
-  found += [Point('depth', 'model', changed(depth=depth), False) for depth in arguments.depths]
-  found += [Point('batch size', 'model', changed(batch_size=batch), False) for batch in arguments.batches]
-  for point in found:
+  all_points += [Point('depth', 'model', changed(depth=depth), False) for depth in arguments.depths]
+  all_points += [Point('batch size', 'model', changed(batch_size=batch), False) for batch in arguments.batches]
+  for point in all_points:
     computations.build_model(point.workload)
     token_grid((point.workload.image_size,) * 2)  # raises if a split finds no patch
-  return found
+  return all_points
 
 
 def cost(point: Point, gradients: bool, compile_it: bool, time_it: bool) -> tuple[dict[str, float], Any]:
@@ -305,16 +305,16 @@ def run(arguments: argparse.Namespace) -> None:
   """
   common.check_output(arguments.output)
   common.check_output(arguments.plot, '--plot')
-  found = points(arguments)
+  all_points = points(arguments)
   results, stopwatches = [], {}
-  for number, point in enumerate(found):
-    print(f'{number + 1} of {len(found)}: {point.curve}, {point.sweep} {point.value}', file=sys.stderr, flush=True)
+  for number, point in enumerate(all_points):
+    print(f'{number + 1} of {len(all_points)}: {point.curve}, {point.sweep} {point.value}', file=sys.stderr, flush=True)
     costs, watch = cost(point, arguments.gradients, not arguments.flops_only, bool(arguments.rounds))
     results.append({'sweep': point.sweep, 'curve': point.curve, 'value': point.value, 'tokens': point.tokens, **costs})
     if watch:
       stopwatches[str(number)] = watch
   for key, seconds in common.in_turn(stopwatches, arguments.rounds or 0).items():
-    results[int(key)]['seconds'] = [x / found[int(key)].workload.batch_size for x in seconds]
+    results[int(key)]['seconds'] = [x / all_points[int(key)].workload.batch_size for x in seconds]
   kind = jax.devices()[0].device_kind
   facts = common.environment() | {'device': kind, 'arguments': vars(arguments), 'results': results}
   common.write_json(arguments.output, facts)

@@ -131,22 +131,23 @@ def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
   if not result['fits']:
     return
   print(f'\n{title}: M cycles by the place of the last operation of a fusion\n')
-  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in found for found in result['profile'].values())]
-  places = dict(list(result['profile'].items())[:num_rows])
-  rest = list(result['profile'].values())[num_rows:]
+  profile = result['profile']
+  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in cycles for cycles in profile.values())]
+  places = dict(list(profile.items())[:num_rows])
+  rest = list(profile.values())[num_rows:]
   if rest:
-    places[f'{len(rest)} others'] = {which: sum(found.get(which, 0) for found in rest) for which in passes}
+    places[f'{len(rest)} others'] = {which: sum(cycles.get(which, 0) for cycles in rest) for which in passes}
   print(
     common.table(
       ('place', *passes, 'all', 'share'),
       (
         [
           place,
-          *(f'{found.get(which, 0) / 1e6:.2f}' for which in passes),
-          f'{sum(found.values()) / 1e6:.2f}',
-          f'{sum(found.values()) / result["cycles"]:.1%}',
+          *(f'{cycles.get(which, 0) / 1e6:.2f}' for which in passes),
+          f'{sum(cycles.values()) / 1e6:.2f}',
+          f'{sum(cycles.values()) / result["cycles"]:.1%}',
         ]
-        for place, found in places.items()
+        for place, cycles in places.items()
       ),
     )
   )

@@ -118,6 +118,8 @@ def _check_arguments(coordinator: str | None, num_processes: int | None, process
     raise UserError('--coordinator, --num_processes and --process_id belong together: give all three, or none')
   if not re.fullmatch(r'\S+:\d+', coordinator):
     raise UserError(f'--coordinator must be HOST:PORT of process 0, not {coordinator!r}')
+  if num_processes < 1:
+    raise UserError(f'--num_processes must be at least 1, not {num_processes}')
   if not 0 <= process_id < num_processes:
     raise UserError(f'--process_id must lie between 0 and {num_processes - 1}, not be {process_id}')
 

@@ -28,7 +28,7 @@ def errors(results):
     (('host', 2, 0), 'HOST:PORT'),
     (('host:port', 2, 0), 'HOST:PORT'),
     (('host:1234', 2, 2), 'between 0 and 1'),
-    (('host:1234', 0, 0), 'between 0 and -1'),
+    (('host:1234', 0, 0), 'num_processes must be at least 1'),
   ],
 )
 def test_arguments_that_make_no_sense(arguments, message):

@@ -55,7 +55,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False, num_outputs: int | None = None) -> Array:
     dim = x.shape[-1]
-    if dim % self.num_heads:
+    if self.num_heads < 1 or dim % self.num_heads:
       raise UserError(f'num_heads must divide {dim}, the width of {self.path[-2]}, and is {self.num_heads}')
     scale = (dim // self.num_heads) ** -0.5 if self.qk_scale is None else self.qk_scale
 
