@@ -18,7 +18,7 @@ from tests.imagenet_tars import write_imagenet_tars
 from tests.processes import start_process
 
 ROOT = Path(__file__).parents[1]
-TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.token_dim=16']
+TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.tokens_type=convolution']
 
 
 def environment():

@@ -19,7 +19,7 @@ from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from tests.image_folder import encoded, write_image_folder
-from tests.test_training_loop import small_config
+from tests.test_training_loop import performer_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def config_of(folder, **changes):
   """Divides by so small a deviation that white overflows float32, while black stays 0."""
-  config = small_config(None, **{
+  config = performer_config(None, **{
     'data.source': 'folder',
     'data.path': str(folder),
     'data.eval_split': 'val',
@@ -102,7 +102,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_checkpoint(folder, tmp_pat
 
 @pytest.mark.slow
 def test_a_layer_in_a_loop_over_blocks_is_found(data_dir):
-  run = build_run(small_config(data_dir, **{'model.depth': 3, 'model.scan_blocks': True}))
+  run = build_run(performer_config(data_dir, **{'model.depth': 3, 'model.scan_blocks': True}))
   state = run.recipe.make_state(run.recipe.rng)
   state.params['blocks']['mlp']['fc2']['kernel'] = state.params['blocks']['mlp']['fc2']['kernel'].at[1].set(jnp.nan)
   assert explain(run, state, step=1).startswith('the output of blocks_1/mlp/fc2 is not finite for ')
@@ -110,7 +110,7 @@ def test_a_layer_in_a_loop_over_blocks_is_found(data_dir):
 
 @pytest.mark.slow
 def test_the_first_layer_in_order_of_computation_is_found(data_dir):
-  run = build_run(small_config(data_dir, **{'model.depth': 2}))
+  run = build_run(performer_config(data_dir, **{'model.depth': 2}))
   variables = jax.device_get(run.recipe.make_state(run.recipe.rng).variables())
   images = jnp.zeros((3, 16, 16, 3)).at[1].set(0.5)
   rngs = {'dropout': jax.random.key(0)}

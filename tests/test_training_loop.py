@@ -29,12 +29,16 @@ from t2t_vit_jax.workdir.description import description
 
 
 def small_config(data_dir, **changes):
-  """Digits with a model that compiles in seconds; changes are given with dots, as on the command line."""
+  """Digits with a model that compiles in seconds; changes are given with dots, as on the command line.
+
+  Its tokens are convolutions: those of a performer take half as long again.
+  """
   config = digits.get_config()
   config.data.data_dir = data_dir
   config.model.depth = 1
   config.model.embed_dim = 32
   config.model.token_dim = 16
+  config.model.tokens_type = 'convolution'
   config.model.performer_dropout_rate = 0.1
   config.model.stochastic_depth_rate = 0.1
   config.data.image_size = 16
@@ -42,6 +46,10 @@ def small_config(data_dir, **changes):
   config.augment.mixing_group_size = 60  # unused while the alphas are 0
   config.update_from_flattened_dict(changes)
   return config
+
+
+def performer_config(data_dir, **changes):
+  return small_config(data_dir, **{'model.tokens_type': 'performer', **changes})
 
 
 def final_state(config, workdir):
@@ -54,14 +62,14 @@ def final_state(config, workdir):
 def four_steps(data_dir, tmp_path_factory):
   """A run of four steps on two devices."""
   workdir = tmp_path_factory.mktemp('run')
-  loop.train(small_config(data_dir, **{'schedule.max_steps': 4}), workdir)
+  loop.train(performer_config(data_dir, **{'schedule.max_steps': 4}), workdir)
   return workdir
 
 
 def test_two_steps_and_two_more_equal_four(data_dir, four_steps, tmp_path):
-  config = small_config(data_dir, **{'schedule.max_steps': 4})
+  config = performer_config(data_dir, **{'schedule.max_steps': 4})
   assert build_run(config).recipe.mesh.size == 2
-  loop.train(small_config(data_dir, **{'schedule.max_steps': 2}), tmp_path)
+  loop.train(performer_config(data_dir, **{'schedule.max_steps': 2}), tmp_path)
   loop.train(config, tmp_path)
   straight, resumed = final_state(config, four_steps), final_state(config, tmp_path)
   assert int(resumed.step) == 4
@@ -69,7 +77,7 @@ def test_two_steps_and_two_more_equal_four(data_dir, four_steps, tmp_path):
 
 
 def test_one_device_gives_the_same_as_two(data_dir, four_steps, tmp_path):
-  config = small_config(data_dir, **{'schedule.max_steps': 4, 'mesh.data': 1})
+  config = performer_config(data_dir, **{'schedule.max_steps': 4, 'mesh.data': 1})
   loop.train(config, tmp_path)
   rows = [
     [json.loads(row) for row in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -84,7 +92,7 @@ def test_a_finished_run_says_so_and_repeats_its_result(data_dir, four_steps, cap
     return {path: path.stat().st_mtime_ns for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
 
   before = files()
-  loop.train(small_config(data_dir, **{'schedule.max_steps': 4}), four_steps)
+  loop.train(performer_config(data_dir, **{'schedule.max_steps': 4}), four_steps)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('This run is complete: 4 steps in ')
   row = json.loads((four_steps / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -94,7 +102,7 @@ def test_a_finished_run_says_so_and_repeats_its_result(data_dir, four_steps, cap
 
 def test_another_models_workdir_is_refused_and_left_alone(data_dir, four_steps):
   before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
-  config = small_config(data_dir, **{'schedule.max_steps': 8, 'model.embed_dim': 64})
+  config = performer_config(data_dir, **{'schedule.max_steps': 8, 'model.embed_dim': 64})
   with pytest.raises(UserError, match=r'proj/bias is \(32,\) in the checkpoint, \(64,\) in this run.* --workdir'):
     loop.train(config, four_steps)
   assert before == {path: path.read_bytes() for path in before}
@@ -132,12 +140,12 @@ def test_latest_and_best_checkpoints_are_kept(data_dir, tmp_path):
 def test_a_config_of_another_run_is_refused(data_dir, four_steps, field, value):
   before = {path: path.read_bytes() for path in four_steps.rglob('*') if path.is_file() and path.name != 'lock'}
   with pytest.raises(UserError, match=rf'belongs to another run: {field} was \S+ and is {re.escape(str(value))}[.;]'):
-    loop.train(small_config(data_dir, **{field: value}), four_steps)
+    loop.train(performer_config(data_dir, **{field: value}), four_steps)
   assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, capsys):
-  loop.train(small_config(data_dir, **{'schedule.max_steps': 4, 'data.eval_split': 'test[:30]'}), four_steps)
+  loop.train(performer_config(data_dir, **{'schedule.max_steps': 4, 'data.eval_split': 'test[:30]'}), four_steps)
   assert capsys.readouterr().out.splitlines()[-1].startswith('test top-1 ')
 
 
@@ -165,7 +173,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_dir, tmp_path):
   assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
-def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, four_steps, tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, tmp_path):
   config = small_config(data_dir, **{'schedule.max_steps': 2, 'logging.every_steps': 1})
   loop.train(config, tmp_path)
   metrics = tmp_path / 'metrics.jsonl'
@@ -283,7 +291,7 @@ def test_tensorboard_gets_what_metrics_jsonl_has(four_steps):
 def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, capsys):
   shutil.copytree(four_steps, tmp_path / 'run')
   changes = {'seed': 7, 'schedule.max_steps': 5, 'checkpoint.allow_changes': True}
-  loop.train(small_config(data_dir, **changes), tmp_path / 'run')
+  loop.train(performer_config(data_dir, **changes), tmp_path / 'run')
   output = capsys.readouterr().out
   assert 'changed since the checkpoint: ' in output
   assert 'seed was 0 and is 7' in output

@@ -190,5 +190,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data_dir):
 
 
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
-  moments = kill_and_compare(tmp_path, kills=2, seed=0, **{'schedule.epochs': 4})
+  moments = kill_and_compare(
+    tmp_path, kills=2, seed=0, **{'schedule.epochs': 4, 'model.tokens_type': 'convolution', 'model.dropout_rate': 0.1}
+  )
   assert any('while saving' in moment for moment in moments)

@@ -65,7 +65,13 @@ def damage(environment, name):
 @pytest.mark.slow
 def test_a_run_in_a_bucket(bucket, data_dir):
   """One process is stopped, its last checkpoint damaged; two go on from the one before. Then it is evaluated."""
-  fields = {'model.depth': 1, 'data.image_size': 16, 'data.data_dir': data_dir, 'schedule.max_steps': 33}
+  fields = {
+    'model.depth': 1,
+    'model.tokens_type': 'convolution',
+    'data.image_size': 16,
+    'data.data_dir': data_dir,
+    'schedule.max_steps': 33,
+  }
   fields |= {'logging.every_steps': 1, 'checkpoint.every_steps': 5}
   flags = [f'--config.{name}={value}' for name, value in fields.items()]
   workdir = f'gs://{BUCKET}/runs/digits'

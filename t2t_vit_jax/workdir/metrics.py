@@ -187,15 +187,14 @@ class Reporter:
 
 def _event_writer(folder: str, first_step: int) -> Any:
   """TensorBoard's writer; TensorBoard leaves out what an earlier, interrupted run wrote after `first_step`."""
-  # tensorboardX imports torch where it is installed, which takes two seconds: no tensors of torch are written here.
-  hide_torch = 'torch' not in sys.modules
-  if hide_torch:
-    sys.modules['torch'] = None  # type: ignore[assignment]
+  # tensorboardX imports these where they are installed, which takes seconds: it gets no tensors and writes to the disk.
+  hidden = {'torch', 'google.cloud.storage', 'boto3'} - sys.modules.keys()
+  sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
   try:
     from tensorboardX import SummaryWriter
   finally:
-    if hide_torch:
-      del sys.modules['torch']
+    for name in hidden:
+      del sys.modules[name]
   return SummaryWriter(folder, purge_step=first_step + 1)
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 import numpy as np
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 GRID_COLUMNS = 8
 COLORS = {'raw': 'C1', 'ema': 'C2'}  # of evaluated weights, in every plot
@@ -34,6 +35,8 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
     if 'weights' in row:
       evaluated.setdefault(f'{row["kind"]} {row["weights"]}', []).append(row)
 
+  from matplotlib.figure import Figure  # late: it takes half a second, and every process of a run would wait for it
+
   figure = Figure(figsize=(12, 8), layout='constrained')  # without pyplot: no display, no global state
   figure.suptitle(title)
   curves, sample = figure.subfigures(2, 1, squeeze=False).flat
@@ -50,7 +53,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
   return file
 
 
-def _curve(axes: Axes, title: str, series: dict[str, list[dict[str, Any]]], value: str) -> None:
+def _curve(axes: 'Axes', title: str, series: dict[str, list[dict[str, Any]]], value: str) -> None:
   for label, rows in series.items():
     steps = [row['step'] for row in rows]
     color = COLORS.get(label.split()[-1] if label else '', 'C0')
