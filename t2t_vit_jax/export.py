@@ -22,7 +22,8 @@ import numpy as np
 from t2t_vit_jax import __version__
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.conversion import files, parse_image_size
-from t2t_vit_jax.conversion.convert import ImageSize, Weights, load_classifier
+from t2t_vit_jax.conversion.convert import load_classifier
+from t2t_vit_jax.conversion.weight_format import ImageSize, Weights
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 

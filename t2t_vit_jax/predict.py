@@ -23,7 +23,8 @@ from tqdm import tqdm
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size
-from t2t_vit_jax.conversion.convert import ImageSize, load_classifier
+from t2t_vit_jax.conversion.convert import load_classifier
+from t2t_vit_jax.conversion.weight_format import ImageSize
 from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches

@@ -154,7 +154,7 @@ def gather_texts(text: str) -> list[str]:
   return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def together(action: Callable[[], T]) -> T:
+def in_all_processes(action: Callable[[], T]) -> T:
   """Returns the result of `action` here. All processes must call this, and `action` must not wait for other processes.
 
   Raises:

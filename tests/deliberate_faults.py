@@ -103,7 +103,7 @@ FAULTS = (
   ),
   Fault(
     'NaN in a weight file is let through',
-    'conversion/convert.py',
+    'conversion/weight_format.py',
     'elif not np.isfinite(array).all():',
     'elif array is None:',
   ),

@@ -164,7 +164,7 @@ def set_argument(field, value):
     (set_argument('depth', 10**9), 'blocks'),
     (set_argument('image_size', 10**6), 'frozen/pos_embed'),
     (set_argument('embed_dim', 10**9), 'frozen/pos_embed'),
-    (set_argument('num_heads', 0), 'metadata'),
+    (set_argument('num_heads', 0), 'num_heads must divide'),
     (set_argument('num_heads', 'many'), 'metadata'),
     (set_argument('mlp_ratio', 1e308), ''),
     (set_argument('norm_layer', 'eval'), ''),

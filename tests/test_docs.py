@@ -20,7 +20,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 import t2t_vit_jax
-from t2t_vit_jax.conversion.convert import Weights, write_weights
+from t2t_vit_jax.conversion.weight_format import Weights, write_weights
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
 from tests.image_folder import write_image_folder
 

@@ -137,7 +137,7 @@ def test_one_process_needs_no_agreement():
   assert processes.gather_texts('ä') == ['ä']
   processes.check_agreement(ConfigDict({'seed': 1}))
   with pytest.raises(UserError, match='as it is'):
-    processes.together(lambda: (_ for _ in ()).throw(UserError('as it is')))
+    processes.in_all_processes(lambda: (_ for _ in ()).throw(UserError('as it is')))
 
 
 def test_a_folder_of_another_owner_is_not_shared(tmp_path, monkeypatch):

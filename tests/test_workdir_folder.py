@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from t2t_vit_jax.conversion.convert import read_header
+from t2t_vit_jax.conversion.weight_format import read_header
 from tests.processes import finish, free_port, run, start, start_process
 
 BUCKET = 'somewhere'

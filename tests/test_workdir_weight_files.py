@@ -16,7 +16,7 @@ import yaml
 from configs import digits
 from t2t_vit_jax import UserError, create_model, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
-from t2t_vit_jax.conversion.convert import read_header
+from t2t_vit_jax.conversion.weight_format import read_header
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.workdir import weight_files

@@ -1,22 +1,29 @@
-"""Converts checkpoints to checked variables, to files that hold weights and nothing else, and back to PyTorch."""
+"""Converts checkpoints to checked variables, to weight files of this package, and back to PyTorch."""
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from t2t_vit_jax.conversion import files, infer, names
 from t2t_vit_jax.conversion.checkpoint import WeightsKind, read_checkpoint
+from t2t_vit_jax.conversion.weight_format import (
+  METADATA_KEY,
+  ImageSize,
+  Weights,
+  check_tensors,
+  expected_shapes,
+  read_weights,
+  sides,
+  write_weights,
+)
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.layers import Dense
 from t2t_vit_jax.models.positions import resize_position_embedding
@@ -24,10 +31,8 @@ from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
 
-ImageSize = int | tuple[int, int]
 PathLike = str | os.PathLike[str]
 
-METADATA_KEY = 't2t_vit_jax'  # in the header of our files; its value is JSON
 _CIFAR = dict(  # how the reference's CIFAR transfer prepares images
   crop_fraction=1.0, interpolation='bilinear', mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
 )
@@ -50,28 +55,6 @@ class Options:
     numbers = [self.settings.get('num_heads', 1), self.settings.get('qk_scale', 1), 1 + (self.num_classes or 0)]
     if not all(0 < number < math.inf for number in numbers):
       raise UserError(f'num_heads and qk_scale must be positive, num_classes not negative: {self}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-  """A model's variables, and all that is needed to use them."""
-
-  arrays: dict[str, np.ndarray]  # float32, by path: 'params/...' and 'frozen/...'
-  model: str | None  # its name, if it has one
-  arguments: dict[str, Any]  # of `T2TViT`
-  channels: int  # of the images
-  data: dict[str, Any]  # fields of `DataDefaults`
-  class_names: tuple[str, ...] | None
-  source: dict[str, Any]  # the file that they come from, and which of its `weights`: 'ema', 'raw' or None
-
-  def metadata(self) -> dict[str, Any]:
-    """All fields but the arrays."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != 'arrays'}
-
-  def build(self) -> tuple[T2TViT, dict[str, Any]]:
-    """The model, float32, and its variables as JAX arrays."""
-    variables = unflatten_dict({key: jnp.asarray(array) for key, array in self.arrays.items()}, sep='/')
-    return T2TViT(**self.arguments), variables
 
 
 def load_pretrained(
@@ -118,32 +101,12 @@ def convert(
   output = Path(output)
   files.check_output(output, force=force)
   weights, notes = load(Path(path), options)
-  files.write_file(output, lambda temporary: (_write_torch if reverse else _write_converted)(weights, temporary))
+  if reverse:
+    files.write_file(output, lambda temporary: _write_torch(weights, temporary))
+  else:
+    write_weights(weights, output)
   numbers = sum(array.size for array in weights.arrays.values())
   return [*notes, f'wrote {output}: {len(weights.arrays)} tensors, {numbers:,} numbers']
-
-
-def write_weights(weights: Weights, path: Path) -> None:
-  """Writes a safetensors file of this package: whole or not at all, in place of an older one.
-
-  Raises:
-    UserError: `path` can't be written.
-  """
-  files.write_file(path, lambda temporary: _write_converted(weights, temporary))
-
-
-def read_header(file: BinaryIO) -> dict[str, Any] | None:
-  """Reads the header of an open file that `write_weights` wrote: the fields of `Weights.metadata`, and `version`.
-
-  Returns:
-    None for any other file.
-  """
-  try:
-    length = int.from_bytes(file.read(8), 'little')
-    header = json.loads(file.read(min(length, files.MAX_SAFETENSORS_HEADER)))
-    return dict(_from_json(json.loads(header['__metadata__'][METADATA_KEY])))
-  except (ValueError, KeyError, TypeError):
-    return None
 
 
 def parse_image_size(text: str) -> ImageSize:
@@ -177,7 +140,7 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
   try:
     file_format = files.file_format(path)
     if file_format == 'safetensors' and METADATA_KEY in files.read_metadata(path):
-      weights = _read_converted(path)
+      weights = read_weights(path)
       _check_agreement(weights, options)
     elif only_converted:
       raise UserError('is no weight file of this package: convert it with convert_torch_weights.py first')
@@ -215,10 +178,10 @@ def _import_checkpoint(path: Path, file_format: files.Format, options: Options) 
   shapes = {name: array.shape for name, array in checkpoint.tensors.items()}
   inferred = infer.infer_arguments(shapes, options.settings.get('image_size'))
   channels = infer.infer_channels(shapes)
-  expected = _expected_shapes({'num_heads': 1, **inferred, **options.settings}, channels)
+  expected = expected_shapes({'num_heads': 1, **inferred, **options.settings}, channels)
   rows = {key: names.to_torch(key, inferred['tokens_type']) for key in expected}
   torch_shapes = {name: transform.torch_shape(expected[key]) for key, (name, transform) in rows.items()}
-  _check_tensors(checkpoint.tensors, torch_shapes)
+  check_tensors(checkpoint.tensors, torch_shapes)
   model, arguments = infer.name_model(inferred, options.settings, options.model_name)
 
   defaults = VARIANTS[model].data if model else DataDefaults()
@@ -236,28 +199,6 @@ def _import_checkpoint(path: Path, file_format: files.Format, options: Options) 
   return weights, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})']
 
 
-def _expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every variable of the model; computes none."""
-  model = T2TViT(**arguments)
-  height, width = _sides(model.image_size)
-  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, channels))))
-  return {key: leaf.shape for key, leaf in flatten_dict(variables, sep='/').items()}
-
-
-def _check_tensors(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises a UserError that lists all tensors that are missing, left over, misshaped or not finite."""
-  problems = [f'{name} is missing' for name in expected if name not in arrays]
-  for name, array in arrays.items():
-    if name not in expected:
-      problems.append(f'{name} {array.shape} has no place in the model')
-    elif array.shape != expected[name]:
-      problems.append(f'{name} is {array.shape}, not {expected[name]}')
-    elif not np.isfinite(array).all():
-      problems.append(f'{name} holds NaN or infinity')
-  if problems:
-    raise UserError('; '.join(problems))
-
-
 _CHANGES = ('positions:', 'head:')  # how the notes of `_adapt` begin
 
 
@@ -265,7 +206,7 @@ def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
   """Changes weights to the number of classes and the image size of `options`; returns them with notes for the user."""
   arrays, arguments, class_names, notes = dict(weights.arrays), dict(weights.arguments), weights.class_names, []
   if options.image_size not in (None, arguments['image_size']):
-    old, new = (token_grid(_sides(size)) for size in (arguments['image_size'], options.image_size))
+    old, new = (token_grid(sides(size)) for size in (arguments['image_size'], options.image_size))
     arguments['image_size'] = options.image_size
     table = resize_position_embedding(jnp.asarray(arrays['frozen/pos_embed']), old, new)
     arrays['frozen/pos_embed'] = np.asarray(table)
@@ -282,20 +223,8 @@ def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
   return dataclasses.replace(weights, data={**weights.data, **_data_sizes(arguments)}, **changes), notes
 
 
-def _sides(image_size: ImageSize) -> tuple[int, int]:
-  return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
 def _data_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {field: arguments[field] for field in ('image_size', 'num_classes')}
-
-
-def _write_converted(weights: Weights, path: Path) -> None:
-  from t2t_vit_jax import __version__  # not at the top: the package imports this module
-
-  header = {METADATA_KEY: json.dumps({**weights.metadata(), 'version': __version__})}
-  arrays = {key: np.ascontiguousarray(array) for key, array in weights.arrays.items()}
-  safetensors.numpy.save_file(arrays, path, header)
 
 
 def _write_torch(weights: Weights, path: Path) -> None:
@@ -307,28 +236,6 @@ def _write_torch(weights: Weights, path: Path) -> None:
   torch.save(state, path)
 
 
-def _read_converted(path: Path) -> Weights:
-  """Reads a file of `_write_converted`, and checks it as closely as a file from elsewhere."""
-  arrays = files.read_safetensors(path)
-  try:
-    metadata = _from_json(json.loads(files.read_metadata(path)[METADATA_KEY]))
-    metadata.pop('version')
-    weights = Weights(arrays=arrays, **metadata)
-    # Shapes of an absurdly large model would take forever, so first its size must be one that the file can hold.
-    height, width = token_grid(_sides(weights.arguments['image_size']))
-    table, stored = (1, 1 + height * width, weights.arguments['embed_dim']), arrays['frozen/pos_embed'].shape
-    blocks = weights.arguments['depth'] + sum(weights.arguments.get('dense_stages', ()))
-    if stored != table or blocks > len(arrays):
-      raise UserError(f'frozen/pos_embed is {stored}, not {table}, or most of {blocks} blocks are missing')
-    expected = _expected_shapes(weights.arguments, weights.channels)
-  except UserError:
-    raise
-  except Exception as error:  # JSON can hold anything
-    raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
-  _check_tensors(arrays, expected)
-  return weights
-
-
 def _check_agreement(weights: Weights, options: Options) -> None:
   """Raises a UserError if the facts in `options` contradict the metadata of a file of this package."""
   given = {'model': options.model_name, 'weights': options.weights, **options.settings}
@@ -336,10 +243,3 @@ def _check_agreement(weights: Weights, options: Options) -> None:
   wrong = [f'{field}={known[field]}, not {x}' for field, x in given.items() if x not in (None, known[field])]
   if wrong:
     raise UserError(f'is a weight file with {", ".join(wrong)}')
-
-
-def _from_json(value: Any) -> Any:
-  """A JSON value with tuples in place of lists."""
-  if isinstance(value, list):
-    return tuple(_from_json(item) for item in value)
-  return {key: _from_json(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -182,7 +182,7 @@ class T2TViT(nn.Module):
     layer_by_layer = self.is_initializing() or self.is_mutable_collection('intermediates')
     *blocks, last = self._blocks()
     if self.scan_blocks and blocks and not layer_by_layer:
-      x = self._run_as_loop(x, train)
+      x = self._loop_over_blocks(x, train)
     else:
       for block in blocks:
         x = block(x, train, None)
@@ -218,7 +218,7 @@ class T2TViT(nn.Module):
       **more,
     )
 
-  def _run_as_loop(self, x: Array, train: bool) -> Array:
+  def _loop_over_blocks(self, x: Array, train: bool) -> Array:
     """Runs all blocks but the last."""
     return run_as_loop(
       x,

@@ -16,7 +16,7 @@ from t2t_vit_jax.errors import UserError, check_positive, choose
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.processes import together
+from t2t_vit_jax.processes import in_all_processes
 from t2t_vit_jax.recipe import optimizer, sharding, steps
 from t2t_vit_jax.recipe.augment import BatchAugmentation, Mixing, RandomErasing
 from t2t_vit_jax.recipe.checks import check_accumulation
@@ -71,7 +71,7 @@ class Recipe:
     if self.init_from is None:
       return self.make_state(self.rng)
     path = self.init_from
-    return self.make_state(self.rng, together(lambda: pretrained_variables(path, self.model, self.order.seed)))
+    return self.make_state(self.rng, in_all_processes(lambda: pretrained_variables(path, self.model, self.order.seed)))
 
   def abstract_batch(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `count` images."""

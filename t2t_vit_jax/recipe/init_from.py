@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.conversion import Options, load_pretrained
-from t2t_vit_jax.conversion.convert import Weights, load
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import Weights
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant

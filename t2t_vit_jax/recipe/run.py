@@ -15,7 +15,7 @@ from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.processes import check_agreement, in_all_processes
 from t2t_vit_jax.recipe import steps
 from t2t_vit_jax.recipe.build import Recipe, build_mesh, build_recipe, eval_batch_size
 from t2t_vit_jax.recipe.evaluation import Accuracy, Evaluator
@@ -92,9 +92,9 @@ def build_run(config: Any) -> Run:
   Raises:
     UserError: a field is out of range, data is missing, the parts don't fit together, or processes differ.
   """
-  config = together(lambda: resolve(config))
+  config = in_all_processes(lambda: resolve(config))
   check_agreement(config)
-  return together(lambda: _build(config))
+  return in_all_processes(lambda: _build(config))
 
 
 def _build(config: Any) -> Run:

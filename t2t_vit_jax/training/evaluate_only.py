@@ -13,7 +13,7 @@ from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.processes import check_agreement, in_all_processes
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
@@ -41,20 +41,20 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   check_agreement(config)
   mesh = sharding.make_mesh(config.mesh)
   folder = epath.Path(path)
-  together(lambda: _check_exists(folder))
+  in_all_processes(lambda: _check_exists(folder))
   if folder.is_dir():
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
       description, weights = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
   else:
-    loaded, _ = together(lambda: load(Path(path), Options()))
+    loaded, _ = in_all_processes(lambda: load(Path(path), Options()))
     (model, variables), data = loaded.build(), loaded.data
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
-  config = together(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
+  config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
-  source = together(lambda: pipeline.open_eval_source(config.data))
+  source = in_all_processes(lambda: pipeline.open_eval_source(config.data))
   return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
 
 

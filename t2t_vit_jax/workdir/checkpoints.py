@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.blocks import unstack_blocks
-from t2t_vit_jax.processes import LostProcessError, lost_process, together
+from t2t_vit_jax.processes import LostProcessError, in_all_processes, lost_process
 from t2t_vit_jax.recipe.sharding import divided, mesh_of
 from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.workdir import orbax_errors
@@ -117,7 +117,7 @@ class Checkpoints:
       return
     saved = serialization.to_state_dict(state)
     with self._writing():
-      together(lambda: self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved))))
+      in_all_processes(lambda: self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved))))
       saved['fingerprint'] = fingerprints(saved)
       self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run | {'provenance': provenance()})
 

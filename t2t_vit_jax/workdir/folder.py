@@ -17,7 +17,7 @@ import jax
 
 from t2t_vit_jax.console import warn
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.processes import gather_texts, together
+from t2t_vit_jax.processes import gather_texts, in_all_processes
 
 # Other processes write to a bucket too: its listings must not be cached.
 fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
@@ -64,8 +64,8 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
   )[0]
   with contextlib.ExitStack() as stack:
     prepare = _prepare_bucket if is_bucket(root) else _prepare_folder
-    logs = together(lambda: prepare(root, owner, stack) if jax.process_index() == 0 else Path())
-    together(lambda: _check_shared(root, owner))
+    logs = in_all_processes(lambda: prepare(root, owner, stack) if jax.process_index() == 0 else Path())
+    in_all_processes(lambda: _check_shared(root, owner))
     workdir = Workdir(root, logs)
     try:
       yield workdir

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from t2t_vit_jax import __version__
-from t2t_vit_jax.conversion.convert import Weights
+from t2t_vit_jax.conversion.weight_format import Weights
 from t2t_vit_jax.errors import printable
 from t2t_vit_jax.recipe.evaluation import Accuracy
 

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from t2t_vit_jax.conversion.convert import Weights, read_header, write_weights
 from t2t_vit_jax.conversion.files import write_file
+from t2t_vit_jax.conversion.weight_format import Weights, read_header, write_weights
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
 from t2t_vit_jax.models.variants import create_model
-from t2t_vit_jax.processes import check_agreement, together
+from t2t_vit_jax.processes import check_agreement, in_all_processes
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model
 from t2t_vit_jax.recipe.init_from import DATA_FIELDS
@@ -75,7 +75,7 @@ def write_weight_files(
   run = checkpoints.folder.parent.name
   contents = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
   card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
-  together(lambda: _write(workdir, contents, card))
+  in_all_processes(lambda: _write(workdir, contents, card))
   average = 'moving average' if 'ema' in weights else 'no moving average'
   return [f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
 
