@@ -21,7 +21,7 @@ from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import DTYPES, Recipe, build_recipe
 
 YARDSTICK = 'ViT-S/16'
-IMAGENET = dict(num_classes=1000, num_train_images=1_281_167)
+IMAGENET: dict[str, Any] = dict(num_classes=1000, num_train_images=1_281_167)
 FORMS: dict[str, dict[str, Any]] = {
   'literal': dict(soft_split_form='patches', token_attention_form='full'),
   'default': {},

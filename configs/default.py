@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
   config.data.path = placeholder(str)  # of a folder source
   config.data.train_split = 'train'
   config.data.eval_split = 'validation'
+  config.data.allow_missing_classes = False  # --evaluate: on data that has only some of the weights' classes
   config.data.eval_fraction = 0.0  # of a folder without <eval_split>: share of each class that is held out; 0: none
   config.data.image_size = 224  # px, height and width
   config.data.batch_size = 512  # images an optimizer step, of all devices
@@ -50,6 +51,9 @@ def get_config() -> ConfigDict:
   config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops
   config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
   config.data.std = (0.229, 0.224, 0.225)
+  # EXIF orientation: 'upright' turns images, 'ignored' does not, as published. None: as the weight file has it, else
+  # 'upright' for folders and 'ignored' for tfds.
+  config.data.orientation = 'ignored'
   config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
   config.data.num_threads = 1  # in each process
   config.data.fast_decode = False  # training: faster decoding and resizing, which round differently; see docs/data.md

@@ -9,6 +9,7 @@ Published top-1: none. Measured here: 98.6 %.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import default
 
@@ -28,6 +29,8 @@ def get_config() -> ConfigDict:
   config.data.interpolation = 'bilinear'
   config.data.mean = (0.3, 0.3, 0.3)
   config.data.std = (0.35, 0.35, 0.35)
+  with config.unlocked():
+    config.data.orientation = placeholder(str)  # None: 'upright' for folders
   config.data.num_workers = 0
   config.augment.crop = 'padded'
   config.augment.horizontal_flip_probability = 0.0  # a mirrored digit is another sign

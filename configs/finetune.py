@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.data.interpolation = placeholder(str)
     config.data.mean = placeholder(tuple)
     config.data.std = placeholder(tuple)
+    config.data.orientation = placeholder(str)
   config.data.eval_fraction = 0.2  # where the folder has no part for evaluation
   config.data.batch_size = 64
   config.data.min_steps_per_epoch = 8

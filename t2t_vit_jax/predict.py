@@ -17,7 +17,6 @@ import sys
 from typing import Any, NamedTuple, cast
 
 import jax
-from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.command_line import Parser, run_tool
@@ -27,8 +26,9 @@ from t2t_vit_jax.conversion.convert import load_classifier
 from t2t_vit_jax.conversion.weight_format import ImageSize
 from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
+from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
-from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop, upright
+from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
@@ -45,6 +45,7 @@ class Classifier:
   prepare: EvalTransform  # a decoded image -> one of the model's size
   normalize: Normalization  # uint8 images (B, height, width, 3) -> the model's input
   class_names: tuple[str, ...]  # for people to read
+  upright: bool  # whether images are turned as their EXIF data says
 
 
 class Guess(NamedTuple):
@@ -63,8 +64,13 @@ class Prediction(NamedTuple):
   error: str | None = None
 
 
-def open_classifier(path: Path, image_size: ImageSize | None = None) -> Classifier:
-  """Opens a weight file. Images are turned upright by their EXIF data, then prepared by the file's data defaults.
+def open_classifier(path: Path, image_size: ImageSize | None = None, orientation: str | None = None) -> Classifier:
+  """Opens a weight file, whose header says how images are prepared.
+
+  Args:
+    path: the file.
+    image_size: px; None for the image size of the weights.
+    orientation: 'upright' or 'ignored'; None for the weights' own, which is 'upright' if their header does not say it.
 
   Raises:
     UserError: the file can't be read, or holds no model that classifies pictures.
@@ -74,18 +80,20 @@ def open_classifier(path: Path, image_size: ImageSize | None = None) -> Classifi
   if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
     raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
   crop = ResizeCenterCrop(loaded.arguments['image_size'], crop_fraction, interpolation)
+  own = loaded.data.get('orientation', 'upright')
+  if own not in ORIENTATIONS:
+    raise files.problem(path, f'cannot be used: orientation is {own!r}')
+  if orientation and orientation != own:
+    warn(f'EXIF orientation: {orientation}, but the weights were trained and evaluated with {own}')
   model, variables = loaded.build()
   return Classifier(
     model=model,
     variables=variables,
-    prepare=functools.partial(_prepare, crop),
+    prepare=crop,
     normalize=Normalization(loaded.data['mean'], loaded.data['std']),
     class_names=readable_names(loaded.class_names, loaded.arguments['num_classes']),
+    upright=ORIENTATIONS[orientation or own],
   )
-
-
-def _prepare(crop: EvalTransform, image: Image.Image) -> Image.Image:
-  return crop(upright(image))
 
 
 def predict(
@@ -104,12 +112,13 @@ def predict(
   Raises:
     UserError: a batch does not fit into memory.
   """
-  source = sources.open_images(images)
+  source, remarks = sources.open_images(images, upright=classifier.upright), faults.Remarks()
   top = min(top, len(classifier.class_names))
   # Every batch has the same size, the last one filled up: the program is compiled once.
   share = Share(min(batch_size, len(images)))
   workers = Workers(num_threads=os.cpu_count() or 1)
   for batch in eval_batches(source, classifier.prepare, share, workers):
+    remarks.note(source, batch, warn)
     with _explaining_memory(share.batch_size):
       outputs = _classify(classifier.model, classifier.normalize, top, classifier.variables, batch['image'])
       probabilities, labels = jax.device_get(outputs)
@@ -216,7 +225,7 @@ def run(arguments: argparse.Namespace) -> int:
     files.check_output(arguments.output, force=arguments.force)
   images = sources.find_images(arguments.images)
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
-  classifier = open_classifier(arguments.weights, size)
+  classifier = open_classifier(arguments.weights, size, arguments.orientation)
   unreadable: list[str] = []
   predictions = predict(classifier, images, top=arguments.top, batch_size=arguments.batch_size)
   _write(FORMS[form](_counted(predictions, unreadable, len(images))), arguments.output)
@@ -255,6 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     '--batch_size', metavar='N', type=_positive, default=32, help='images computed at a time (default: %(default)s)'
   )
   parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument(
+    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: as the weights say)"
+  )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))
 

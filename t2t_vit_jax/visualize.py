@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import os
 from pathlib import Path
 import sys
 from typing import Any
@@ -20,8 +21,11 @@ import numpy as np
 from PIL import Image
 
 from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size
-from t2t_vit_jax.data.transforms import BadImage, ResizeCenterCrop, decode, upright
+from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
+from t2t_vit_jax.data.faults import REMARKS
+from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from t2t_vit_jax.models.soft_split import SPLITS
@@ -120,7 +124,6 @@ def prepare_whole(classifier: Classifier, image: Image.Image) -> Image.Image:
 
   Less than half a token is cut off where the sides have other proportions.
   """
-  image = upright(image)
   stride = int(np.prod([split.stride for split in SPLITS]))
   side = min(np.broadcast_to(classifier.model.image_size, 2))
   scale = side / min(image.size) / stride
@@ -255,8 +258,8 @@ def run(arguments: argparse.Namespace) -> int:
   if (form := output.suffix[1:].lower()) not in formats:
     raise UserError(f'{output}: the ending must say the format, one of {", ".join(sorted(formats))}')
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
-  image = _read_image(arguments.image)
-  classifier = open_classifier(arguments.weights, size)
+  classifier = open_classifier(arguments.weights, size, arguments.orientation)
+  image = _read_image(arguments.image, classifier.upright)
   prepare: Callable[[Image.Image], Image.Image] = classifier.prepare
   if arguments.whole:
     prepare = functools.partial(prepare_whole, classifier)
@@ -274,9 +277,13 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _read_image(path: Path) -> Image.Image:
+def _read_image(path: Path, upright: bool) -> Image.Image:
   try:
-    return decode(path.read_bytes())
+    file = EncodedImage(path.read_bytes(), upright=upright)
+    for remark, text in REMARKS.items():
+      if remark in file.remarks:
+        warn(f'{printable(os.fspath(path))} {text}')
+    return file.decode()
   except OSError as error:
     raise files.problem(path, f'cannot be read: {error.strerror}') from error
   except BadImage as error:
@@ -316,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--heads', metavar='N,N', help='heads to show, numbers and "mean" (default: mean and all heads)')
   parser.add_argument('--whole', action='store_true', help='the whole image, not the middle that predict classifies')
   parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument(
+    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: as the weights say)"
+  )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))
 

@@ -1,9 +1,11 @@
 """Names of ImageNet's classes: their order, their source, and where they are used."""
 
+import pytest
 import tensorflow_datasets as tfds
 
 from docs.imagenet_names import class_names
-from t2t_vit_jax.data.class_names import imagenet_names, readable_names
+from t2t_vit_jax import UserError
+from t2t_vit_jax.data.class_names import imagenet_names, labels_by_name, readable_names
 
 
 def test_names_have_the_ids_and_the_order_of_tfds():
@@ -51,3 +53,12 @@ def test_names_are_read_from_wordnets_file():
   ids = [starts[key] for key in ('crane', 'machine', 'eleven')]
   expected = ['crane (wading bird)', 'crane (lifting device)', ', '.join(f'word {i}' for i in range(11))]
   assert class_names(ids, file.encode()) == expected
+
+
+def test_labels_are_found_by_name():
+  assert labels_by_name(('10', '1', '2'), ('1', '2', '10'), 'DIR') == [2, 0, 1]
+  assert labels_by_name(
+    ('n02102040', 'cafe\u0301'), ('caf\u00e9', 'English springer, English springer spaniel'), 'DIR'
+  ) == [1, 0]
+  with pytest.raises(UserError, match=r'the model knows no class two, three of DIR; its own are one, 2'):
+    labels_by_name(('one', 'two', 'three'), ('one', '2'), 'DIR')

@@ -18,9 +18,9 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data.decoding import BadImage, decode
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import open_folder, open_tfds
-from t2t_vit_jax.data.transforms import BadImage, decode
 from t2t_vit_jax.errors import DataError
 from tests.image_folder import encoded, picture, write_image_folder
 from tests.parameters import slow_but
@@ -45,14 +45,15 @@ def exif_rotated():
     (encoded(Image.new('L', (8, 4), 128), 'JPEG'), GREY),
     (encoded(Image.new('CMYK', (8, 4), (0, 255, 255, 0)), 'JPEG', quality=100), (254, 0, 0)),
     (encoded(Image.new('P', (8, 4), 1, ), 'GIF'), (1, 1, 1)),
-    (encoded(Image.new('RGBA', (8, 4), (*RED, 0)), 'PNG'), RED),  # transparency is dropped, not blended
-    (encoded(Image.new('LA', (8, 4), (128, 9)), 'PNG'), GREY),
+    (encoded(Image.new('RGBA', (8, 4), (*RED, 0)), 'PNG'), (255, 255, 255)),
+    (encoded(Image.new('RGBA', (8, 4), (*RED, 255)), 'PNG'), RED),
+    (encoded(Image.new('LA', (8, 4), (0, 127)), 'PNG'), GREY),
     (encoded(Image.new('1', (8, 4), 1), 'PNG'), (255, 255, 255)),
-    (encoded(Image.new('I;16', (8, 4), 128), 'PNG'), GREY),
+    (encoded(Image.new('I;16', (8, 4), 128 << 8), 'PNG'), GREY),
     (encoded(Image.new('RGB', (8, 4), RED), 'WEBP', lossless=True), RED),
     (encoded(Image.new('RGB', (8, 4), RED), 'TIFF'), RED),
   ],
-  ids=['grey', 'cmyk', 'palette', 'rgba', 'grey-alpha', 'bilevel', '16-bit', 'webp', 'tiff'],
+  ids=['grey', 'cmyk', 'palette', 'transparent', 'opaque', 'grey-alpha', 'bilevel', '16-bit', 'webp', 'tiff'],
 )  # fmt: skip
 def test_every_mode_becomes_rgb(file, color):
   image = decode(file)

@@ -4,11 +4,15 @@ import hashlib
 import os
 import shutil
 
+from ml_collections import ConfigDict
 import numpy as np
+from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax import UserError
+from t2t_vit_jax.data.decoding import decode
+from t2t_vit_jax.data.pipeline import open_sources
 from t2t_vit_jax.data.sources import find_images, open_divided_folder, open_folder, open_images
 from tests.image_folder import write_image_folder
 
@@ -148,14 +152,14 @@ def test_images_below_folders_come_in_the_order_of_their_paths(folder, monkeypat
   assert found[:2] == ['val/notes', 'val/a.png']  # a file is taken whatever its name is
   assert found[2:8] == [f'val/{name}/{i}.JPEG' for name in ('n02', 'n1', 'n10') for i in range(2)]
   assert found[8:] == [*(str(folder / 'val' / 'n1' / f'{i}.JPEG') for i in range(2)), 'val/a.png']
-  source = open_images(found)
+  source = open_images(found, upright=False)
   assert [source[i].id for i in range(len(source))] == found
   assert source[8].image == (folder / 'val' / 'n1' / '0.JPEG').read_bytes()
 
 
 def test_paths_without_images_are_refused(folder):
   (folder / 'empty').mkdir()
-  with pytest.raises(UserError, match=r'empty has no images \(\.bmp, '):
+  with pytest.raises(UserError, match=r'empty has no images \(\.avif, \.bmp, '):
     find_images([folder / 'val', folder / 'empty'])
   with pytest.raises(UserError, match=r'there is no file or folder .*typo'):
     find_images([folder / 'val', folder / 'typo'])
@@ -173,3 +177,80 @@ def test_a_folder_that_cannot_be_listed_is_an_error_not_left_out(folder, monkeyp
   for find in (lambda: find_images([folder]), lambda: open_folder(folder, 'train')):
     with pytest.raises(UserError, match='n10 cannot be read: Permission denied'):
       find()
+
+
+def test_what_systems_and_programs_leave_is_no_data(folder):
+  expected = {record.id for record in map(open_folder(folder, 'train').__getitem__, range(9))}
+  for name in ('.ipynb_checkpoints', '@eaDir', '__MACOSX', '.thumbnails/large'):
+    for place in ('train', 'train/n02', 'train/n02/deeper'):
+      copy = folder / place / name
+      copy.mkdir(parents=True)
+      shutil.copy(folder / 'train' / 'n02' / '0.JPEG', copy / 'copy.JPEG')
+  source = open_folder(folder, 'train')
+  assert source.class_names == ('n02', 'n1', 'n10')
+  assert {record.id for record in map(source.__getitem__, range(len(source)))} == expected
+  assert source.notes == ()
+  shutil.copytree(folder / 'train' / 'n02' / '@eaDir', folder / 'photos' / '@eaDir')
+  shutil.copy(folder / 'train' / 'n02' / '0.JPEG', folder / 'photos' / 'a.jpg')
+  assert find_images([folder / 'photos']) == [str(folder / 'photos' / 'a.jpg')]
+
+
+def test_what_is_left_out_is_counted_by_suffix(folder):
+  for name in ('a.mov', 'b.MOV', 'c.txt', 'Makefile'):
+    (folder / 'train' / 'n02' / name).write_bytes(b'')
+  (note,) = open_folder(folder, 'train').notes
+  assert note == (f'{folder}/train: files that are no images by their names were left out: 2 .mov, 1 .txt, 1 no suffix')
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'avif', 'jfif', 'jpe', 'JP2'])
+def test_every_format_that_pillow_reads_is_read(folder, suffix):
+  image = Image.new('RGB', (16, 16), (250, 128, 3))
+  path = folder / 'train' / 'n02' / f'more.{suffix}'
+  image.save(path)
+  source = open_folder(folder, 'train')
+  (record,) = (record for record in map(source.__getitem__, range(10)) if record.id == f'n02/more.{suffix}')
+  np.testing.assert_allclose(np.asarray(decode(record.image), int)[8, 8], (250, 128, 3), atol=12)
+
+
+def test_links_that_lead_nowhere_are_named(folder):
+  (folder / 'train' / 'n02' / 'gone.JPEG').symlink_to(folder / 'nothing.JPEG')
+  (folder / 'train' / 'n02' / 'elsewhere').symlink_to(folder / 'nothing')
+  source = open_folder(folder, 'train')
+  assert len(source) == 9
+  (note,) = source.notes
+  assert note.startswith(f'{folder}/train: 2 links lead nowhere, such as {folder}/train/n02/')
+
+
+@pytest.mark.parametrize('target', ['train', 'train/n02', 'train/n1'])
+def test_links_back_into_the_tree_are_refused(folder, target):
+  (folder / 'train' / 'n02' / 'again').symlink_to(folder / target)
+  with pytest.raises(UserError, match=r'is the same folder as .*, so its images would be read twice: remove the link'):
+    open_folder(folder, 'train')
+
+
+def test_copies_of_training_images_are_found(folder):
+  shutil.copy(folder / 'train' / 'n02' / '1.JPEG', folder / 'val' / 'n10' / 'copy.JPEG')
+  data = ConfigDict(
+    dict(
+      source='folder', path=str(folder), train_split='train', eval_split='val', eval_fraction=0.0, orientation='upright'
+    )
+  )
+  train, evaluation = open_sources(data)
+  assert train.upright
+  assert evaluation.upright
+  assert evaluation.notes == (
+    '1 of the 7 evaluation images are copies of training images, so their accuracy will look too good: '
+    f'{folder}/val/n10/copy.JPEG is {folder}/train/n02/1.JPEG',
+  )
+  (folder / 'val' / 'n10' / 'copy.JPEG').write_bytes(b'another image')
+  assert open_sources(data)[1].notes == ()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_a_split_that_cannot_be_read_gets_one_line(folder):
+  (folder / 'train').chmod(0)
+  try:
+    with pytest.raises(UserError, match=r'train cannot be read: Permission denied'):
+      open_folder(folder, 'train')
+  finally:
+    (folder / 'train').chmod(0o755)

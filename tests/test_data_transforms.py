@@ -11,13 +11,13 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data import transforms
+from t2t_vit_jax.data import decoding, transforms
 from tests.golden import DATA
 from tests.image_folder import encoded
 
 
 def as_file(image):
-  return transforms.EncodedImage(encoded(image, 'PNG'))
+  return decoding.EncodedImage(encoded(image, 'PNG'))
 
 
 @pytest.mark.parametrize('name', ['wide', 'tall', 'square'])
@@ -51,7 +51,7 @@ def test_photographs_are_turned_as_their_exif_says(orientation):
   pixels[:8, :8] = 255  # upper left
   image, exif = Image.fromarray(pixels), Image.Exif()
   exif[0x0112] = orientation
-  turned = transforms.upright(transforms.decode(encoded(image, 'PNG', exif=exif)))
+  turned = decoding.decode(encoded(image, 'PNG', exif=exif), upright=True)
   assert turned.size == ((16, 24) if orientation >= 5 else (24, 16))
   corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
   assert np.asarray(turned)[corners.get(orientation, (0, 0))].tolist() == [255, 255, 255]
@@ -59,8 +59,8 @@ def test_photographs_are_turned_as_their_exif_says(orientation):
 
 def test_exif_that_is_damaged_changes_nothing():
   image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
-  damaged = transforms.decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'))
-  np.testing.assert_array_equal(np.asarray(transforms.upright(damaged)), np.asarray(image))
+  damaged = decoding.decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'), upright=True)
+  np.testing.assert_array_equal(np.asarray(damaged), np.asarray(image))
 
 
 def test_random_resized_crop_has_the_published_distribution():
@@ -138,21 +138,21 @@ FILES = {
 @pytest.mark.parametrize('name', FILES)
 def test_crops_of_encoded_images_are_those_of_the_decoded_image(name):
   whole = Image.open(io.BytesIO(FILES[name])).convert('RGB')
-  assert transforms.EncodedImage(FILES[name]).width == whole.width
+  assert decoding.EncodedImage(FILES[name]).width == whole.width
   rng = np.random.default_rng(0)
   for bottom in range(1, whole.height + 1):
     left, top = int(rng.integers(whole.width)), int(rng.integers(bottom))
     box = left, top, int(rng.integers(left, whole.width)) + 1, bottom
     expected = np.asarray(whole.crop(box), int)
     for fast in (False, True):
-      crop = transforms.EncodedImage(FILES[name]).crop(box, fast=fast)
+      crop = decoding.EncodedImage(FILES[name]).crop(box, fast=fast)
       assert crop.mode == 'RGB'
       tolerance = 1 if fast and name == 'jpeg-cmyk' else 0
       np.testing.assert_allclose(np.asarray(crop, int), expected, rtol=0, atol=tolerance, err_msg=f'{box} {fast}')
 
 
 def test_rows_below_a_crop_are_not_decoded():
-  rows = transforms._without_rows_below(40, FILES['jpeg-4:2:0'], 150, 133)
+  rows = decoding._without_rows_below(40, FILES['jpeg-4:2:0'], 150, 133)
   assert Image.open(io.BytesIO(rows)).size == (150, 64)
 
 
@@ -160,8 +160,8 @@ def test_rows_below_a_crop_are_not_decoded():
 @pytest.mark.parametrize('share', [0.6, 0.9, 0.999])
 def test_a_file_that_is_cut_off_is_bad_whatever_the_crop(share, fast):
   file = FILES['jpeg-4:2:0'][: int(share * len(FILES['jpeg-4:2:0']))]
-  with pytest.raises(transforms.BadImage, match='truncated'):
-    transforms.EncodedImage(file).crop((0, 0, 16, 16), fast=fast)
+  with pytest.raises(decoding.BadImage, match='truncated'):
+    decoding.EncodedImage(file).crop((0, 0, 16, 16), fast=fast)
 
 
 @settings(max_examples=300, deadline=None)
@@ -171,9 +171,9 @@ def test_crops_of_damaged_files_are_images_or_bad_but_nothing_else(data, name, f
   for _ in range(data.draw(st.integers(1, 5))):
     damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
   try:
-    file = transforms.EncodedImage(bytes(damaged))
+    file = decoding.EncodedImage(bytes(damaged))
     crop = file.crop((0, 0, file.width, max(1, file.height // 2)), fast=fast)
-  except transforms.BadImage:
+  except decoding.BadImage:
     return
   assert (crop.mode, crop.size) == ('RGB', (file.width, max(1, file.height // 2)))
 
@@ -191,7 +191,7 @@ def test_fast_resize_rounds_otherwise_than_pillow_and_nothing_else(interpolation
 
 
 def test_fast_crops_draw_the_same_boxes():
-  file = transforms.EncodedImage(FILES['jpeg-4:2:0'])
+  file = decoding.EncodedImage(FILES['jpeg-4:2:0'])
   for seed in range(20):
     rng, fast_rng = np.random.default_rng(seed), np.random.default_rng(seed)
     exact = transforms.RandomResizedCrop(32)(file, rng)

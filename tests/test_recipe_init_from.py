@@ -97,7 +97,7 @@ def test_the_weight_file_decides_what_the_config_leaves_open(weights, tmp_path):
 
 
 def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
-  config.init_from = 'nowhere.safetensors'
+  config.init_from, config.data.orientation = 'nowhere.safetensors', 'ignored'
   assert resolve(config).to_dict() == config.to_dict()
 
 

@@ -1,7 +1,9 @@
 """Evaluation of weight files and of workdirs."""
 
+import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -10,11 +12,15 @@ import pytest
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
-from t2t_vit_jax.data.sources import open_tfds
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import write_weights
+from t2t_vit_jax.data.sources import find_images, open_tfds
+from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.evaluate_only import evaluate_only
 from tests import golden
 from tests.golden import DATA
+from tests.image_folder import write_image_folder
 from tests.processes import run
 from tests.test_training_loop import small_config
 
@@ -80,3 +86,103 @@ def test_what_cannot_be_evaluated_gets_one_line(data_dir, tmp_path):
   convert(DATA / 'official_tiny_performer.pth.tar', other, Options(settings={'num_heads': 4}, num_classes=7))
   with pytest.raises(UserError, match='the model has 7 classes, but digits test'):
     evaluate_only(config_of(data_dir), other)
+
+
+DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+
+@pytest.fixture(scope='module')
+def named_weights(tmp_path_factory):
+  """A weight file whose ten classes have names, in the order of their numbers and not of their names."""
+  path = tmp_path_factory.mktemp('weights') / 'weights.safetensors'
+  convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))
+  weights, _ = load(path, Options())
+  write_weights(dataclasses.replace(weights, class_names=DIGITS), path)
+  return path
+
+
+def folder_config(folder, **changes):
+  config = config_of(None, **{'data.source': 'folder', 'data.path': str(folder), 'data.eval_split': 'val', **changes})
+  with config.unlocked():
+    for field in ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std', 'orientation'):
+      config.data[field] = changes.get(f'data.{field}')
+  return config
+
+
+def photographs(folder, classes, images_per_class=2):
+  """Pictures that are stored sideways, mirrored or upright, as a phone does it."""
+  write_image_folder(folder, classes, val=images_per_class)
+  for number, path in enumerate(sorted((folder / 'val').rglob('*.JPEG'))):
+    exif = Image.Exif()
+    exif[0x0112] = 1 + number % 8
+    Image.open(path).save(path, exif=exif)
+  return folder
+
+
+def test_prediction_and_evaluation_agree_picture_by_picture(named_weights, tmp_path, capsys):
+  folder = photographs(tmp_path, DIGITS)
+  accuracy = evaluate_only(folder_config(folder), named_weights)['weights']
+  predictions = list(predict(open_classifier(named_weights), find_images([folder / 'val']), top=1))
+  right = [Path(image).parent.name == guesses[0].name for image, guesses, _ in predictions]
+  assert (accuracy.count, accuracy.correct) == (20, sum(right))
+  for number, name in enumerate(DIGITS):
+    own = [guesses[0].name == name for image, guesses, _ in predictions if Path(image).parent.name == name]
+    assert accuracy.class_correct[number] == sum(own)
+  assert capsys.readouterr().err == ''
+
+  # Ignored, the tags make other pictures; both say that they depart from the weights.
+  ignored = evaluate_only(folder_config(folder, **{'data.orientation': 'ignored'}), named_weights)['weights']
+  assert ignored.loss_sum != pytest.approx(accuracy.loss_sum, rel=1e-4)
+  assert 'data.orientation is ignored, not upright' in capsys.readouterr().err
+  open_classifier(named_weights, orientation='ignored')
+  assert 'EXIF orientation: ignored, but the weights were' in capsys.readouterr().err
+
+
+def test_a_weight_file_says_what_to_do_with_orientation(named_weights, tmp_path):
+  weights, _ = load(named_weights, Options())
+  path = tmp_path / 'weights.safetensors'
+  write_weights(dataclasses.replace(weights, data={**weights.data, 'orientation': 'ignored'}), path)
+  assert not open_classifier(path).upright
+  assert open_classifier(named_weights).upright
+  folder = photographs(tmp_path, DIGITS, images_per_class=1)
+  by_record = evaluate_only(folder_config(folder), path)['weights']
+  explicit = evaluate_only(folder_config(folder, **{'data.orientation': 'ignored'}), named_weights)['weights']
+  assert by_record.loss_sum == explicit.loss_sum
+
+
+def test_classes_are_matched_by_name(named_weights, tmp_path):
+  """Folders are in the order of their names, eight first; each picture must count for the class of its folder."""
+  folder = write_image_folder(tmp_path / 'all', DIGITS, val=1)
+  accuracy = evaluate_only(folder_config(folder), named_weights)['weights']
+  assert accuracy.class_names == DIGITS
+  classifier = open_classifier(named_weights)
+  loss = 0
+  for label, name in enumerate(DIGITS):
+    pixels = np.asarray(classifier.prepare(Image.open(folder / 'val' / name / '0.JPEG')))
+    logits = np.asarray(
+      golden.apply(classifier.model, classifier.variables, classifier.normalize(pixels[None]))[0], float
+    )
+    loss += np.log(np.exp(logits - logits[label]).sum())
+  assert accuracy.loss_sum == pytest.approx(loss, rel=1e-5)
+
+
+def test_other_classes_are_refused_and_some_are_evaluated_on_request(named_weights, tmp_path):
+  folder = write_image_folder(tmp_path / 'some', ('two', 'eight', 'one'), val=1)
+  with pytest.raises(UserError, match=r'lacks 7 of the 10 classes of the weights; .*allow_missing_classes=True'):
+    evaluate_only(folder_config(folder), named_weights)
+  accuracy = evaluate_only(folder_config(folder, **{'data.allow_missing_classes': True}), named_weights)['weights']
+  assert accuracy.class_count == (0, 1, 1, 0, 0, 0, 0, 0, 1, 0)
+  folder = write_image_folder(tmp_path / 'other', tuple(map(str, range(1, 11))), val=1)
+  with pytest.raises(
+    UserError, match=r'the model knows no class 1, 10, 2 and 7 more of .*; its own are zero, one, two'
+  ):
+    evaluate_only(folder_config(folder), named_weights)
+
+
+def test_another_preparation_than_the_weights_own_is_said(named_weights, tmp_path, capsys):
+  folder = write_image_folder(tmp_path, DIGITS, val=1)
+  evaluate_only(folder_config(folder, **{'data.crop_fraction': 1.0, 'data.mean': (0.5, 0.5, 0.5)}), named_weights)
+  assert capsys.readouterr().err.splitlines() == [
+    f'warning: images are prepared otherwise than those of {named_weights}: data.crop_fraction is 1.0, not 0.9; '
+    'data.mean is [0.5, 0.5, 0.5], not [0.485, 0.456, 0.406]'
+  ]

@@ -1,6 +1,7 @@
 """Whole runs in this process: resume, refusal, completeness, and that every config field counts."""
 
 import copy
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -18,14 +19,20 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
+from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import write_weights
 from t2t_vit_jax.data import loader
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.recipe import evaluation
 from t2t_vit_jax.recipe.run import build_run
+from t2t_vit_jax.recipe.sharding import replicated
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.calendar import Calendar
+from t2t_vit_jax.training.evaluate_only import evaluate_only
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
+from tests.image_folder import write_image_folder
 
 
 def small_config(data_dir, **changes):
@@ -118,7 +125,7 @@ def test_checkpoints_hold_what_the_step_left_though_its_buffers_are_donated(data
     for _ in range(3):  # while the save runs in the background
       state, _ = run.recipe.train_step(state, next(batches), run.recipe.rng)
   with Checkpoints(tmp_path) as checkpoints:
-    restored, changes = checkpoints.restore(run.recipe.abstract_state, description(run))[:2]
+    restored, _, changes, _ = checkpoints.restore(run.recipe.abstract_state, description(run))
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
     assert changes == []
   batches.close()
@@ -236,6 +243,12 @@ class Recorder:
       self._read.add(path)
     return value
 
+  def __setattr__(self, field, value):
+    if field.startswith('_'):
+      super().__setattr__(field, value)
+    else:
+      setattr(self._config, field, value)
+
   def __getitem__(self, field):
     return getattr(self, field)
 
@@ -262,6 +275,7 @@ def test_every_config_field_is_read_by_something(data_dir, tmp_path):
   for crop in ('padded', 'resized'):
     config = small_config(data_dir, **{'schedule.max_steps': 1, 'augment.crop': crop})
     loop.train(Recorder(config, read), tmp_path / crop)
+  evaluate_only(Recorder(config, read), tmp_path / crop)
   assert set(leaves(config)) - read == set()
 
 
@@ -381,3 +395,55 @@ def test_a_picture_of_augmented_images_is_made_when_asked_for(data_dir, tmp_path
   assert grid.shape == (4 * 18, 8 * 18, 3)
   # Nothing but the crop is drawn here, so the picture shows the batch as it came from the host.
   np.testing.assert_allclose(grid[1:17, 19:35], batch['image'][1], atol=1)
+
+
+def test_a_run_from_before_orientation_was_a_field_goes_on_without_it(data_dir, tmp_path, capsys):
+  folder = write_image_folder(tmp_path / 'data', ('cat', 'dog', 'emu'), train=8, val=2)
+  for path in folder.rglob('*.JPEG'):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+  def config(steps, orientation=None):
+    fields = {'data.source': 'folder', 'data.path': str(folder), 'data.eval_split': 'val', 'data.batch_size': 8}
+    config = small_config(data_dir, **fields, **{'schedule.max_steps': steps, 'logging.every_steps': 1})
+    config.data.orientation = orientation
+    return config
+
+  loop.train(config(1, 'ignored'), tmp_path / 'run')
+  (metadata,) = (tmp_path / 'run' / 'checkpoints').glob('*/_CHECKPOINT_METADATA')
+  stored = json.loads(metadata.read_text())
+  del stored['custom_metadata']['config']['data']['orientation']
+  metadata.write_text(json.dumps(stored))
+  shutil.copytree(tmp_path / 'run', tmp_path / 'turned')
+  capsys.readouterr()
+
+  loop.train(config(2), tmp_path / 'run')
+  assert 'data.orientation' not in capsys.readouterr().out
+  with Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True) as checkpoints:
+    description, _ = checkpoints.load_weights(replicated(build_run(config(2)).recipe.mesh))
+  assert description['config']['data']['orientation'] == 'ignored'
+  loop.train(config(2, 'ignored'), tmp_path / 'straight')
+  rows = [
+    [json.loads(row)['loss'] for row in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+    for name in ('run', 'straight')
+  ]
+  assert rows[0][-3:] == rows[1][-3:]  # the second step's, and of both weights
+
+  loop.train(config(2, 'upright'), tmp_path / 'turned')
+  assert 'data.orientation was ignored and is upright' in capsys.readouterr().out
+
+
+def test_weights_of_other_classes_get_a_new_head(data_dir, four_steps, tmp_path, caplog):
+  """As many classes with the same names keep it."""
+  weights, _ = load(four_steps / 'weights' / 'model.safetensors', Options())
+  own = tmp_path / 'own.safetensors'
+  write_weights(weights, own)
+  other = tmp_path / 'other.safetensors'
+  write_weights(dataclasses.replace(weights, class_names=tuple('abcdefghij')), other)
+  for path, kept in ((own, True), (other, False)):
+    caplog.clear()
+    config = performer_config(data_dir, init_from=str(path))
+    head = jax.device_get(build_run(config).recipe.fresh_state().params['head']['kernel'])
+    assert (head == weights.arrays['params/head/kernel']).all() == kept
+    assert ('head: new, for other classes; not trained' in caplog.text) != kept

@@ -49,7 +49,7 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_taken(run, two_check
   content[len(content) // 2] ^= 1
   numbers.write_bytes(content)
   with Checkpoints(two_checkpoints) as checkpoints:
-    state, changes, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
+    state, _, changes, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
     assert checkpoints.latest_step == 3
   assert int(state.step) == 3
   assert changes == []
@@ -65,7 +65,7 @@ def test_one_line_says_why_a_checkpoint_cannot_be_read(run, two_checkpoints, cap
   numbers = largest_file(two_checkpoints / '7')
   os.truncate(numbers, numbers.stat().st_size // 2)
   with Checkpoints(two_checkpoints) as checkpoints:
-    _, _, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
+    *_, (line,) = checkpoints.restore(run.recipe.abstract_state, description(run))
   assert f'{two_checkpoints}/7 is damaged (ValueError: OUT_OF_RANGE: Error reading ' in line
   assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
@@ -105,7 +105,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
     (tmp_path / 'filler').write_bytes(bytes(shutil.disk_usage(tmp_path).free - size // 2))
     with pytest.raises(UserError, match=rf'is full: a checkpoint needs {size / 1e9:.3f} GB, 0\.\d+ GB are free'):
       checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=description(run))
-    restored, _, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
+    restored, *_, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
     checkpoints._checkpointer.close()
     assert (int(restored.step), set_aside) == (0, [])
   finally:

@@ -74,7 +74,13 @@ def test_the_header_says_what_the_weights_are(workdir):
     assert metadata['channels'] == 3
     assert metadata['class_names'] == [str(digit) for digit in range(10)]
     assert metadata['data'] == dict(
-      image_size=16, num_classes=10, crop_fraction=1.0, interpolation='bilinear', mean=[0.3] * 3, std=[0.35] * 3
+      image_size=16,
+      num_classes=10,
+      crop_fraction=1.0,
+      interpolation='bilinear',
+      mean=[0.3] * 3,
+      std=[0.35] * 3,
+      orientation='ignored',
     )
     source = metadata['source']
     assert (source['run'], source['step'], source['weights']) == (workdir.name, STEPS, kind)

@@ -47,6 +47,7 @@ class Options:
   weights: WeightsKind | None = None  # None: the moving average if the file has both
   num_classes: int | None = None  # None: the file's head; another number: a fresh head; 0: no head
   image_size: ImageSize | None = None  # px; another than the file's resizes the stored position table
+  fresh_head: bool = False  # even if the number of classes stays
   seed: int = 0  # of a fresh head
 
   def __post_init__(self) -> None:
@@ -211,13 +212,18 @@ def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
     table = resize_position_embedding(jnp.asarray(arrays['frozen/pos_embed']), old, new)
     arrays['frozen/pos_embed'] = np.asarray(table)
     notes.append(f'positions: table resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} tokens')
-  if options.num_classes not in (None, arguments['num_classes']):
-    notes.append(f'head: {options.num_classes or "none"} instead of {arguments["num_classes"]} classes; not trained')
-    arguments['num_classes'], class_names = options.num_classes, None
+  old_number = arguments['num_classes']
+  num_classes = old_number if options.num_classes is None else options.num_classes
+  if num_classes != old_number or options.fresh_head:
+    change = (
+      'new, for other classes' if options.fresh_head else f'{num_classes or "none"} instead of {old_number} classes'
+    )
+    notes.append(f'head: {change}; not trained')
+    arguments['num_classes'], class_names = num_classes, None
     arrays = {key: array for key, array in arrays.items() if not key.startswith('params/head/')}
-    if options.num_classes:
+    if num_classes:
       features = jnp.zeros(arrays['params/norm/scale'].shape)
-      head = Dense(options.num_classes).init(jax.random.key(options.seed), features)['params']
+      head = Dense(num_classes).init(jax.random.key(options.seed), features)['params']
       arrays.update({f'params/head/{key}': np.asarray(array) for key, array in head.items()})
   changes: dict[str, Any] = dict(arrays=arrays, arguments=arguments, class_names=class_names)
   return dataclasses.replace(weights, data={**weights.data, **_data_sizes(arguments)}, **changes), notes

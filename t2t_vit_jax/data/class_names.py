@@ -1,8 +1,11 @@
-"""Readable names of classes: datasets and weights name ImageNet's by ids of WordNet synsets, or not at all."""
+"""Names of classes: readable ones for ImageNet's ids of WordNet synsets, and labels by name."""
 
 from collections.abc import Sequence
 import functools
 from importlib import resources
+import unicodedata
+
+from t2t_vit_jax.errors import UserError, printable
 
 
 @functools.cache
@@ -28,3 +31,35 @@ def readable_names(class_names: Sequence[str] | None, num_classes: int) -> tuple
   if class_names is None:
     class_names = tuple(names) if num_classes == len(names) else [f'class {label}' for label in range(num_classes)]
   return tuple(names.get(name, name) for name in class_names)
+
+
+def comparable(class_names: Sequence[str]) -> list[str]:
+  """Class names in one form, to be compared: ImageNet's ids as words, and accented letters as one character."""
+  names = imagenet_names()
+  return [unicodedata.normalize('NFC', names.get(name, name)) for name in class_names]
+
+
+def labels_by_name(class_names: Sequence[str], known: Sequence[str], origin: str) -> list[int]:
+  """Label of each of `class_names` among the classes that a model knows.
+
+  Args:
+    class_names: of a dataset.
+    known: of the model, in the order of its labels.
+    origin: where `class_names` come from, for the message.
+
+  Raises:
+    UserError: the model does not know one of them.
+  """
+  labels = {name: label for label, name in enumerate(comparable(known))}
+  names = comparable(class_names)
+  unknown = [original for original, name in zip(class_names, names, strict=True) if name not in labels]
+  if unknown:
+    raise UserError(
+      f"the model knows no class {_some(unknown)} of {origin}; its own are {_some(known)}: name the data's classes "
+      "like the model's"
+    )
+  return [labels[name] for name in names]
+
+
+def _some(names: Sequence[str]) -> str:
+  return ', '.join(map(printable, names[:3])) + (f' and {len(names) - 3} more' if len(names) > 3 else '')

@@ -1,15 +1,35 @@
-"""Names and counts images that cannot be read, and ends a run that meets too many, or a wrong label."""
+"""Names and counts images that cannot be read, or not as they are, and ends a run for too many, or a wrong label."""
 
 from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 
+from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.loader import UNREADABLE, Batch
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import BadImage, decode
 from t2t_vit_jax.errors import DataError
 
 MAX_NAMED = 20  # images; further ones are only counted
+REMARKS = {
+  Remark.DEEP: 'has more than 8 bits a sample: they are scaled to 8',
+  Remark.TRANSPARENT: 'has a transparency channel: what is transparent is shown on white',
+  Remark.NOT_UPRIGHT: 'is stored sideways or mirrored, and its EXIF orientation is ignored',
+}
+
+
+class Remarks:
+  """Warns once of each kind of image whose pixels are not used as they are."""
+
+  def __init__(self) -> None:
+    self._said = Remark.NONE
+
+  def note(self, source: Source, batch: Batch, warn: Callable[[str], None]) -> None:
+    """Warns of the first image in a batch of `source` that a remark is true of, unless it was said before."""
+    for remark, text in REMARKS.items():
+      indices = batch['index'][(batch['remarks'] & remark) > 0]
+      if len(indices) and remark not in self._said:
+        self._said |= remark
+        warn(f'image {source[int(indices[0])].id} {text}; others like it are not named')
 
 
 class Faults:
@@ -20,13 +40,22 @@ class Faults:
     warn: shows a line to the user.
     consequence: what becomes of an image that cannot be read, as that line says it.
     max_bad_fraction: share of the source's images that may be unreadable.
+    remarks: on images of all sources of a run.
   """
 
-  def __init__(self, source: Source, warn: Callable[[str], None], consequence: str, max_bad_fraction: float = 1.0):
+  def __init__(
+    self,
+    source: Source,
+    warn: Callable[[str], None],
+    consequence: str,
+    max_bad_fraction: float = 1.0,
+    remarks: Remarks | None = None,
+  ):
     self._source = source
     self._warn = warn
     self._consequence = consequence
     self._max_bad_fraction = max_bad_fraction
+    self._remarks = remarks or Remarks()
     self._bad: set[int] = set()
 
   @property
@@ -41,7 +70,8 @@ class Faults:
       DataError: a label belongs to no class, or too many images cannot be read.
     """
     for batch in batches:
-      indices, bad = batch.pop('index'), batch.pop('bad')
+      self._remarks.note(self._source, batch, self._warn)
+      indices, bad, _ = batch.pop('index'), batch.pop('bad'), batch.pop('remarks')
       self._check_labels(batch['label'], indices)
       for index in indices[bad].tolist():
         self._count_unreadable(index)
@@ -76,7 +106,7 @@ def explain(source: Source, index: int) -> tuple[str, str]:
   try:
     record = source[index]
     name = record.id
-    decode(record.image)
+    source.image_of(record).decode()
   except BadImage as error:
     return name, str(error)
   return name, 'a second try succeeded'

@@ -17,8 +17,9 @@ import grain
 import numpy as np
 from PIL import Image
 
+from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import BadImage, EncodedImage, EvalTransform, TrainTransform, decode
+from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform
 from t2t_vit_jax.errors import DataError, UserError
 
 # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
@@ -102,10 +103,11 @@ class _TrainExample(grain.transforms.Map):
       rng = np.random.default_rng((self.order.seed, epoch, index))
       try:
         record = self.source[(index + tries) % len(self.source)]
-        image = self.transform(EncodedImage(record.image), rng)
+        file = self.source.image_of(record)
+        image = self.transform(file, rng)
       except BadImage:
         continue
-      return _example(image, record.label, index, bad=tries > 0)
+      return _example(image, record.label, index, bad=tries > 0, remarks=file.remarks)
     raise DataError(f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}: check its files')
 
 
@@ -123,7 +125,8 @@ class _EvalExample(grain.transforms.Map):
       return _example(self._black, 0, index, mask=0)
     try:
       record = self.source[index]
-      return _example(self.transform(decode(record.image)), record.label, index)
+      file = self.source.image_of(record)
+      return _example(self.transform(file.decode()), record.label, index, remarks=file.remarks)
     except BadImage:
       return _example(self._black, UNREADABLE, index, bad=True)
 
@@ -132,13 +135,16 @@ class _EvalExample(grain.transforms.Map):
     return self.transform(Image.new('RGB', (1, 1)))
 
 
-def _example(image: Any, label: int, index: int, *, mask: int = 1, bad: bool = False) -> Example:
+def _example(
+  image: Any, label: int, index: int, *, mask: int = 1, bad: bool = False, remarks: Remark = Remark.NONE
+) -> Example:
   return {
     'image': np.asarray(image),
     'label': np.int32(label),
     'mask': np.float32(mask),
     'index': np.int64(index),
     'bad': np.bool_(bad),
+    'remarks': np.uint8(remarks),
   }
 
 

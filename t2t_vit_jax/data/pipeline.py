@@ -1,12 +1,14 @@
 """The input pipeline that `config.data` and `config.augment` describe."""
 
 from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.data import transforms
+from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, open_divided_folder, open_folder, open_tfds
+from t2t_vit_jax.data.sources import Source, note_copies, open_divided_folder, open_folder, open_tfds
 from t2t_vit_jax.errors import UserError, choose
 
 
@@ -16,9 +18,11 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
+  upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
   train, evaluation = choose(SOURCES, 'data.source', data.source)(data, True)
   assert train is not None
-  return train, evaluation
+  evaluation = note_copies(train, evaluation)
+  return dataclasses.replace(train, upright=upright), dataclasses.replace(evaluation, upright=upright)
 
 
 def open_eval_source(data: Any) -> Source:
@@ -27,7 +31,8 @@ def open_eval_source(data: Any) -> Source:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  return choose(SOURCES, 'data.source', data.source)(data, False)[1]
+  upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
+  return dataclasses.replace(choose(SOURCES, 'data.source', data.source)(data, False)[1], upright=upright)
 
 
 def _open_tfds(data: Any, with_train: bool) -> tuple[Source | None, Source]:

@@ -1,5 +1,6 @@
 """Sources of images: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
@@ -9,14 +10,20 @@ import shlex
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 import tensorflow_datasets as tfds
 
+from t2t_vit_jax.data.class_names import labels_by_name
+from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.data.transforms import BadImage
-from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.errors import UserError, did_you_mean, printable
 
-# What counts as an image in a folder, by its name: torchvision's list.
+# What counts as an image in a folder, by its name: torchvision's list, and what else Pillow can read here.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
+IMAGE_SUFFIXES |= {'.avif', '.gif', '.jfif', '.jp2', '.jpe'} & Image.registered_extensions().keys()
+# Folders that systems and programs leave in others, beside those whose name begins with a dot.
+NO_DATA = frozenset(['@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'])
+MAX_COMPARED = 20_000  # images of a folder that are searched for copies
 # Names that the folder of a split may have.
 SPLIT_FOLDERS = {'validation': ('validation', 'val', 'valid')}
 
@@ -46,12 +53,16 @@ class Source:
     class_names: one per label.
     description: what it is and where, for messages.
     part: description of the part of a folder's images, if a share is held out.
+    upright: whether images are turned as their EXIF data says.
+    notes: lines for the user about what was left out, or looks wrong.
   """
 
   records: Records
   class_names: tuple[str, ...]
   description: str
   part: str = ''
+  upright: bool = False
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.records)
@@ -69,6 +80,25 @@ class Source:
       return self.records[index]
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError for a wrong checksum
       raise BadImage(str(error)) from error
+
+  def with_classes(self, class_names: Sequence[str]) -> 'Source':
+    """The same examples with the labels of a model's classes, which are found by name.
+
+    Raises:
+      UserError: the model does not know one of the classes.
+    """
+    labels = labels_by_name(self.class_names, class_names, self.description)
+    if labels == list(range(len(class_names))):
+      return self
+    return dataclasses.replace(self, records=_Relabelled(self.records, tuple(labels)), class_names=tuple(class_names))
+
+  def image_of(self, record: Record) -> EncodedImage:
+    """Opens the image file of a record.
+
+    Raises:
+      BadImage: it is empty or no image; other damage shows when it is decoded.
+    """
+    return EncodedImage(record.image, upright=self.upright)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +131,39 @@ class _FolderRecords:
     return len(self.names)
 
   def __getitem__(self, index: int) -> Record:
-    name = os.fsdecode(self.names[index])
-    return Record((self.folder / name).read_bytes(), int(self.labels[index]), name)
+    return Record(self.path(index).read_bytes(), int(self.labels[index]), os.fsdecode(self.names[index]))
+
+  def path(self, index: int) -> Path:
+    """The file of an image."""
+    return self.folder / os.fsdecode(self.names[index])
+
+  def sizes(self) -> dict[int, list[int]]:
+    """Numbers of the images by the size of their files in bytes."""
+    numbers = collections.defaultdict(list)
+    for index in range(len(self)):
+      numbers[self.path(index).stat().st_size].append(index)
+    return numbers
+
+  def digest(self, index: int) -> bytes:
+    """A checksum of an image's file."""
+    return hashlib.sha256(self.path(index).read_bytes()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Relabelled:
+  """Records with other labels."""
+
+  records: Records
+  labels: tuple[int, ...]  # by the records' own labels
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index: int) -> Record:
+    record = self.records[index]
+    if not 0 <= record.label < len(self.labels):
+      return record._replace(label=-2)  # no class: it is refused later
+    return record._replace(label=self.labels[record.label])
 
 
 def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str, ...] | None = None) -> Source:
@@ -173,21 +234,24 @@ def _select(source: Source, chosen: np.ndarray, part: str) -> Source:
 
 def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   """Opens `folder/<class>/...`; see `open_folder`."""
-  own_classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+  try:
+    own_classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+  except OSError as error:
+    raise UserError(f'{folder} cannot be read: {error.strerror}') from error
   if not own_classes:
     raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
   class_names = class_names or tuple(own_classes)
   if unknown := set(own_classes) - set(class_names):
     raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
-  names, labels = [], []
+  scan, names, labels = _Scan(), [], []
   for label, class_name in enumerate(class_names):
-    images = sorted(_images_below(folder, class_name)) if class_name in own_classes else []
+    images = sorted(scan.images(folder, class_name)) if class_name in own_classes else []
     if not images and class_name in own_classes:
       raise UserError(f'{folder / class_name} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
     names += images
     labels += [label] * len(images)
   records = _FolderRecords(folder, np.array(names), np.array(labels, np.int32))
-  return Source(records, class_names, os.fspath(folder))
+  return Source(records, class_names, os.fspath(folder), notes=scan.notes(folder))
 
 
 def _find_split(path: Path, split: str) -> Path | None:
@@ -202,6 +266,38 @@ def _split_folder(path: Path, split: str) -> Path:
   raise UserError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE')
 
 
+def note_copies(train: Source, evaluation: Source) -> Source:
+  """Notes in `evaluation` how many of its images are copies of training images, byte for byte.
+
+  Files of folders with at most `MAX_COMPARED` images are compared, and read only where their sizes agree.
+  """
+  ours, theirs = evaluation.records, train.records
+  if not (isinstance(ours, _FolderRecords) and isinstance(theirs, _FolderRecords)):
+    return evaluation
+  if len(ours) + len(theirs) > MAX_COMPARED:
+    return evaluation
+  try:
+    our_sizes, their_sizes = ours.sizes(), theirs.sizes()
+    common = our_sizes.keys() & their_sizes.keys() - {0}
+    originals = {theirs.digest(index): theirs.path(index) for size in common for index in their_sizes[size]}
+    copies = [
+      (ours.path(index), originals[digest])
+      for size in common
+      for index in our_sizes[size]
+      if (digest := ours.digest(index)) in originals
+    ]
+  except OSError:  # the run will name an image that cannot be read
+    return evaluation
+  if not copies:
+    return evaluation
+  copy, original = min(copies)
+  note = (
+    f'{len(copies):,} of the {len(ours):,} evaluation images are copies of training images, so their accuracy will '
+    f'look too good: {printable(str(copy))} is {printable(str(original))}'
+  )
+  return dataclasses.replace(evaluation, notes=(*evaluation.notes, note))
+
+
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
   """Paths of image files, and of the images below folders.
 
@@ -214,7 +310,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
   files: list[str] = []
   for path in map(Path, paths):
     if path.is_dir():
-      names = sorted(_images_below(path))
+      names = sorted(_Scan().images(path))
       if not names:
         raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
       files += [os.fspath(path / os.fsdecode(name)) for name in names]
@@ -225,24 +321,65 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
   return files
 
 
-def open_images(files: Sequence[str]) -> Source:
+def open_images(files: Sequence[str], *, upright: bool) -> Source:
   """Opens image files, which have no labels, in this order."""
   names = np.array([os.fsencode(file) for file in files])
   records = _FolderRecords(Path(), names, np.zeros(len(files), np.int32))
-  return Source(records, ('',), 'the given images')
+  return Source(records, ('',), 'the given images', upright=upright)
 
 
-def _images_below(folder: Path, subfolder: str = '') -> Iterator[bytes]:
-  """Names of the image files in a folder or its subfolder and below, relative to `folder`."""
+class _Scan:
+  """Walks through folders, and remembers what it met besides images."""
 
-  def refuse(error: OSError) -> None:
-    raise UserError(f'{error.filename} cannot be read: {error.strerror}')
+  def __init__(self) -> None:
+    self._folders: dict[tuple[int, int], str] = {}  # (device, inode) -> path
+    self._skipped: collections.Counter[str] = collections.Counter()  # by suffix
+    self._broken: list[str] = []  # links that lead nowhere
 
-  for parent, _, files in os.walk(folder / subfolder, onerror=refuse, followlinks=True):
-    relative = os.path.relpath(parent, folder)
-    for name in files:
-      if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.'):
-        yield os.fsencode(name if relative == '.' else os.path.join(relative, name))
+  def images(self, folder: Path, subfolder: str = '') -> Iterator[bytes]:
+    """Names of the image files in a folder or its subfolder and below, relative to `folder`; hidden ones are left out.
+
+    Raises:
+      UserError: a folder cannot be read, or a link leads to one that was read before.
+    """
+    path = os.path.join(folder, subfolder)
+    try:
+      self._check_new(path)
+      with os.scandir(path) as entries:
+        visible = [entry for entry in entries if not _is_hidden(entry.name)]
+    except OSError as error:
+      raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
+    for entry in visible:
+      name, suffix = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
+      if entry.is_dir():
+        yield from self.images(folder, name)
+      elif entry.is_symlink() and not os.path.exists(entry.path):
+        self._broken.append(entry.path)
+      elif suffix in IMAGE_SUFFIXES:
+        yield os.fsencode(name)
+      else:
+        self._skipped[suffix or 'no suffix'] += 1
+
+  def _check_new(self, path: str) -> None:
+    status = os.stat(path)
+    before = self._folders.setdefault((status.st_dev, status.st_ino), path)
+    if before != path:
+      raise UserError(f'{path} is the same folder as {before}, so its images would be read twice: remove the link')
+
+  def notes(self, folder: Path) -> tuple[str, ...]:
+    """Lines for the user about what lies in `folder` and was not read."""
+    lines = []
+    if self._skipped:
+      by_count = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
+      kinds = ', '.join(f'{count:,} {suffix}' for suffix, count in by_count[:5])
+      lines.append(f'{folder}: files that are no images by their names were left out: {printable(kinds)}')
+    if self._broken:
+      lines.append(f'{folder}: {len(self._broken):,} links lead nowhere, such as {printable(self._broken[0])}')
+    return tuple(lines)
+
+
+def _is_hidden(name: str) -> bool:
+  return name.startswith('.') or name in NO_DATA
 
 
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:

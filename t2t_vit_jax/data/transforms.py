@@ -1,131 +1,23 @@
 """Image transforms on the host: pure functions of an RGB image and, where random, a generator."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import dataclasses
 import functools
 import importlib.util
-import io
 import math
-import struct
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from t2t_vit_jax.data.decoding import Box, EncodedImage
 from t2t_vit_jax.errors import UserError, check_interval, check_not_negative, check_share
 
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
-JPEG_END = b'\xff\xd9'
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in px
 EvalTransform = Callable[[Image.Image], Image.Image]
-
-
-class BadImage(ValueError):  # noqa: N818 (a condition of the data that is dealt with)
-  """An image file that cannot be decoded."""
-
-
-@contextlib.contextmanager
-def _pillow_errors() -> Iterator[None]:
-  """Turns every error of Pillow's readers but a lack of memory into `BadImage`."""
-  try:
-    yield
-  except MemoryError:
-    raise
-  except UnidentifiedImageError as error:
-    raise BadImage('no image file') from error
-  except Exception as error:
-    raise BadImage(f'{type(error).__name__}: {error}') from error
-
-
-def decode(encoded: bytes) -> Image.Image:
-  """Decodes an image file of any mode to RGB as Pillow converts it.
-
-  EXIF orientation is ignored, as it was when the published models were trained.
-
-  Raises:
-    BadImage: the file is empty, damaged, cut off, or no image.
-  """
-  with _pillow_errors():
-    return _to_rgb(Image.open(io.BytesIO(encoded)))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-  image.load()
-  return image if image.mode == 'RGB' else image.convert('RGB')  # `convert` would copy an RGB image
-
-
-class EncodedImage:
-  """An image file, of which only the part that a crop needs is decoded.
-
-  Raises:
-    BadImage: the file is empty or no image; other damage shows when it is decoded.
-  """
-
-  def __init__(self, encoded: bytes):
-    with _pillow_errors():
-      self._image = Image.open(io.BytesIO(encoded))  # reads the header only
-    self._encoded = encoded
-    self.width, self.height = self._image.size
-
-  def crop(self, box: Box, *, fast: bool = False) -> Image.Image:
-    """Cuts out the pixels of `decode(encoded).crop(box)`, without decoding rows below the box if the file allows it.
-
-    Args:
-      box: inside the image.
-      fast: decode JPEG with simplejpeg, which overlooks some kinds of damage; CMYK may be off by one.
-
-    Raises:
-      BadImage: the file is damaged or cut off.
-    """
-    encoded = _without_rows_below(box[3], self._encoded, self.width, self.height)
-    if fast and encoded.endswith(JPEG_END) and (crop := _fast_crop(encoded, box)):
-      return crop
-    with _pillow_errors():
-      image = self._image if encoded is self._encoded else Image.open(io.BytesIO(encoded))
-      return _to_rgb(image.crop(box))
-
-
-def _fast_crop(encoded: bytes, box: Box) -> Image.Image | None:
-  """Decodes with simplejpeg and crops; None if simplejpeg can't read the file."""
-  import simplejpeg
-
-  left, top, right, bottom = box
-  try:
-    pixels = simplejpeg.decode_jpeg(encoded, strict=False)  # strict, it would refuse the shortened height
-  except ValueError:
-    return None
-  return Image.fromarray(pixels[top:bottom, left:right])
-
-
-def _without_rows_below(bottom: int, encoded: bytes, width: int, height: int) -> bytes:
-  """JPEG file with less height in its header, so that the decoder stops early; `encoded` itself for other files.
-
-  Rows are stored from top to bottom in stripes of up to 16. One stripe more than needed is kept, since the decoder
-  interpolates colour between rows: so the pixels above `bottom` stay the same.
-  """
-  rows = 16 * math.ceil(bottom / 16) + 16
-  if rows >= height or not encoded.endswith(JPEG_END):  # only decoding everything shows that the end is missing
-    return encoded
-  return encoded.replace(_jpeg_frame(width, height), _jpeg_frame(width, rows), 1)
-
-
-def _jpeg_frame(width: int, height: int) -> bytes:
-  """The start of the frame header of a baseline JPEG file with three components."""
-  return struct.pack('>HHBHHB', 0xFFC0, 17, 8, height, width, 3)
-
-
 TrainTransform = Callable[[EncodedImage, np.random.Generator], Image.Image]  # begins with a crop
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
-
-
-def upright(image: Image.Image) -> Image.Image:
-  """Turns a decoded image by its EXIF orientation, if that can be read: photographs of phones need it."""
-  try:
-    return ImageOps.exif_transpose(image)
-  except Exception:  # EXIF is full of surprises, and none of them harms the pixels
-    return image
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:

@@ -35,6 +35,7 @@ class Recipe:
   mesh: Mesh
   model: T2TViT
   init_from: str | None  # the weight file to start from
+  class_names: tuple[str, ...] | None  # of the data, if it is known
   augmentation: BatchAugmentation
   order: TrainOrder
   eval_batch_size: int  # images
@@ -71,7 +72,9 @@ class Recipe:
     if self.init_from is None:
       return self.make_state(self.rng)
     path = self.init_from
-    return self.make_state(self.rng, in_all_processes(lambda: pretrained_variables(path, self.model, self.order.seed)))
+    return self.make_state(
+      self.rng, in_all_processes(lambda: pretrained_variables(path, self.model, self.order.seed, self.class_names))
+    )
 
   def abstract_batch(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `count` images."""
@@ -90,7 +93,9 @@ class Recipe:
     return self.abstract_state, self.abstract_batch(self.order.batch_size), rng
 
 
-def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int) -> Recipe:
+def build_recipe(
+  config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int, class_names: tuple[str, ...] | None = None
+) -> Recipe:
   """Builds the computations of a run; its devices and data need only be described.
 
   Args:
@@ -98,6 +103,7 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
     mesh: of devices that are present or only described.
     num_classes: of the data.
     num_train_images: of the data.
+    class_names: of the data; None for data that is described only.
 
   Raises:
     UserError: the parts don't fit together.
@@ -133,6 +139,7 @@ def build_recipe(config: Any, mesh: Mesh, *, num_classes: int, num_train_images:
     mesh=mesh,
     model=model,
     init_from=config.init_from,
+    class_names=class_names,
     augmentation=augmentation,
     order=order,
     eval_batch_size=eval_batch_size(config, mesh),

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from t2t_vit_jax.data.faults import Faults
+from t2t_vit_jax.data.faults import Faults, Remarks
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
@@ -105,6 +105,7 @@ class Evaluator:
     workers: processes and threads that prepare its images.
     mesh: the devices.
     split: its name, for messages.
+    remarks: on the images.
   """
 
   step: Callable[[Any, Any], dict[str, jax.Array]]
@@ -114,6 +115,7 @@ class Evaluator:
   workers: Workers
   mesh: Mesh
   split: str
+  remarks: Remarks = dataclasses.field(default_factory=Remarks)
 
   def __call__(
     self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False
@@ -125,7 +127,7 @@ class Evaluator:
     Raises:
       DataError: a label belongs to no class, or a worker died.
     """
-    faults = Faults(self.source, warn, 'it counts as wrong')
+    faults = Faults(self.source, warn, 'it counts as wrong', remarks=self.remarks)
     with contextlib.closing(eval_batches(self.source, self.transform, self.share, self.workers)) as batches:
       until_stop = itertools.takewhile(lambda _: not stop(), faults.check(batches))
       accuracies = evaluate(self.step, weights, until_stop, self.mesh)

@@ -1,19 +1,21 @@
 """Fills a config's open fields from the weight file that a run starts from, and loads that file's variables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import copy
 from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.conversion import Options, load_pretrained
 from t2t_vit_jax.conversion.convert import load
-from t2t_vit_jax.conversion.weight_format import Weights
+from t2t_vit_jax.conversion.weight_format import Weights, read_header
+from t2t_vit_jax.data.class_names import comparable
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant
 from t2t_vit_jax.recipe.checks import check_ranges
 
-DATA_FIELDS = ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std')  # of `config.data` and of weight files
+# Fields of `config.data` that weight files have too; older files lack the last.
+DATA_FIELDS = ('image_size', 'crop_fraction', 'interpolation', 'mean', 'std', 'orientation')
 
 
 def resolve(config: Any) -> Any:
@@ -21,11 +23,13 @@ def resolve(config: Any) -> Any:
 
   Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`. If
   that file's model has no name, its arguments fill `config.model` instead. The file is read only if a field is open.
+  `data.orientation` needs no file: see `_set_orientation`.
 
   Raises:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
   """
   config = copy.deepcopy(config)
+  _set_orientation(config, _header(config.init_from).get('data', {}))
   open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
@@ -58,6 +62,7 @@ def resolve_for_evaluation(config: Any, data: Mapping[str, Any], origin: str) ->
 
 
 def _set_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> None:
+  _set_orientation(config, data)
   for field in DATA_FIELDS:
     if config.data[field] is None:
       try:
@@ -65,6 +70,22 @@ def _set_data_fields(config: Any, data: Mapping[str, Any], origin: str) -> None:
         config.data[field] = tuple(map(float, value)) if field in ('mean', 'std') else value
       except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{origin} has no usable data.{field}: set --config.data.{field}=...') from error
+
+
+def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
+  """Fills an open `data.orientation`: with the weights' own, else pictures from people's folders are turned upright."""
+  if config.data.orientation is None:
+    default = 'upright' if config.data.source == 'folder' else 'ignored'
+    config.data.orientation = data.get('orientation', default)
+
+
+def _header(path: str | None) -> dict[str, Any]:
+  """The header of a weight file of this package; empty if there is none."""
+  try:
+    with Path(path or '').open('rb') as file:
+      return read_header(file) or {}
+  except OSError:  # whether the file is needed at all is not known here
+    return {}
 
 
 def _load_init_from(config: Any) -> Weights:
@@ -89,16 +110,30 @@ def _describe_model(config: Any, weights: Weights) -> None:
       config.model[field] = weights.arguments[field]
 
 
-def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
+def preparation_differences(config: Any, data: Mapping[str, Any]) -> list[str]:
+  """A phrase for each field of `config.data` that prepares images otherwise than `data`, the weights' own fields."""
+  own = {'orientation': 'upright' if config.data.source == 'folder' else 'ignored', **data}
+  pairs = {field: (_plain(config.data[field]), _plain(own.get(field))) for field in DATA_FIELDS}
+  return [f'data.{field} is {now}, not {wanted}' for field, (now, wanted) in pairs.items() if now != wanted]
+
+
+def _plain(value: Any) -> Any:
+  return [float(x) for x in value] if isinstance(value, tuple | list) else value
+
+
+def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Sequence[str] | None) -> dict[str, Any]:
   """Variables of the weight file `path` for `model`, fitted to its number of classes and image size.
 
-  If the file's head has another number of classes, a new one is made from `seed`.
+  A new head is made from `seed` if the file's has another number of classes, or other classes than `class_names`.
 
   Raises:
     UserError: the file can't be read, or holds another model.
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-  loaded_model, variables = load_pretrained(path, model.num_classes, model.image_size, settings=settings, seed=seed)
+  fresh_head = class_names is not None and _has_other_classes(path, class_names)
+  loaded_model, variables = load_pretrained(
+    path, model.num_classes, model.image_size, settings=settings, seed=seed, fresh_head=fresh_head
+  )
   differences = [
     f'{field}={getattr(loaded_model, field)} instead of {getattr(model, field)}'
     for field in ARCHITECTURE
@@ -107,3 +142,9 @@ def pretrained_variables(path: str, model: T2TViT, seed: int) -> dict[str, Any]:
   if differences:
     raise UserError(f'init_from: {path} holds another model than the config: {", ".join(differences)}')
   return variables
+
+
+def _has_other_classes(path: str, class_names: Sequence[str]) -> bool:
+  """Whether a weight file names classes, and others than `class_names` or in another order."""
+  own = _header(path).get('class_names')
+  return own is not None and comparable(own) != comparable(class_names)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from t2t_vit_jax.data import loader, pipeline, transforms
+from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
@@ -36,9 +37,27 @@ class Run:
   workers: loader.Workers
   evaluator: Evaluator
 
+  @property
+  def orientation(self) -> str:
+    """The value of `data.orientation`."""
+    return str(self.recipe.config['data']['orientation'])
+
+  def with_orientation(self, orientation: str) -> Self:
+    """The same run with another `data.orientation`."""
+    config, upright = self.recipe.config, ORIENTATIONS[orientation]
+    config = config | {'data': config['data'] | {'orientation': orientation}}
+    return dataclasses.replace(
+      self,
+      recipe=dataclasses.replace(self.recipe, config=config),
+      train_source=dataclasses.replace(self.train_source, upright=upright),
+      evaluator=dataclasses.replace(self.evaluator, source=dataclasses.replace(self.evaluator.source, upright=upright)),
+    )
+
   def train_faults(self, warn: Callable[[str], None]) -> Faults:
     """The checker for the batches of `train_batches`."""
-    return Faults(self.train_source, warn, 'the next one takes its place', self.max_bad_fraction)
+    return Faults(
+      self.train_source, warn, 'the next one takes its place', self.max_bad_fraction, self.evaluator.remarks
+    )
 
   def train_batches(self, first_step: int, workers: loader.Workers | None = None) -> Generator[loader.Batch]:
     """This process's part of the batches from `first_step` to the end of the run, unchecked."""
@@ -100,7 +119,10 @@ def build_run(config: Any) -> Run:
 def _build(config: Any) -> Run:
   mesh, train_transform = build_mesh(config), pipeline.train_transform(config)  # first: data may take long to open
   train_source, eval_source = pipeline.open_sources(config.data)
-  recipe = build_recipe(config, mesh, num_classes=len(train_source.class_names), num_train_images=len(train_source))
+  class_names = train_source.class_names
+  recipe = build_recipe(
+    config, mesh, num_classes=len(class_names), num_train_images=len(train_source), class_names=class_names
+  )
   return Run(
     recipe=recipe,
     train_source=train_source,

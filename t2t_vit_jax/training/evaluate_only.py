@@ -1,5 +1,6 @@
 """Evaluates weights without training: of a weight file, or of a run's newest checkpoint."""
 
+from collections.abc import Sequence
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.data import pipeline
+from t2t_vit_jax.data.class_names import comparable, imagenet_names
+from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.processes import check_agreement, in_all_processes
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
-from t2t_vit_jax.recipe.init_from import resolve_for_evaluation
+from t2t_vit_jax.recipe.init_from import preparation_differences, resolve_for_evaluation
 from t2t_vit_jax.recipe.run import make_evaluator
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
@@ -47,15 +50,41 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
       description, weights = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
+    class_names = description.get('class_names')
   else:
     loaded, _ = in_all_processes(lambda: load(Path(path), Options()))
-    (model, variables), data = loaded.build(), loaded.data
+    (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
   config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
-  source = in_all_processes(lambda: pipeline.open_eval_source(config.data))
+  if differences := preparation_differences(config, data):
+    warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
+  source = in_all_processes(lambda: _open_source(config, model.num_classes, class_names))
+  for note in source.notes:
+    warn(note)
   return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
+
+
+def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | None) -> Source:
+  """Opens the evaluation split, with the labels of the weights' classes: by name, if the weights have names.
+
+  Raises:
+    UserError: the data is missing, has a class that the weights don't know, or lacks one.
+  """
+  source, synsets = pipeline.open_eval_source(config.data), imagenet_names()
+  if class_names is None and num_classes == len(synsets) and synsets.keys() >= set(source.class_names):
+    class_names = tuple(synsets)  # published weights have no names
+  if class_names is None:
+    return source
+  labelled = source.with_classes(class_names)
+  num_missing = len(class_names) - len(set(comparable(source.class_names)))
+  if not config.data.allow_missing_classes and num_missing:
+    raise UserError(
+      f'{source.description} lacks {num_missing} of the {len(class_names)} classes of the weights; to evaluate those '
+      'that it has: --config.data.allow_missing_classes=True'
+    )
+  return labelled
 
 
 def _check_exists(path: epath.Path) -> None:

@@ -62,19 +62,19 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     save_every=config.checkpoint.every_steps or total_steps,
     report_every=config.logging.every_steps,
   )
-  nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
   with (
     open_workdir(workdir) as folder,
     Checkpoints(
       folder.root / 'checkpoints', config.checkpoint.keep_latest, allow_changes=config.checkpoint.allow_changes
     ) as checkpoints,
   ):
-    state, notes = _initial_state(run, checkpoints)
+    run, state, notes = _initial_state(config, run, checkpoints)
     metrics = checkpoints.latest_metrics
     if int(state.step) >= total_steps and metrics:
       say(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
       written = weight_files.are_written(folder.root, checkpoints, with_ema=bool(run.recipe.ema_decay))
     else:
+      nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
       with _reporter(run, folder, first_step=int(state.step)) as reporter:
         for note in notes:
           say(note)
@@ -89,12 +89,17 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
   return accuracy
 
 
-def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
-  """The state to start from, and lines about it for the user."""
+def _initial_state(config: Any, run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, list[str]]:
+  """The run, which reads images as before an interruption; the state to start from; and lines about it for the user."""
   if checkpoints.latest_step is None:
-    return run.recipe.fresh_state(), []
-  state, changes, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
-  return state, set_aside + ([f'changed since the checkpoint: {"; ".join(changes)}'] if changes else [])
+    return run, run.recipe.fresh_state(), []
+  restored = checkpoints.restore(run.recipe.abstract_state, description(run))
+  changes, data = restored.changes, restored.run.get('config', {}).get('data', {})
+  if config.data.orientation is None and data.get('orientation', run.orientation) != run.orientation:
+    run = run.with_orientation(data['orientation'])
+    changes = [phrase for phrase in changes if not phrase.startswith('data.orientation ')]
+  notes = [f'changed since the checkpoint: {"; ".join(changes)}'] if changes else []
+  return run, restored.state, restored.set_aside + notes
 
 
 def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:

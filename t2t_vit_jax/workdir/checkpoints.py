@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from etils import epath
 from flax import serialization
@@ -23,13 +23,29 @@ from t2t_vit_jax.processes import LostProcessError, in_all_processes, lost_proce
 from t2t_vit_jax.recipe.sharding import divided, mesh_of
 from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.workdir import orbax_errors
-from t2t_vit_jax.workdir.compatibility import block_form, check_shapes, run_changes
+from t2t_vit_jax.workdir.compatibility import block_form, check_shapes, run_changes, with_added_fields
 from t2t_vit_jax.workdir.fingerprints import abstract_fingerprints, fingerprints, verified
 from t2t_vit_jax.workdir.folder import is_bucket, move_folder
 from t2t_vit_jax.workdir.provenance import provenance
 
 BEST_METRIC = 'top1'
 policies = ocp.training.preservation_policies
+
+
+class Restored(NamedTuple):
+  """A state, and what the user should know about it.
+
+  Attributes:
+    state: the state.
+    run: `description.description` of the run that saved it.
+    changes: a phrase for each field of the config that has changed since.
+    set_aside: a line for each checkpoint that was damaged and moved away.
+  """
+
+  state: TrainState
+  run: dict[str, Any]
+  changes: list[str]
+  set_aside: list[str]
 
 
 class Checkpoints:
@@ -146,16 +162,12 @@ class Checkpoints:
         'the checkpoints there are intact'
       )
 
-  def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> tuple[TrainState, list[str], list[str]]:
+  def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> Restored:
     """Loads the newest checkpoint that is whole; moves damaged checkpoints to the folder `damaged` beside this folder.
 
     Args:
       abstract_state: shapes, dtypes and shardings wanted.
       run: `description.description` of the run now.
-
-    Returns:
-      The state; a phrase for each field of the config that has changed since the checkpoint; and a line for each
-      checkpoint that was set aside.
 
     Raises:
       UserError: no checkpoint is whole, or it has other names or shapes, or a field that decides what the model
@@ -166,7 +178,7 @@ class Checkpoints:
       failure = None
       with orbax_errors.silence() as logged:
         try:
-          state, changes = self._load_newest(abstract_state, run, logged)
+          state, stored_run, changes = self._load_newest(abstract_state, run, logged)
         except UserError:
           raise
         except Exception as error:
@@ -175,13 +187,13 @@ class Checkpoints:
           failure = orbax_errors.first_line(error)
         whole = multihost_utils.process_allgather(np.array(failure is None)).all()
       if whole:
-        return state, changes, set_aside
+        return Restored(state, stored_run, changes, set_aside)
       set_aside.append(self._set_aside(failure or 'another process could not read it'))
     raise UserError(f'no checkpoint can be read. {" ".join(set_aside)} The same command starts anew')
 
   def _load_newest(
     self, abstract_state: TrainState, run: dict[str, Any], logged: Sequence[logging.LogRecord]
-  ) -> tuple[TrainState, list[str]]:
+  ) -> tuple[TrainState, dict[str, Any], list[str]]:
     stored = self._newest_metadata(logged)
     wanted = serialization.to_state_dict(abstract_state)
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
@@ -189,7 +201,7 @@ class Checkpoints:
     if to_stored_form is not to_wanted_form:  # `scan_blocks` has changed
       wanted = divided(jax.eval_shape(to_stored_form, wanted), mesh_of(wanted))
     wanted['fingerprint'] = abstract_fingerprints(wanted)
-    stored_run = stored.custom_metadata or {}
+    stored_run = with_added_fields(stored.custom_metadata)
     check_shapes(stored.metadata, stored_run.get('model', 'a model'), wanted, run['model'], self.folder)
     changes, fatal = run_changes(stored_run, run)
     if fatal and not self._allow_changes:
@@ -200,7 +212,7 @@ class Checkpoints:
     restored = verified(self._checkpointer.load(None, wanted))
     if to_stored_form is not to_wanted_form:
       restored = jax.jit(to_wanted_form, out_shardings=shardings)(restored)
-    return serialization.from_state_dict(abstract_state, restored), changes
+    return serialization.from_state_dict(abstract_state, restored), stored_run, changes
 
   def load_weights(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest checkpoint's description, and its variables by the name of the weights: 'raw' and perhaps 'ema'.
@@ -230,7 +242,9 @@ class Checkpoints:
     restored = unstack_blocks(restored)
     frozen = restored.pop('frozen')
     kinds = {'params': 'raw', 'ema': 'ema'}
-    return stored.custom_metadata, {kinds[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()}
+    return with_added_fields(stored.custom_metadata), {
+      kinds[name]: {'params': x, 'frozen': frozen} for name, x in restored.items()
+    }
 
   def _newest_metadata(self, logged: Sequence[logging.LogRecord]) -> Any:
     """The newest checkpoint's shapes, dtypes and metrics, and the run that it belongs to.

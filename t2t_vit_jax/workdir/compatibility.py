@@ -20,7 +20,17 @@ UNCHANGEABLE = (
   'train_images',
   'optimizer.name',
 )
+# Fields of `config.data` that older runs lack -> what these runs did.
+ADDED_DATA_FIELDS = {'orientation': 'ignored'}
 SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # except of these: the results stay the same
+
+
+def with_added_fields(run: dict[str, Any] | None) -> dict[str, Any]:
+  """A stored `description.description`, completed by the fields that an older run lacks."""
+  if not run or 'config' not in run:
+    return run or {}
+  config = run['config']
+  return {**run, 'config': {**config, 'data': {**ADDED_DATA_FIELDS, **config['data']}}}
 
 
 def run_changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

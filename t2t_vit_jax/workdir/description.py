@@ -23,6 +23,7 @@ def summary(run: Run) -> list[str]:
     f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
     f'{recipe.images_per_device} images of a batch and '
     f'{sharding.bytes_per_device(recipe.abstract_state) / 1e6:,.1f} MB of state',
+    *dict.fromkeys((*run.train_source.notes, *eval_source.notes)),  # of a divided folder both have the same
     *_mixing_note(recipe),
     *_batch_note(recipe),
   ]
