@@ -1,6 +1,8 @@
 """From image files to 8-bit RGB, against Pillow's own turning and against the same pictures with 8 bits."""
 
 import io
+from pathlib import Path
+import re
 import struct
 import zlib
 
@@ -11,7 +13,7 @@ import pytest
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage, Remark, decode
 from t2t_vit_jax.data.faults import REMARKS, Faults
-from t2t_vit_jax.data.sources import open_images
+from t2t_vit_jax.data.sources import IMAGE_SUFFIXES, open_images
 from tests.image_folder import encoded
 
 rng = np.random.default_rng(0)
@@ -161,3 +163,55 @@ def test_remarks_are_said_once(tmp_path):
     f'image {files[0]} {REMARKS[Remark.DEEP]}; others like it are not named',
     f'image {files[2]} {REMARKS[Remark.NOT_UPRIGHT]}; others like it are not named',
   ]
+
+
+COLOR = Image.fromarray(PIXELS)
+FIRST, SECOND = Image.new('L', (4, 4), 10), Image.new('L', (4, 4), 200)
+CLEAR = Image.new('RGBA', (4, 4), (9, 9, 9, 0))
+# The rows of the table in docs/data.md: (file, whether to turn it, pixels; None if it is refused).
+PICTURES = {
+  'grey, bilevel, CMYK, palette': [
+    (encoded(image, 'TIFF'), False, image.convert('RGB'))
+    for image in (COLOR.convert('L'), COLOR.convert('1'), COLOR.convert('CMYK'), COLOR.quantize(8))
+  ],
+  '16 bits a sample': [(file, False, pixels) for file, pixels in list(DEEP_FILES.values())[:8]],
+  'floating-point samples between 0 and 1': [(*DEEP_FILES['TIFF, float'][:1], False, IN_RGB)],
+  'TIFF with SMinSampleValue and SMaxSampleValue, floating-point or 32-bit': [
+    (DEEP_FILES[name][0], False, IN_RGB) for name in ('TIFF, float with a range', 'TIFF, 32-bit integers with a range')
+  ],
+  'other floating-point or 32-bit samples': [
+    (tiff(GREY.astype(np.float32)), False, None),
+    (tiff(GREY.astype(np.int32)), False, None),
+  ],
+  'transparent pixels': [(encoded(CLEAR, 'PNG'), False, np.full((4, 4, 3), 255))],
+  'several frames or pages': [
+    (encoded(FIRST, file_format, save_all=True, append_images=[SECOND]), False, FIRST.convert('RGB'))
+    for file_format in ('GIF', 'TIFF', 'PNG')
+  ],
+  "EXIF orientation, with `data.orientation='upright'`": [
+    (with_orientation(6, file_format), True, COLOR.transpose(Image.Transpose.ROTATE_270))
+    for file_format in ('PNG', 'TIFF')
+  ],
+  "EXIF orientation, with `data.orientation='ignored'`": [
+    (with_orientation(6, 'PNG'), False, COLOR),
+    (with_orientation(6, 'TIFF'), False, COLOR.transpose(Image.Transpose.ROTATE_270)),
+  ],
+}
+PAGE = (Path(__file__).parents[1] / 'docs' / 'data.md').read_text()
+
+
+def test_the_documented_table_is_complete():
+  table = re.search(r'\| picture \|.*?\n\|---\|---\|\n(.*?)\n\n', PAGE, re.DOTALL)[1]
+  assert [line.split(' | ')[0].removeprefix('| ') for line in table.splitlines()] == list(PICTURES)
+  suffixes = re.search(r'these suffixes count: ((?:\.\w+\s)+)', PAGE)[1].split()
+  assert suffixes == sorted(IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize('cases', PICTURES.values(), ids=PICTURES)
+def test_pictures_are_read_as_documented(cases):
+  for file, upright, pixels in cases:
+    if pixels is None:
+      with pytest.raises(BadImage):
+        decode(file, upright=upright)
+    else:
+      np.testing.assert_allclose(np.asarray(decode(file, upright=upright), int), np.asarray(pixels, int), atol=1)
