@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import check_and_quiet, refusing_bad_flags
+from t2t_vit_jax.command_line import check_and_quiet, refusing_bad_flags, with_home
 from t2t_vit_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -18,6 +18,7 @@ DEFAULT_CONFIG = str(HERE / 'configs' / 'digits.py')
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Defines and parses the flags; an unknown config field is refused in one line, like an unknown flag."""
+  argv = with_home(argv)
   with refusing_bad_flags(argv, DEFAULT_CONFIG):
     config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, 'The run: a file in configs/.')
     flags.DEFINE_bool('dry_run', False, 'Build and check everything, describe the run, train nothing.')

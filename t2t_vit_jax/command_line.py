@@ -1,7 +1,7 @@
 """Command lines, with and without --config=FILE and --config.FIELD=VALUE: an error is one line and exit code 2."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 from pathlib import Path
@@ -21,8 +21,17 @@ class Parser(argparse.ArgumentParser):
   def __init__(self, **options: Any):
     super().__init__(allow_abbrev=False, **options)
 
+  def parse_args(self, argv: Any = None, namespace: Any = None) -> Any:
+    """Parses `argv`, or the program's own; see `with_home`."""
+    return super().parse_args(with_home(sys.argv[1:] if argv is None else argv), namespace)
+
   def error(self, message: str) -> NoReturn:
     raise UserError(message)
+
+
+def with_home(argv: Sequence[str]) -> list[str]:
+  """Replaces ~ at the start of arguments and of flags' values by the home folder, which shells do not in --flag=~/x."""
+  return [re.sub(r'^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + os.path.expanduser('~'), x) for x in argv]
 
 
 def run_tool(tool: Callable[[], int]) -> int:

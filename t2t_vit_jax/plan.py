@@ -17,7 +17,7 @@ from absl import app, flags
 import jax
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags
+from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags, with_home
 from t2t_vit_jax.console import say
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
@@ -168,6 +168,7 @@ def batch_unit(group_size: int, num_chips: int, accumulate_steps: int) -> int:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Defines and parses the flags."""
+  argv = with_home(argv)
   if file := config_file(argv):
     sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config can import another, from any folder
   with refusing_bad_flags(argv):

@@ -1,15 +1,15 @@
 """The program convert_torch_weights.py: flags, lines on both outputs, exit codes."""
 
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
-from absl.testing import flagsaver
 import pytest
 import torch
 
 from t2t_vit_jax import load_pretrained
-from t2t_vit_jax.conversion.__main__ import main, parse_flags
+from t2t_vit_jax.conversion.__main__ import main
 from tests import checkpoints, golden
 from tests.parameters import slow_but
 
@@ -58,7 +58,7 @@ def test_other_classes_and_sizes(tmp_path):
   [
     (['--output={}'], '--set=num_heads=N'),
     ([], '--output'),
-    (['another', '--output={}'], 'one CHECKPOINT'),
+    (['another', '--output={}'], 'another'),
     (['--ouput={}'], 'ouput'),
     (['--output={}', '--weights=best'], 'weights'),
     (['--output={}', '--set=heads=4'], "did you mean 'num_heads'?"),
@@ -75,10 +75,8 @@ def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
   """In this process: each of its own would load torch."""
   output = tmp_path / 'weights.safetensors'
   source = str(golden.DATA / 'official_tiny_performer.pth.tar')
-  command = ['program', source, *(flag.format(output) for flag in flags)]
-  with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-    main(parse_flags(command))
-  assert_error(subprocess.CompletedProcess(command, caught.value.code, *capsys.readouterr()), says)
+  command = [source, *(flag.format(output) for flag in flags)]
+  assert_error(subprocess.CompletedProcess(command, main(command), *capsys.readouterr()), says)
   assert not list(tmp_path.iterdir())
 
 
@@ -94,3 +92,19 @@ def test_bad_files_are_one_line(damage, tmp_path):
   before = set(tmp_path.iterdir())
   assert_error(program(tmp_path / 'weights.pth', f'--output={tmp_path}/out.safetensors'), 'weights.pth', says)
   assert set(tmp_path.iterdir()) == before
+
+
+def test_the_command_of_the_readme_shows_its_flags():
+  result = program('--help')
+  assert result.returncode == 0
+  for flag in ('--output', '--model', '--set', '--weights', '--num_classes', '--image_size', '--reverse', '--force'):
+    assert f'\n  {flag}' in result.stdout
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
+  """The shell leaves it as it is after an equals sign."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  shutil.copy(golden.DATA / 'official_tiny_performer.pth.tar', tmp_path / 'weights.pth')
+  assert main(['~/weights.pth', '--output=~/weights.safetensors', '--set=num_heads=4']) == 0
+  assert f'wrote {tmp_path}/weights.safetensors' in capsys.readouterr().out
+  assert load_pretrained('~/weights.safetensors')[0].num_heads == 4

@@ -113,7 +113,7 @@ def test_what_one_process_finds_wrong_ends_all(data_dir, tmp_path):
 @pytest.mark.slow
 def test_meshes_and_batches_that_do_not_fit_end_all(data_dir, tmp_path):
   for change, message in (
-    ('--config.mesh.fsdp=3', 'does not fit 4 devices, which 3 does not divide'),
+    ('--config.mesh.fsdp=3', 'does not fit 4 devices: that is no multiple of 3'),
     ('--config.data.batch_size=66', 'cannot be divided among 4 devices: set data.batch_size to 64 or 68'),
   ):
     results = finish(start(2, f'--workdir={tmp_path}/run', change, devices=2))

@@ -4,57 +4,42 @@ The checkpoint may come from the reference, from mmpretrain or from timm's train
 in it is executed. With --reverse, a converted file becomes a PyTorch state dict.
 """
 
+import argparse
 from collections.abc import Callable
-from typing import Any, cast
+from pathlib import Path
+import sys
+from typing import Any
 
-from absl import app, flags, logging
+from absl import logging
 
 from t2t_vit_jax import conversion
-from t2t_vit_jax.command_line import fail
+from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.errors import UserError, did_you_mean
 
-OUTPUT = flags.DEFINE_string('output', None, 'The file to write: .safetensors, or .pth with --reverse.')
-MODEL = flags.DEFINE_string('model', None, 'Name of the model, where the tensors fit more than one.')
-SET = flags.DEFINE_list('set', [], 'Arguments that tensors do not show: num_heads=4,qk_scale=0.17,image_size=192x256.')
-WEIGHTS = flags.DEFINE_enum(
-  'weights', None, ['ema', 'raw'], 'The moving average or the raw weights. Default: the average, if the file has it.'
-)
-NUM_CLASSES = flags.DEFINE_integer(
-  'num_classes', None, 'Another number of classes, with an untrained head; 0 for no head.', lower_bound=0
-)
-IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Another image size, SIDE or HEIGHTxWIDTH: resizes the positions.')
-FORCE = flags.DEFINE_bool('force', False, 'Overwrite the output.')
-REVERSE = flags.DEFINE_bool('reverse', False, 'Write a PyTorch state dict.')
+_SETTINGS: dict[str, Callable[[str], Any]] = {
+  'num_heads': int,
+  'qk_scale': float,
+  'image_size': conversion.parse_image_size,
+}
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; ends the program with one line if one is wrong."""
-  try:
-    arguments = flags.FLAGS(argv)
-  except flags.Error as error:
-    fail(str(error).splitlines()[0])
-  if len(arguments) != 2:
-    fail('give one CHECKPOINT')
-  return arguments
-
-
-def main(argv: list[str]) -> None:
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # jax logs the devices it does not find at INFO
-  try:
-    if OUTPUT.value is None:
-      raise UserError('give --output=FILE')
-    options = conversion.Options(
-      model_name=MODEL.value,
-      settings=dict(map(_setting, SET.value)),
-      weights=cast(Any, WEIGHTS.value),  # an enum flag: 'ema', 'raw' or None
-      num_classes=NUM_CLASSES.value,
-      image_size=None if IMAGE_SIZE.value is None else conversion.parse_image_size(IMAGE_SIZE.value),
-    )
-    for line in conversion.convert(argv[1], OUTPUT.value, options, reverse=REVERSE.value, force=FORCE.value):
-      print(line)
-  except UserError as error:
-    fail(str(error))
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
+  logging.set_verbosity(logging.WARNING)  # jax logs the devices it does not find at INFO
+  if arguments.output is None:  # not argparse's business, which would hide a misspelt flag
+    raise UserError('give --output=FILE')
+  options = conversion.Options(
+    model_name=arguments.model,
+    settings=dict(map(_setting, arguments.set.split(',') if arguments.set else ())),
+    weights=arguments.weights,
+    num_classes=arguments.num_classes,
+    image_size=None if arguments.image_size is None else conversion.parse_image_size(arguments.image_size),
+  )
+  for line in conversion.convert(
+    arguments.checkpoint, arguments.output, options, reverse=arguments.reverse, force=arguments.force
+  ):
+    print(line)
+  return 0
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -68,12 +53,36 @@ def _setting(text: str) -> tuple[str, Any]:
     raise UserError(f'--set={text}: {value!r} is no value for {field}') from error
 
 
-_SETTINGS: dict[str, Callable[[str], Any]] = {
-  'num_heads': int,
-  'qk_scale': float,
-  'image_size': conversion.parse_image_size,
-}
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    prog='python convert_torch_weights.py',
+    description='Converts a PyTorch checkpoint of T2T-ViT to a safetensors file of this package, or back.',
+    epilog='For example: python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors',
+  )
+  parser.add_argument(
+    'checkpoint', metavar='CHECKPOINT', type=Path, help="of the reference, mmpretrain or timm's script"
+  )
+  parser.add_argument(
+    '--output', metavar='FILE', type=Path, help='the file to write: .safetensors, or .pth with --reverse'
+  )
+  parser.add_argument('--model', metavar='NAME', help='name of the model, if the tensors fit more than one')
+  parser.add_argument(
+    '--set', metavar='FIELD=VALUE,...', help='arguments that tensors do not show: num_heads, qk_scale, image_size'
+  )
+  parser.add_argument(
+    '--weights', choices=('ema', 'raw'), help='moving average or raw weights (default: the average, if the file has it)'
+  )
+  parser.add_argument(
+    '--num_classes', metavar='N', type=int, help='another number of classes, with an untrained head; 0 for no head'
+  )
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help='another image size, SIDE or HEIGHTxWIDTH: resizes the position table'
+  )
+  parser.add_argument('--reverse', action='store_true', help='write a PyTorch state dict')
+  parser.add_argument('--force', action='store_true', help='overwrite the output')
+  return run_tool(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  sys.exit(main())

@@ -82,7 +82,7 @@ def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
 def _header(path: str | None) -> dict[str, Any]:
   """The header of a weight file of this package; empty if there is none."""
   try:
-    with Path(path or '').open('rb') as file:
+    with Path(path or '').expanduser().open('rb') as file:
       return read_header(file) or {}
   except OSError:  # whether the file is needed at all is not known here
     return {}

@@ -43,6 +43,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   """
   check_agreement(config)
   mesh = sharding.make_mesh(config.mesh)
+  path = os.path.expanduser(path)
   folder = epath.Path(path)
   in_all_processes(lambda: _check_exists(folder))
   if folder.is_dir():

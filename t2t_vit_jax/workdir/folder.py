@@ -58,7 +58,7 @@ def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
   Raises:
     UserError: the folder can't be written to, another run uses it, or processes see different folders.
   """
-  root = epath.Path(path)
+  root = epath.Path(os.path.expanduser(path))
   owner = gather_texts(
     f'process {os.getpid()} on {os.uname().nodename}, since {datetime.datetime.now().isoformat(" ")}'
   )[0]

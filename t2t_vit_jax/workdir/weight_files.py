@@ -1,6 +1,7 @@
 """A run's weights as files that leave its workdir: safetensors for `load_pretrained`, beside them a model card."""
 
 import contextlib
+import os
 from pathlib import Path
 import tempfile
 from typing import Any
@@ -44,7 +45,7 @@ def export_checkpoint(config: Any, workdir: str) -> list[str]:
     UserError: there is no checkpoint, or no room.
   """
   check_agreement(config)
-  folder = epath.Path(workdir)
+  folder = epath.Path(os.path.expanduser(workdir))
   with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
     return write_weight_files(folder, checkpoints, sharding.make_mesh(config.mesh), checkpoints.latest_metrics)
 
