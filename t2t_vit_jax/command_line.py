@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import io
 import os
 from pathlib import Path
 import re
@@ -36,6 +37,8 @@ def with_home(argv: Sequence[str]) -> list[str]:
 
 def run_tool(tool: Callable[[], int]) -> int:
   """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
   try:
     code = tool()
     sys.stdout.flush()

@@ -1,18 +1,34 @@
-"""Prints lines for the user, and leaves a progress line intact."""
+"""Prints lines for the user, and leaves a progress line intact. What is only shown never ends a run."""
 
+import contextlib
+import os
 import sys
+from typing import TextIO
 
 import jax
 from tqdm import tqdm
+
+from t2t_vit_jax.errors import encodable
 
 
 def say(text: str) -> None:
   """Prints a line to standard output, in the first process only."""
   if jax.process_index() == 0:
-    tqdm.write(text)
-    sys.stdout.flush()  # a log file should show it now
+    _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
   """Prints a line to standard error, in every process."""
-  tqdm.write(f'warning: {text}', file=sys.stderr)
+  _print(f'warning: {text}', sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+  """Prints a line, with escapes for letters that the terminal lacks. A stream that fails is given up with a warning."""
+  try:
+    tqdm.write(encodable(text, stream), file=stream)
+    stream.flush()  # a log file should show it now
+  except OSError as error:  # a reader such as `head` is gone, or a disk is full
+    with contextlib.suppress(OSError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would fail again when it ends
+    if stream is sys.stdout:
+      warn(f'standard output cannot be written ({error.strerror}); the program goes on without it')

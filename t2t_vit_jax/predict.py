@@ -204,8 +204,6 @@ def _counted(predictions: Iterable[Prediction], unreadable: list[str], num_image
 def _write(text: Iterable[str], output: Path | None) -> None:
   """Writes to a file, which appears when it is complete, or to standard output as it comes."""
   if output is None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-      sys.stdout.reconfigure(errors='backslashreplace')  # for paths that are not in its encoding
     for part in text:
       tqdm.write(part, file=sys.stdout, end='')
     return

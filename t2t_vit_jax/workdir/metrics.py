@@ -1,6 +1,8 @@
 """Reports a run to its user: a live progress line, plain lines, `metrics.jsonl` and TensorBoard's event files."""
 
 from collections.abc import Iterable, Iterator
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.data.loader import Batch
+from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, write_report
@@ -38,9 +41,13 @@ class Reporter:
     self._total_steps = total_steps
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
+    self._failed: set[str] = set()  # files that could not be written
     if not self._silent:
-      _drop_rows_after(self._file, first_step)
-      self._events = _event_writer(os.fspath(workdir.logs / 'tensorboard'), first_step)
+      try:
+        _drop_rows_after(self._file, first_step)
+        self._events = _Events(workdir.logs / 'tensorboard', first_step)
+      except OSError as error:
+        raise UserError(f'cannot write to workdir {workdir.root} ({error.strerror})') from error
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -58,7 +65,18 @@ class Reporter:
   def __exit__(self, *unused: object) -> None:
     self._bar.close()
     if not self._silent:
-      self._events.close()
+      with self._only_logging('tensorboard'):
+        self._events.close()
+
+  @contextlib.contextmanager
+  def _only_logging(self, name: str) -> Iterator[None]:
+    """Goes on if a file that nothing depends on cannot be written, as on a full disk; warns of the first time."""
+    try:
+      yield
+    except OSError as error:
+      if name not in self._failed:
+        self._failed.add(name)
+        warn(f'{self._workdir.root / name} could not be written ({error.strerror}); the run goes on without')
 
   def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Passes `batches` on and measures the time that the caller waits for them."""
@@ -81,18 +99,17 @@ class Reporter:
     """Writes images, (N, H, W, 3) uint8, as one picture, and says where."""
     if not self._silent:
       name = 'augmented_images.png'
-      Image.fromarray(image_grid(images)).save(self._workdir.logs / name)
-      say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
+      with self._only_logging(name):
+        Image.fromarray(image_grid(images)).save(self._workdir.logs / name)
+        say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
-    """Writes `report.png`; warns if it fails, since the run itself is done."""
+    """Writes `report.png`."""
     if self._silent:
       return
-    try:
+    with self._only_logging('report.png'):
       page = write_report(self._workdir.logs, images, title)
       say(f'curves and sample images: {self._workdir.root / page.name}')
-    except OSError as error:
-      warn(f'report.png could not be written: {error.strerror}')
 
   def report(self, step: int, num_bad: int = 0) -> list[int]:
     """Averages the metrics that were collected since the last call, shows and writes them.
@@ -158,7 +175,8 @@ class Reporter:
     if self._silent:
       return
     file = self._workdir.logs / 'per_class.csv'
-    file.write_text(accuracy.class_csv(), 'utf-8')
+    with self._only_logging(file.name):
+      file.write_text(accuracy.class_csv(), 'utf-8')
     if show:
       for line in accuracy.class_table():
         say(line)
@@ -177,25 +195,64 @@ class Reporter:
   def _write(self, step: int, kind: str, **values: Any) -> None:
     if self._silent:
       return
-    with self._file.open('a') as file:
-      file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+    with self._only_logging(self._file.name):
+      _append_line(self._file, json.dumps({'step': step, 'kind': kind, **values}))
+    if 'tensorboard' in self._failed:
+      return  # what follows half an event cannot be read
     group = '/'.join(filter(None, (kind, values.get('weights'))))
-    for name, value in values.items():
-      if isinstance(value, int | float):
-        self._events.add_scalar(f'{group}/{name}', value, step)
+    with self._only_logging('tensorboard'):
+      self._events.write(step, {f'{group}/{name}': x for name, x in values.items() if isinstance(x, int | float)})
 
 
-def _event_writer(folder: str, first_step: int) -> Any:
-  """TensorBoard's writer; TensorBoard leaves out what an earlier, interrupted run wrote after `first_step`."""
+class _Events:
+  """TensorBoard's file of a run. TensorBoard leaves out what an earlier, interrupted run wrote after `first_step`.
+
+  tensorboardX's own SummaryWriter writes in a thread: when that fails, the run would wait for it forever.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    self._writer = _events_writer(folder)
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    started = SessionLog(status=SessionLog.START)
+    self._writer.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=started))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def _events_writer(folder: Path) -> Any:
   # tensorboardX imports these where they are installed, which takes seconds: it gets no tensors and writes to the disk.
   hidden = {'torch', 'google.cloud.storage', 'boto3'} - sys.modules.keys()
   sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
   try:
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
   finally:
     for name in hidden:
       del sys.modules[name]
-  return SummaryWriter(folder, purge_step=first_step + 1)
+  folder.mkdir(exist_ok=True)
+  return EventsWriter(os.fspath(folder / 'events'), f'.{os.getpid()}')
+
+
+def _append_line(file: Path, line: str) -> None:
+  """Appends a line: the whole of it or nothing."""
+  with file.open('ab', buffering=0) as stream:
+    size = stream.tell()
+    encoded = f'{line}\n'.encode()
+    try:
+      if stream.write(encoded) != len(encoded):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      stream.truncate(size)
+      raise
 
 
 def _drop_rows_after(file: Path, step: int) -> None:
