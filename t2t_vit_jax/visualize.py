@@ -25,7 +25,7 @@ from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.faults import REMARKS
-from t2t_vit_jax.data.transforms import ResizeCenterCrop
+from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from t2t_vit_jax.models.soft_split import SPLITS
@@ -128,6 +128,8 @@ def prepare_whole(classifier: Classifier, image: Image.Image) -> Image.Image:
   side = min(np.broadcast_to(classifier.model.image_size, 2))
   scale = side / min(image.size) / stride
   width, height = (stride * max(1, round(length * scale)) for length in image.size)
+  if width * height > MAX_RESIZED_PIXELS:
+    raise UserError(f'--whole would make {width:,} x {height:,} px of {image.width:,} x {image.height:,}: leave it out')
   return ResizeCenterCrop((height, width), crop_fraction=1.0)(image)
 
 

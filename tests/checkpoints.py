@@ -78,6 +78,17 @@ FORMS = {
     {},
   ),
   'module prefix': ('performer', lambda state: {'state_dict_ema': with_prefix(state)}, {}),
+  'compiled': ('performer', lambda state: with_prefix(state, '_orig_mod.'), {}),
+  'compiled and parallel': ('performer', lambda state: {'state_dict': with_prefix(state, 'module._orig_mod.')}, {}),
+  'lightning': (
+    'performer',
+    lambda state: {'state_dict': with_prefix(state, 'model.'), 'pytorch-lightning_version': '2.5.0', 'callbacks': {}},
+    {},
+  ),
+  'net of a module': ('performer', lambda state: {'state_dict': with_prefix(state, 'net.')}, {}),
+  'model and average': ('performer', lambda state: {'model': shifted(state), 'model_ema': state, 'epoch': 3}, {}),
+  'model_state_dict': ('performer', lambda state: {'model_state_dict': state, 'loss': 1.5}, {}),
+  'averaged model': ('performer', lambda state: {**with_prefix(state), 'n_averaged': torch.tensor(7)}, {}),
   'cifar': ('performer', lambda state: {'net': with_prefix(state), 'acc': 98.3, 'epoch': 59}, {}),
   'token labeling': (
     'performer',

@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,30 @@ def test_exif_that_is_damaged_changes_nothing():
   image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
   damaged = decoding.decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'), upright=True)
   np.testing.assert_array_equal(np.asarray(damaged), np.asarray(image))
+
+
+@pytest.mark.parametrize('size', [(60_000, 1), (1, 60_000)])
+def test_very_long_images_cost_no_more_than_their_middle(size):
+  """Resized as a whole they would have 14.9 million px of length."""
+  rng = np.random.default_rng(0)
+  values = np.roll(np.repeat(rng.integers(0, 256, (max(size) // 100, 3), np.uint8), 100, axis=0), 50, axis=0)
+  image = Image.fromarray(values[None] if size[1] == 1 else values[:, None])
+  tracemalloc.start()
+  result = np.asarray(transforms.ResizeCenterCrop(224, 0.9)(image))
+  assert tracemalloc.get_traced_memory()[1] < 1e6
+  tracemalloc.stop()
+  assert result.shape == (224, 224, 3)
+  assert (result == values[max(size) // 2]).mean() > 0.99  # less than one pixel of the image
+
+
+@pytest.mark.parametrize('size', [(300, 200), (200, 333), (997, 61)])
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+def test_the_middle_of_a_long_image_is_that_of_the_whole(size, interpolation, monkeypatch):
+  pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), np.uint8)
+  image, transform = Image.fromarray(pixels).resize(size), transforms.ResizeCenterCrop(96, 0.9, interpolation)
+  whole = np.asarray(transform(image), int)
+  monkeypatch.setattr(transforms, 'MAX_RESIZED_PIXELS', 0)
+  np.testing.assert_allclose(np.asarray(transform(image), int), whole, atol=1)
 
 
 def test_random_resized_crop_has_the_published_distribution():

@@ -1,6 +1,6 @@
 """Forms of published T2T-ViT checkpoints: which of a file's tensors are the model's, and under which names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from pathlib import Path
 import re
@@ -21,8 +21,13 @@ _DROPPED = (  # tensors without a place in the model, and what leaving them out 
     "token labeling's classifier of every token: the published accuracy adds half of its largest logits to the "
     "head's, so the head alone may stay below it",
   ),
-  (r'steps', 'counter of the moving average'),
+  (r'steps|n_averaged', 'counter of the moving average'),
 )
+# Where training scripts keep state dicts: timm and Lightning, DeiT and its relatives, PyTorch's tutorials.
+_EMA_KEYS = ('state_dict_ema', 'model_ema')
+_RAW_KEYS = ('state_dict', 'model', 'model_state_dict')
+# What DataParallel, torch.compile, and modules that hold a model (Lightning's) put before every name.
+_WRAPPERS = re.compile(r'^((module|_orig_mod|model|net)\.)+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +75,27 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
 
 
 def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
-  """The file's state dicts, the preferred first: as saved by timm, mmpretrain or the CIFAR transfer, or a bare one.
+  """The file's state dicts, the preferred first: of a training script, mmpretrain or the CIFAR transfer, or bare.
 
   Raises:
     UserError: there is none.
   """
-  sets: dict[WeightsKind | None, Any] = {'ema': saved.get('state_dict_ema'), 'raw': saved.get('state_dict')}
+  sets: dict[WeightsKind | None, Any] = {'ema': _first(saved, _EMA_KEYS), 'raw': _first(saved, _RAW_KEYS)}
   if all(state is None for state in sets.values()):
     sets = {None: saved['net'] if isinstance(saved.get('net'), dict) else saved}
   sets = {label: state for label, state in sets.items() if state is not None}
   if not all(isinstance(state, dict) and state for state in sets.values()):
     raise UserError('its state dict is empty or not a dict')
-  # DataParallel puts a prefix before every name.
-  sets = {label: _renamed(state, lambda name: name.removeprefix('module.')) for label, state in sets.items()}
+  sets = {label: _renamed(state, lambda name: _WRAPPERS.sub('', name)) for label, state in sets.items()}
   if 'backbone.cls_token' in sets.get('raw', {}):
     ema_state_dict = saved.get('ema_state_dict')
     return _mmpretrain_sets(sets['raw'], ema_state_dict if isinstance(ema_state_dict, dict) else {})
   return sets
+
+
+def _first(saved: State, keys: Sequence[str]) -> Any:
+  """The value of the first of `keys` that `saved` has; None if it has none."""
+  return next((saved[key] for key in keys if saved.get(key) is not None), None)
 
 
 def _mmpretrain_sets(state_dict: State, ema_state_dict: State) -> dict[WeightsKind | None, State]:

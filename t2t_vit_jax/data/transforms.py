@@ -13,6 +13,7 @@ from PIL import Image
 from t2t_vit_jax.data.decoding import Box, EncodedImage
 from t2t_vit_jax.errors import UserError, check_interval, check_not_negative, check_share
 
+MAX_RESIZED_PIXELS = 2**24  # of an image before its middle is cut out
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 
 EvalTransform = Callable[[Image.Image], Image.Image]
@@ -20,14 +21,12 @@ TrainTransform = Callable[[EncodedImage, np.random.Generator], Image.Image]  # b
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
-def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-  """Resizes to at least (height, width) px: one side exactly, the other by the aspect ratio, rounded down."""
+def covering_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+  """(width, height) of at least (height, width) px: one side exactly, the other by the aspect ratio, rounded down."""
   height, width = size
   if width * image.height >= height * image.width:
-    height = int(width * image.height / image.width)
-  else:
-    width = int(height * image.width / image.height)
-  return image.resize((width, height), INTERPOLATIONS[interpolation])
+    return width, int(width * image.height / image.width)
+  return int(height * image.width / image.height), height
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -48,7 +47,14 @@ class ResizeCenterCrop:
   def __call__(self, image: Image.Image) -> Image.Image:
     height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
     larger = math.floor(height / self.crop_fraction), math.floor(width / self.crop_fraction)
-    return center_crop(resize_to_cover(image, larger, self.interpolation), (height, width))
+    resized, interpolation = covering_size(image, larger), INTERPOLATIONS[self.interpolation]
+    if math.prod(resized) <= MAX_RESIZED_PIXELS:
+      return center_crop(image.resize(resized, interpolation), (height, width))
+    # Of a very long image only the middle is computed: the same but for rounding.
+    x, y = image.width / resized[0], image.height / resized[1]  # px of the image for each resized one
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+    box = (x * left, y * top, min(x * (left + width), image.width), min(y * (top + height), image.height))
+    return image.resize((width, height), interpolation, box=box)
 
 
 @dataclasses.dataclass(frozen=True)
