@@ -57,7 +57,9 @@ def get_config() -> ConfigDict:
   config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
   config.data.num_threads = 1  # in each process
   config.data.fast_decode = False  # training: faster decoding and resizing, which round differently; see docs/data.md
-  config.data.max_bad_fraction = 0.001  # of training images that may be unreadable before the run stops
+  config.data.max_bad_fraction = (
+    0.001  # of training images that may be unreadable before the run stops; unless 0, one may be
+  )
 
   config.augment = ConfigDict()
   config.augment.crop = 'resized'  # 'resized': random area and aspect ratio; 'padded': random shift

@@ -92,8 +92,8 @@ FAULTS = (
   Fault(
     'raw weights are taken for the moving average',
     'conversion/checkpoint.py',
-    "{'ema': saved.get('state_dict_ema'), 'raw': saved.get('state_dict')}",
-    "{'ema': saved.get('state_dict'), 'raw': saved.get('state_dict_ema')}",
+    "{'ema': _first(saved, _EMA_KEYS), 'raw': _first(saved, _RAW_KEYS)}",
+    "{'ema': _first(saved, _RAW_KEYS), 'raw': _first(saved, _EMA_KEYS)}",
   ),
   Fault(
     'convolutions are converted with height and width exchanged',

@@ -168,6 +168,13 @@ def test_bad_images_are_named_once_and_stop_the_run_when_too_many(source):
     list(faults.check(train_batches(source)))
 
 
+def test_one_image_of_a_small_folder_may_be_bad(source):
+  damage(source, 3)
+  assert len(list(Faults(source, print, '', max_bad_fraction=0.001).check(train_batches(source, last_step=4)))) == 4
+  with pytest.raises(DataError, match='1 of the 24 images'):
+    list(Faults(source, print, '', max_bad_fraction=0.0).check(train_batches(source, last_step=4)))
+
+
 def test_a_source_without_any_readable_image_ends(source):
   damage(source, *range(24))
   with pytest.raises(DataError, match='100 images in a row cannot be read'):

@@ -254,3 +254,13 @@ def test_a_split_that_cannot_be_read_gets_one_line(folder):
       open_folder(folder, 'train')
   finally:
     (folder / 'train').chmod(0o755)
+
+
+def test_two_spellings_of_an_accent_are_one_class(tmp_path):
+  """A Mac writes é as two characters."""
+  write_image_folder(tmp_path, ('caf\u00e9', 'bar'), train=2)
+  write_image_folder(tmp_path, ('cafe\u0301', 'bar'), val=1)
+  train = open_folder(tmp_path, 'train')
+  validation = open_folder(tmp_path, 'val', train.class_names)
+  assert validation.class_names == train.class_names == ('bar', 'caf\u00e9')
+  assert [validation[i].label for i in range(2)] == [0, 1]

@@ -186,3 +186,13 @@ def test_another_preparation_than_the_weights_own_is_said(named_weights, tmp_pat
     f'warning: images are prepared otherwise than those of {named_weights}: data.crop_fraction is 1.0, not 0.9; '
     'data.mean is [0.5, 0.5, 0.5], not [0.485, 0.456, 0.406]'
   ]
+
+
+def test_what_a_checkpoint_does_not_show_the_config_tells(data_dir):
+  """The advice names flags of this program."""
+  path = DATA / 'official_tiny_performer.pth.tar'
+  config = config_of(data_dir, **{'data.eval_split': 'test[:5]', 'model.name': None})
+  with pytest.raises(UserError, match=r'--config\.model\.num_heads=N'):
+    evaluate_only(config, path)
+  config.model.num_heads = 4
+  assert evaluate_only(config, path)['weights'].count == 5

@@ -39,7 +39,7 @@ class Faults:
     source: where the batches come from.
     warn: shows a line to the user.
     consequence: what becomes of an image that cannot be read, as that line says it.
-    max_bad_fraction: share of the source's images that may be unreadable.
+    max_bad_fraction: share of the source's images that may be unreadable; one may be, unless it is 0.
     remarks: on images of all sources of a run.
   """
 
@@ -55,6 +55,8 @@ class Faults:
     self._warn = warn
     self._consequence = consequence
     self._max_bad_fraction = max_bad_fraction
+    # A share of a small folder may be less than an image.
+    self._allowed = max(max_bad_fraction * len(source), 1) if max_bad_fraction else 0
     self._remarks = remarks or Remarks()
     self._bad: set[int] = set()
 
@@ -93,7 +95,7 @@ class Faults:
     name, reason = explain(self._source, index)
     if self.num_bad <= MAX_NAMED:
       self._warn(f'image {name} cannot be read ({reason}); {self._consequence}')
-    if self.num_bad > self._max_bad_fraction * len(self._source):
+    if self.num_bad > self._allowed:
       raise DataError(
         f'{self.num_bad} of the {len(self._source):,} images of {self._source.description} cannot be read, '
         f'more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; the last is {name} ({reason})'

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from t2t_vit_jax.data.class_names import labels_by_name
+from t2t_vit_jax.data.class_names import comparable, labels_by_name
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.errors import UserError, did_you_mean, printable
@@ -241,13 +241,17 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   if not own_classes:
     raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
   class_names = class_names or tuple(own_classes)
-  if unknown := set(own_classes) - set(class_names):
+  folders = dict(zip(comparable(own_classes), own_classes, strict=True))
+  if len(folders) < len(own_classes):
+    raise UserError(f'{folder} has two folders for one class: their names differ only in how an accent is written')
+  known = comparable(class_names)
+  if unknown := [folders[key] for key in folders.keys() - set(known)]:
     raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
   scan, names, labels = _Scan(), [], []
-  for label, class_name in enumerate(class_names):
-    images = sorted(scan.images(folder, class_name)) if class_name in own_classes else []
-    if not images and class_name in own_classes:
-      raise UserError(f'{folder / class_name} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
+  for label, key in enumerate(known):
+    images = sorted(scan.images(folder, folders[key])) if key in folders else []
+    if not images and key in folders:
+      raise UserError(f'{folder / folders[key]} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
     names += images
     labels += [label] * len(images)
   records = _FolderRecords(folder, np.array(names), np.array(labels, np.int32))

@@ -29,7 +29,7 @@ def resolve(config: Any) -> Any:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
   """
   config = copy.deepcopy(config)
-  _set_orientation(config, _header(config.init_from).get('data', {}))
+  _set_orientation(config, weights_header(config.init_from).get('data', {}))
   open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
@@ -79,7 +79,7 @@ def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
     config.data.orientation = data.get('orientation', default)
 
 
-def _header(path: str | None) -> dict[str, Any]:
+def weights_header(path: str | None) -> dict[str, Any]:
   """The header of a weight file of this package; empty if there is none."""
   try:
     with Path(path or '').expanduser().open('rb') as file:
@@ -89,13 +89,25 @@ def _header(path: str | None) -> dict[str, Any]:
 
 
 def _load_init_from(config: Any) -> Weights:
+  try:
+    return load_as_configured(config.init_from, config)
+  except UserError as error:
+    raise UserError(f'init_from: {error}') from error
+
+
+def load_as_configured(path: str, config: Any) -> Weights:
+  """Loads a weight file; what a PyTorch checkpoint does not show of its model, `config.model` tells.
+
+  Raises:
+    UserError: the file can't be read, or `config.model` leaves it open which model it holds.
+  """
   settings = {field: config.model[field] for field in ('num_heads', 'qk_scale') if config.model[field] is not None}
   try:
-    return load(Path(config.init_from), Options(model_name=config.model.name, settings=settings))[0]
+    return load(Path(path), Options(model_name=config.model.name, settings=settings))[0]
   except UserError as error:
     # The message names flags of convert_torch_weights.py: these are the config's fields for them.
     advice = str(error).replace('--model=', '--config.model.name=').replace('--set=', '--config.model.')
-    raise UserError(f'init_from: {advice}') from error
+    raise UserError(advice) from error
 
 
 def _describe_model(config: Any, weights: Weights) -> None:
@@ -146,5 +158,5 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
 
 def _has_other_classes(path: str, class_names: Sequence[str]) -> bool:
   """Whether a weight file names classes, and others than `class_names` or in another order."""
-  own = _header(path).get('class_names')
+  own = weights_header(path).get('class_names')
   return own is not None and comparable(own) != comparable(class_names)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import Weights
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.class_names import comparable, imagenet_names
 from t2t_vit_jax.data.sources import Source
@@ -20,7 +21,12 @@ from t2t_vit_jax.processes import check_agreement, in_all_processes
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
-from t2t_vit_jax.recipe.init_from import preparation_differences, resolve_for_evaluation
+from t2t_vit_jax.recipe.init_from import (
+  load_as_configured,
+  preparation_differences,
+  resolve_for_evaluation,
+  weights_header,
+)
 from t2t_vit_jax.recipe.run import make_evaluator
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 
@@ -53,7 +59,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
     class_names = description.get('class_names')
   else:
-    loaded, _ = in_all_processes(lambda: load(Path(path), Options()))
+    loaded = in_all_processes(lambda: _load(path, config))
     (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
   config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
@@ -65,6 +71,15 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   for note in source.notes:
     warn(note)
   return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
+
+
+def _load(path: str, config: Any) -> Weights:
+  try:
+    return load(Path(path), Options())[0]
+  except UserError:
+    if weights_header(path):
+      raise
+    return load_as_configured(path, config)  # a checkpoint may fit several models, or hide its number of heads
 
 
 def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | None) -> Source:
