@@ -53,8 +53,23 @@ def run_tool(tool: Callable[[], int]) -> int:
   except OSError as error:  # such as a full disk
     _drop_output()
     message = str(error)
+  except (RuntimeError, AssertionError):
+    message = _missing_devices()
+    if not message:
+      raise
   print(f'error: {message}', file=sys.stderr)
   return 2
+
+
+def _missing_devices() -> str:
+  """A line that says that JAX cannot use its devices; empty if it can."""
+  from t2t_vit_jax.processes import check_devices  # late: it imports jax
+
+  try:
+    check_devices()
+  except UserError as error:
+    return str(error)
+  return ''
 
 
 def _drop_output() -> None:

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, printable
 
 T = TypeVar('T')
 
@@ -61,6 +61,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
   if arguments == (None, None, None):
     address, count, number, local_devices = _detect_cluster(timeout_s)
     if count is None or count == 1:
+      check_devices()
       return
   else:
     _check_arguments(*arguments)
@@ -85,6 +86,17 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
   if number == 0:
     platform, devices = jax.default_backend(), jax.device_count()
     _say(f'{count} processes on {hosts} host(s) with {devices} {platform} devices in all')
+
+
+def check_devices() -> None:
+  """Raises UserError if JAX cannot use the devices that it is told to use."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the second without text, if no plugin is installed for them
+    reason = printable((str(error) or 'no plugin for them is installed').splitlines()[0])[:300]
+    raise UserError(
+      f'JAX finds no devices with JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")} ({reason})'
+    ) from error
 
 
 def _say(text: str) -> None:

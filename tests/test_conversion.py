@@ -260,3 +260,17 @@ def test_a_converted_file_must_agree_with_what_is_said_of_it(options, says, tmp_
   load_pretrained(tmp_path / 'weights.safetensors', settings=HEADS, weights='ema')
   with pytest.raises(UserError, match=f'is a weight file with {says}'):
     load_pretrained(tmp_path / 'weights.safetensors', **options)
+
+
+@pytest.mark.parametrize('keep', [slice(0, 28), slice(28, None), slice(0, 3)])
+def test_a_shard_is_refused(keep, tmp_path):
+  state = golden.load_state_dict('performer')
+  torch.save(dict(list(state.items())[keep]), tmp_path / 'shard.pth')
+  with pytest.raises(UserError, match=r'holds only a part of a T2T-ViT, .* must be joined with the others first'):
+    convert(tmp_path / 'shard.pth', tmp_path / 'out.safetensors', Options(settings={'num_heads': 4}))
+
+
+def test_what_tensors_do_not_show_is_said(tmp_path):
+  path = golden.DATA / 'official_tiny_performer.pth.tar'
+  lines = convert(path, tmp_path / 'out.safetensors', Options(settings={'num_heads': 4}))
+  assert 'not from the tensors: num_heads given, qk_scale assumed, head width ** -0.5' in lines

@@ -9,7 +9,7 @@ MAY_IMPORT = {
   '__init__': {'errors', 'models', 'conversion'},
   'errors': set(),
   'console': {'errors'},
-  'command_line': {'errors'},
+  'command_line': {'errors', 'processes'},
   'processes': {'errors'},
   'models': {'errors'},
   'data': {'errors'},

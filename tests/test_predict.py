@@ -23,6 +23,7 @@ from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.predict import main, open_classifier, predict
 from tests import checkpoints
 from tests.image_folder import encoded, picture
+from tests.processes import ROOT
 
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -102,6 +103,15 @@ def test_preparation_is_what_the_weights_say(tmp_path, photos):
   pixels = np.asarray(prepared, np.float32)
   mean, std = np.array([0.4914, 0.4822, 0.4465], np.float32), np.array([0.2023, 0.1994, 0.2010], np.float32)
   np.testing.assert_allclose(classifier.normalize(pixels[None])[0], (pixels / 255 - mean) / std, atol=1e-5)
+
+
+def test_devices_that_are_not_there_get_one_line(weights, photos):
+  command = [sys.executable, '-m', 't2t_vit_jax.predict', weights, photos]
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cuda', 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1].startswith('error: JAX finds no devices with JAX_PLATFORMS=cuda (')
+  assert 'Traceback' not in done.stderr
 
 
 def test_a_photograph_is_turned_upright(weights, photos, tmp_path):

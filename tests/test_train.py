@@ -45,6 +45,7 @@ def run(cwd, *arguments, **environment):
     (['--config.data.batch_size=many'], 'invalid literal'),
     (['digits'], 'arguments without a flag: digits'),
     (['--config.model.name=t2t_vit_tinny'], "did you mean 't2t_vit_tiny'"),
+    (['--workdir=file:///runs'], 'workdir file:///runs: give a folder, or a bucket as gs://BUCKET/RUN'),
   ],
 )
 def test_bad_command_lines_get_one_line_and_exit_code_2(tmp_path, arguments, message):
@@ -55,6 +56,13 @@ def test_bad_command_lines_get_one_line_and_exit_code_2(tmp_path, arguments, mes
   assert errors.startswith('error: ')
   assert message in errors
   assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_that_are_not_there_get_one_line(tmp_path):
+  code, _, errors = run(tmp_path, JAX_PLATFORMS='cuda')
+  assert code == 2
+  assert errors.splitlines()[-1].startswith('error: JAX finds no devices with JAX_PLATFORMS=cuda (')
+  assert 'Traceback' not in errors
 
 
 def test_the_imagenet_config_says_how_to_prepare_the_data(tmp_path):

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import pytest
+import torch
 
-from configs import digits
+from configs import digits, finetune
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.conversion.weight_format import write_weights
 from t2t_vit_jax.data.sources import find_images, open_tfds
 from t2t_vit_jax.predict import open_classifier, predict
+from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.training.evaluate_only import evaluate_only
 from tests import golden
@@ -196,3 +198,31 @@ def test_what_a_checkpoint_does_not_show_the_config_tells(data_dir):
     evaluate_only(config, path)
   config.model.num_heads = 4
   assert evaluate_only(config, path)['weights'].count == 5
+
+
+def test_weights_for_grey_images_get_one_line(data_dir, tmp_path):
+  state = golden.load_state_dict('performer')
+  state = {name: grey(name, tensor) for name, tensor in state.items()}
+  torch.save(state, tmp_path / 'grey.pth')
+  convert(tmp_path / 'grey.pth', tmp_path / 'grey.safetensors', Options(settings={'num_heads': 4}))
+  for call in (
+    lambda: evaluate_only(config_of(data_dir), tmp_path / 'grey.safetensors'),
+    lambda: build_run(finetuning(data_dir, tmp_path / 'grey.safetensors')).recipe.fresh_state(),
+  ):
+    with pytest.raises(UserError, match=r'grey\.safetensors holds a model for images of 1 channel'):
+      call()
+
+
+def grey(name, tensor):
+  """The first of three channels, of a tensor of the first stage that sees 7 x 7 px."""
+  if name.endswith(('attention1.norm1.weight', 'attention1.norm1.bias', 'attention1.kqv.weight')):
+    return tensor[..., :49].contiguous()
+  return tensor
+
+
+def finetuning(data_dir, path):
+  config = finetune.get_config()
+  config.update_from_flattened_dict(
+    {'init_from': str(path), 'data.name': 'digits', 'data.data_dir': data_dir, 'data.eval_split': 'test'}
+  )
+  return config

@@ -1,6 +1,6 @@
 """Converts checkpoints to checked variables, to weight files of this package, and back to PyTorch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import math
 import os
@@ -78,11 +78,15 @@ def load_pretrained(
   Raises:
     UserError: one line that names the file and every tensor at fault.
   """
-  path = Path(path)
-  weights, notes = load(path, Options(num_classes=num_classes, image_size=image_size, **options))
+  weights, notes = load(Path(path), Options(num_classes=num_classes, image_size=image_size, **options))
+  log_notes(path, notes)
+  return weights.build()
+
+
+def log_notes(path: PathLike, notes: Iterable[str]) -> None:
+  """Logs the notes of `load`; changes of the weights are warnings."""
   for note in notes:
     logging.log(logging.WARNING if note.startswith(_CHANGES) else logging.INFO, '%s: %s', path, note)
-  return weights.build()
 
 
 def convert(
@@ -198,7 +202,16 @@ def _import_checkpoint(path: Path, file_format: files.Format, options: Options) 
     source=dict(file=path.name, sha256=files.sha256(path), weights=checkpoint.weights),
   )
   shown = ', '.join(f'{field}={value}' for field, value in arguments.items())
-  return weights, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})']
+  return weights, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})', _origins(model, options)]
+
+
+def _origins(model: str | None, options: Options) -> str:
+  """A line that says which arguments the tensors did not show, and where they come from."""
+  origins = dict.fromkeys(options.settings, 'given')
+  origins.setdefault('num_heads', f'those of {model}')
+  origins.setdefault('qk_scale', 'assumed, head width ** -0.5')
+  phrases = [f'{field} {origin}' for field, origin in sorted(origins.items())]
+  return f'not from the tensors: {", ".join(phrases)}'
 
 
 _CHANGES = ('positions:', 'head:')  # how the notes of `_adapt` begin

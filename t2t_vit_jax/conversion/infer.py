@@ -25,7 +25,7 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
   all are compared with, and the error names that tensor.
 
   Raises:
-    UserError: the tensors are no T2T-ViT's, or images were not square and `image_size` is not given.
+    UserError: the tensors are no T2T-ViT's or a part of one's, or images were not square and `image_size` is not given.
   """
   if not any(name.startswith('tokens_to_token.') for name in shapes):
     raise UserError(
@@ -38,16 +38,23 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
   hidden = _most_common(
     _sizes(shapes, rf'blocks\.0\.mlp\.fc1{_LEAF}', 0) + _sizes(shapes, r'blocks\.0\.mlp\.fc2\.weight', 1)
   )
+  token_dim = _most_common(
+    _sizes(shapes, rf'tokens_to_token\.(attention\d\.(norm2|(attn\.)?proj|mlp\.\w+)|soft_split\d){_LEAF}', 0)
+  )
   blocks = _infer_blocks(shapes)
+  if not (embed_dim and token_dim and blocks['depth']):
+    raise UserError(
+      f'holds only a part of a T2T-ViT, {len(shapes)} tensors without '
+      f'{"encoder blocks" if not blocks["depth"] else "the tokens-to-token module"}: a shard of a checkpoint must be '
+      'joined with the others first'
+    )
   return {
     'num_classes': _most_common(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
     'image_size': image_size or _infer_image_size(shapes),
     'tokens_type': tokens_type_of(shapes),
     'embed_dim': embed_dim,
     'mlp_ratio': 3.0 if blocks['block_type'] == 'ghost' else _mlp_ratio(hidden, embed_dim),
-    'token_dim': _most_common(
-      _sizes(shapes, rf'tokens_to_token\.(attention\d\.(norm2|(attn\.)?proj|mlp\.\w+)|soft_split\d){_LEAF}', 0)
-    ),
+    'token_dim': token_dim,
     **blocks,
   }
 

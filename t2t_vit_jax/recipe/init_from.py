@@ -5,8 +5,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from t2t_vit_jax.conversion import Options, load_pretrained
-from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion.convert import load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
 from t2t_vit_jax.data.class_names import comparable
 from t2t_vit_jax.errors import UserError
@@ -143,9 +143,13 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
   fresh_head = class_names is not None and _has_other_classes(path, class_names)
-  loaded_model, variables = load_pretrained(
-    path, model.num_classes, model.image_size, settings=settings, seed=seed, fresh_head=fresh_head
+  options = Options(
+    settings=settings, num_classes=model.num_classes, image_size=model.image_size, seed=seed, fresh_head=fresh_head
   )
+  weights, notes = load(Path(path), options)
+  log_notes(path, notes)
+  check_channels(weights, path)
+  loaded_model, variables = weights.build()
   differences = [
     f'{field}={getattr(loaded_model, field)} instead of {getattr(model, field)}'
     for field in ARCHITECTURE
@@ -154,6 +158,12 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
   if differences:
     raise UserError(f'init_from: {path} holds another model than the config: {", ".join(differences)}')
   return variables
+
+
+def check_channels(weights: Weights, path: Any) -> None:
+  """Raises UserError unless a model takes RGB images, as which all data is read."""
+  if weights.channels != 3:
+    raise UserError(f'{path} holds a model for images of {weights.channels} channel(s), but data is read as RGB')
 
 
 def _has_other_classes(path: str, class_names: Sequence[str]) -> bool:

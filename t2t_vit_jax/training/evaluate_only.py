@@ -22,6 +22,7 @@ from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.init_from import (
+  check_channels,
   load_as_configured,
   preparation_differences,
   resolve_for_evaluation,
@@ -60,6 +61,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     class_names = description.get('class_names')
   else:
     loaded = in_all_processes(lambda: _load(path, config))
+    check_channels(loaded, path)
     (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
   config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))

@@ -22,7 +22,7 @@ from t2t_vit_jax.training.stopping import StopRequest, stop_request
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description, summary, title
-from t2t_vit_jax.workdir.folder import Workdir, open_workdir
+from t2t_vit_jax.workdir.folder import Workdir, check_place, open_workdir
 from t2t_vit_jax.workdir.metrics import Reporter
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
@@ -54,6 +54,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       which the message names.
     Stopped: SIGINT or SIGTERM arrived; the state was saved.
   """
+  check_place(workdir)
   run = build_run(config)
   total_steps = run.recipe.total_steps
   calendar = Calendar(

@@ -48,6 +48,13 @@ class Workdir:
       warn(f'metrics could not be copied to {self.root}: {type(error).__name__}: {error}'.splitlines()[0])
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+  """Raises UserError unless `path` can be that of a folder or a bucket."""
+  scheme, separator, _ = os.fspath(path).partition('://')
+  if separator and scheme != 'gs':
+    raise UserError(f'workdir {path}: give a folder, or a bucket as gs://BUCKET/RUN')
+
+
 @contextlib.contextmanager
 def open_workdir(path: str | os.PathLike[str]) -> Iterator[Workdir]:
   """Makes the folder if need be and keeps other runs out of it until the context ends.
