@@ -78,6 +78,7 @@ FORMS = {
     {},
   ),
   'module prefix': ('performer', lambda state: {'state_dict_ema': with_prefix(state)}, {}),
+  'double precision': ('performer', lambda state: {name: tensor.double() for name, tensor in state.items()}, {}),
   'compiled': ('performer', lambda state: with_prefix(state, '_orig_mod.'), {}),
   'compiled and parallel': ('performer', lambda state: {'state_dict': with_prefix(state, 'module._orig_mod.')}, {}),
   'lightning': (
@@ -235,7 +236,7 @@ BAD = {
   'NaN': (_replace('norm.weight', lambda x: x * float('nan')), 'norm.weight holds NaN'),
   'infinity': (_replace('pos_embed', lambda x: x / 0), 'pos_embed holds NaN or infinity'),
   'position table of no grid': (_replace('pos_embed', lambda x: x[:, :-1].clone()), 'pos_embed is (1, 16, 64)'),
-  'double precision': (_replace('head.bias', lambda x: x.double()), 'head.bias is of type float64'),
+  'whole numbers': (_replace('head.bias', lambda x: x.int()), 'head.bias is of type int32'),
   'integers': (_replace('head.bias', lambda x: x.int()), 'head.bias is of type int32'),
   'sparse tensor': (_replace('head.weight', lambda x: x.to_sparse()), 'head.weight is sparse'),
   'sparse rows': (_replace('head.weight', lambda x: x.to_sparse_csr()), 'head.weight is sparse'),

@@ -1,5 +1,6 @@
 """The program convert_torch_weights.py: flags, lines on both outputs, exit codes."""
 
+import os
 from pathlib import Path
 import shutil
 import subprocess
@@ -108,3 +109,16 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
   assert main(['~/weights.pth', '--output=~/weights.safetensors', '--set=num_heads=4']) == 0
   assert f'wrote {tmp_path}/weights.safetensors' in capsys.readouterr().out
   assert load_pretrained('~/weights.safetensors')[0].num_heads == 4
+
+
+def test_a_read_only_disk_gets_one_line(tmp_path):
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=4m,ro', 'tmpfs', tmp_path]
+  if os.geteuid() or subprocess.run(mount, check=False).returncode:
+    pytest.skip('needs the right to mount a disk')
+  try:
+    result = program(
+      golden.DATA / 'official_tiny_performer.pth.tar', f'--output={tmp_path}/out.safetensors', '--set=num_heads=4'
+    )
+    assert_error(result, f'{tmp_path}/out.safetensors: cannot be written: OSError: [Errno 30] Read-only file system')
+  finally:
+    subprocess.run(['umount', '-l', tmp_path], check=True)

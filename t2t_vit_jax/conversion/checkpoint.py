@@ -70,6 +70,8 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
     if dropped:
       notes.append(f'dropped: {", ".join(dropped)} ({reason})')
       state = {name: tensor for name, tensor in state.items() if name not in dropped}
+  if any(str(getattr(tensor, 'dtype', '')) == 'torch.float64' for tensor in state.values()):
+    notes.append('precision: float64 numbers are rounded to float32')
   arrays = dict(state) if file_format == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
   return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
 

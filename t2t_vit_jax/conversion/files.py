@@ -129,7 +129,7 @@ def _check_zip(file: IO[bytes]) -> None:
 
 
 def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, np.ndarray]:
-  """Float32 arrays of a state dict's tensors; float16 and bfloat16 are widened, which is exact.
+  """Float32 arrays of a state dict's tensors; float16 and bfloat16 are widened, which is exact, and float64 is rounded.
 
   Raises:
     UserError: entries are no ordinary floating-point tensors (the message lists them), or together exceed `max_bytes`.
@@ -155,7 +155,7 @@ def _defect(name: Any, tensor: Any, torch: Any) -> str | None:
     return 'sparse or nested'
   if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != 'cpu':
     return f'no plain tensor with data but a {type(tensor).__name__} on {tensor.device.type}'
-  if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+  if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
     return f'of type {str(tensor.dtype).removeprefix("torch.")}, not float32'
   if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0 repeat numbers
     return f'{tuple(tensor.shape)}, which is more than its storage holds'
@@ -211,7 +211,8 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
   except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
     raise problem(path, f'cannot be written: {_first_line(error)}') from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # on a read-only disk the error above says more
+      temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
