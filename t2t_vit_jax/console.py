@@ -22,8 +22,10 @@ def warn(text: str) -> None:
   _print(f'warning: {text}', sys.stderr)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
   """Prints a line, with escapes for letters that the terminal lacks. A stream that fails is given up with a warning."""
+  if stream is None:  # closed before the program started
+    return
   try:
     tqdm.write(encodable(text, stream), file=stream)
     stream.flush()  # a log file should show it now

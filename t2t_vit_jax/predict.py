@@ -221,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
   form = arguments.form or (ending if ending in FORMS else 'text')
   if arguments.output:
     files.check_output(arguments.output, force=arguments.force)
-  images = sources.find_images(arguments.images)
+  images = sources.find_images(arguments.images, warn)
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
   classifier = open_classifier(arguments.weights, size, arguments.orientation)
   unreadable: list[str] = []

@@ -94,9 +94,8 @@ def check_devices() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # the second without text, if no plugin is installed for them
     reason = printable((str(error) or 'no plugin for them is installed').splitlines()[0])[:300]
-    raise UserError(
-      f'JAX finds no devices with JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")} ({reason})'
-    ) from error
+    wanted = f' with JAX_PLATFORMS={platforms}' if (platforms := os.environ.get('JAX_PLATFORMS')) else ''
+    raise UserError(f'JAX finds no devices{wanted} ({reason})') from error
 
 
 def _say(text: str) -> None:

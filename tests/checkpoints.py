@@ -89,6 +89,7 @@ FORMS = {
   'net of a module': ('performer', lambda state: {'state_dict': with_prefix(state, 'net.')}, {}),
   'model and average': ('performer', lambda state: {'model': shifted(state), 'model_ema': state, 'epoch': 3}, {}),
   'model_state_dict': ('performer', lambda state: {'model_state_dict': state, 'loss': 1.5}, {}),
+  'the name of a model': ('performer', lambda state: {'model': 't2t_vit_tiny', 'net': state}, {}),
   'averaged model': ('performer', lambda state: {**with_prefix(state), 'n_averaged': torch.tensor(7)}, {}),
   'cifar': ('performer', lambda state: {'net': with_prefix(state), 'acc': 98.3, 'epoch': 59}, {}),
   'token labeling': (
@@ -236,7 +237,6 @@ BAD = {
   'NaN': (_replace('norm.weight', lambda x: x * float('nan')), 'norm.weight holds NaN'),
   'infinity': (_replace('pos_embed', lambda x: x / 0), 'pos_embed holds NaN or infinity'),
   'position table of no grid': (_replace('pos_embed', lambda x: x[:, :-1].clone()), 'pos_embed is (1, 16, 64)'),
-  'whole numbers': (_replace('head.bias', lambda x: x.int()), 'head.bias is of type int32'),
   'integers': (_replace('head.bias', lambda x: x.int()), 'head.bias is of type int32'),
   'sparse tensor': (_replace('head.weight', lambda x: x.to_sparse()), 'head.weight is sparse'),
   'sparse rows': (_replace('head.weight', lambda x: x.to_sparse_csr()), 'head.weight is sparse'),

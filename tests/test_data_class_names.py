@@ -62,3 +62,16 @@ def test_labels_are_found_by_name():
   ) == [1, 0]
   with pytest.raises(UserError, match=r'the model knows no class two, three of DIR; its own are one, 2'):
     labels_by_name(('one', 'two', 'three'), ('one', '2'), 'DIR')
+
+
+def test_other_lists_of_imagenets_words_are_imagenets():
+  """In mmpretrain both cranes are just cranes."""
+  words = ['crane' if name.startswith('crane') else name for name in imagenet_names().values()]
+  synsets = list(imagenet_names())
+  assert labels_by_name(synsets, words, 'DIR') == list(range(1000))
+
+
+def test_two_classes_of_one_name_are_refused():
+  with pytest.raises(UserError, match='the model has two classes crane, so those of DIR cannot be told by name'):
+    labels_by_name(('crane', 'dog'), ('crane', 'dog', 'crane'), 'DIR')
+  assert labels_by_name(('dog',), ('crane', 'dog', 'crane'), 'DIR') == [1]

@@ -73,7 +73,7 @@ def tiff(samples, **tags):
   info = TiffImagePlugin.ImageFileDirectory_v2()
   for number, value in tags.items():
     info[int(number[1:])] = value
-    info.tagtype[int(number[1:])] = 12  # DOUBLE
+    info.tagtype[int(number[1:])] = 12 if isinstance(value, float) else 3  # DOUBLE, SHORT
   return encoded(Image.fromarray(samples), 'TIFF', tiffinfo=info)
 
 
@@ -103,6 +103,8 @@ DEEP_FILES = {
   'PNG, grey and alpha': (png(np.concatenate([DEEP[..., None], ALPHA], -1), 4), IN_RGB),
   'TIFF': (tiff(DEEP), IN_RGB),
   'TIFF, big-endian': (big_endian_tiff(), IN_RGB),
+  'TIFF, white is zero': (tiff(65535 - DEEP, _262=0), IN_RGB),
+  'PFM': (b'Pf\n90 60\n-1.0\n' + (GREY[::-1] / 255).astype('<f4').tobytes(), IN_RGB),
   'PGM': (b'P5 90 60 65535\n' + DEEP.astype('>u2').tobytes(), IN_RGB),
   'PGM of 12 bits': (b'P5 90 60 4095\n' + (np.round(GREY / 255 * 4095)).astype('>u2').tobytes(), IN_RGB),
   'TIFF, float': (tiff(GREY.astype(np.float32) / 255), IN_RGB),
@@ -148,6 +150,16 @@ def test_what_is_transparent_is_white(mode):
   assert EncodedImage(encoded(image, 'PNG', **options)).remarks == Remark.TRANSPARENT
 
 
+def test_a_transparent_grey_of_16_bits_is_white():
+  file, transparent = png(DEEP, 0), int(DEEP[0, 0])
+  chunk = b'tRNS' + struct.pack('>H', transparent)
+  start = file.index(b'IDAT') - 4
+  file = file[:start] + struct.pack('>I', 2) + chunk + struct.pack('>I', zlib.crc32(chunk)) + file[start:]
+  pixels = np.asarray(decode(file))
+  assert (pixels[DEEP == transparent] == 255).all()
+  np.testing.assert_array_equal(pixels[DEEP != transparent], IN_RGB[DEEP != transparent])
+
+
 def test_remarks_are_said_once(tmp_path):
   files = []
   for name, content in (('a.png', png(DEEP, 0)), ('b.png', png(DEEP, 0)), ('c.png', with_orientation(3, 'PNG'))):
@@ -174,7 +186,7 @@ PICTURES = {
     (encoded(image, 'TIFF'), False, image.convert('RGB'))
     for image in (COLOR.convert('L'), COLOR.convert('1'), COLOR.convert('CMYK'), COLOR.quantize(8))
   ],
-  '16 bits a sample': [(file, False, pixels) for file, pixels in list(DEEP_FILES.values())[:8]],
+  '16 bits a sample': [(DEEP_FILES[name][0], False, IN_RGB) for name in ('PNG', 'TIFF', 'TIFF, white is zero', 'PGM')],
   'floating-point samples between 0 and 1': [(*DEEP_FILES['TIFF, float'][:1], False, IN_RGB)],
   'TIFF with SMinSampleValue and SMaxSampleValue, floating-point or 32-bit': [
     (DEEP_FILES[name][0], False, IN_RGB) for name in ('TIFF, float with a range', 'TIFF, 32-bit integers with a range')

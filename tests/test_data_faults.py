@@ -258,3 +258,15 @@ if __name__ == '__main__':
   environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
   done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
   assert (done.returncode, done.stdout) == (0, '24\n'), done.stderr
+
+
+def test_the_image_that_takes_a_bad_ones_place_is_not_remarked_on_in_its_name(source):
+  """Every image has a transparency channel, and the bad one is gone when the remark is to name it."""
+  for path in source.records.folder.rglob('*.JPEG'):
+    path.write_bytes(encoded(Image.new('RGBA', (16, 16), (9, 9, 9, 99)), 'PNG'))
+  bad = source[5].id
+  (source.records.folder / bad).unlink()
+  lines = []
+  list(Faults(source, lines.append, 'gone', max_bad_fraction=0.5).check(train_batches(source, last_step=6)))
+  (remark,) = (line for line in lines if 'transparency channel' in line)
+  assert bad not in remark

@@ -215,10 +215,11 @@ def test_every_format_that_pillow_reads_is_read(folder, suffix):
 def test_links_that_lead_nowhere_are_named(folder):
   (folder / 'train' / 'n02' / 'gone.JPEG').symlink_to(folder / 'nothing.JPEG')
   (folder / 'train' / 'n02' / 'elsewhere').symlink_to(folder / 'nothing')
+  (folder / 'train' / 'n02' / 'itself').symlink_to(folder / 'train' / 'n02' / 'itself')
   source = open_folder(folder, 'train')
   assert len(source) == 9
   (note,) = source.notes
-  assert note.startswith(f'{folder}/train: 2 links lead nowhere, such as {folder}/train/n02/')
+  assert note.startswith(f'{folder}/train: 3 links lead nowhere, such as {folder}/train/n02/')
 
 
 @pytest.mark.parametrize('target', ['train', 'train/n02', 'train/n1'])
@@ -264,3 +265,8 @@ def test_two_spellings_of_an_accent_are_one_class(tmp_path):
   validation = open_folder(tmp_path, 'val', train.class_names)
   assert validation.class_names == train.class_names == ('bar', 'caf\u00e9')
   assert [validation[i].label for i in range(2)] == [0, 1]
+
+
+def test_a_link_to_photographs_that_were_found_is_skipped(folder):
+  (folder / 'train' / 'latest').symlink_to(folder / 'train' / 'n02')
+  assert len(find_images([folder / 'train'])) == 9

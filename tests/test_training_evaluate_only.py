@@ -132,15 +132,14 @@ def test_prediction_and_evaluation_agree_picture_by_picture(named_weights, tmp_p
     assert accuracy.class_correct[number] == sum(own)
   assert capsys.readouterr().err == ''
 
-  # Ignored, the tags make other pictures; both say that they depart from the weights.
+  # Ignored, the tags make other pictures.
   ignored = evaluate_only(folder_config(folder, **{'data.orientation': 'ignored'}), named_weights)['weights']
   assert ignored.loss_sum != pytest.approx(accuracy.loss_sum, rel=1e-4)
-  assert 'data.orientation is ignored, not upright' in capsys.readouterr().err
   open_classifier(named_weights, orientation='ignored')
   assert 'EXIF orientation: ignored, but the weights were' in capsys.readouterr().err
 
 
-def test_a_weight_file_says_what_to_do_with_orientation(named_weights, tmp_path):
+def test_a_weight_file_says_what_to_do_with_orientation(named_weights, tmp_path, capsys):
   weights, _ = load(named_weights, Options())
   path = tmp_path / 'weights.safetensors'
   write_weights(dataclasses.replace(weights, data={**weights.data, 'orientation': 'ignored'}), path)
@@ -150,6 +149,9 @@ def test_a_weight_file_says_what_to_do_with_orientation(named_weights, tmp_path)
   by_record = evaluate_only(folder_config(folder), path)['weights']
   explicit = evaluate_only(folder_config(folder, **{'data.orientation': 'ignored'}), named_weights)['weights']
   assert by_record.loss_sum == explicit.loss_sum
+  capsys.readouterr()
+  evaluate_only(folder_config(folder, **{'data.orientation': 'upright'}), path)
+  assert 'data.orientation is upright, not ignored' in capsys.readouterr().err
 
 
 def test_classes_are_matched_by_name(named_weights, tmp_path):
@@ -226,3 +228,13 @@ def finetuning(data_dir, path):
     {'init_from': str(path), 'data.name': 'digits', 'data.data_dir': data_dir, 'data.eval_split': 'test'}
   )
   return config
+
+
+def test_folders_of_labels_are_matched_by_number(tmp_path):
+  """Weights without names, such as published ones; in the order of text 10 comes before 2."""
+  path = tmp_path / 'weights.safetensors'
+  convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}, num_classes=11))
+  folder = write_image_folder(tmp_path, tuple(map(str, range(11))), val=1)
+  (folder / 'val' / '10' / '1.JPEG').write_bytes((folder / 'val' / '10' / '0.JPEG').read_bytes())
+  accuracy = evaluate_only(folder_config(folder), path)['weights']
+  assert accuracy.class_count == (1,) * 10 + (2,)

@@ -1,7 +1,7 @@
 """Converts PyTorch weights: python -m t2t_vit_jax.conversion CHECKPOINT --output=weights.safetensors.
 
-The checkpoint may come from the reference, from mmpretrain or from timm's training script; nothing
-in it is executed. With --reverse, a converted file becomes a PyTorch state dict.
+The checkpoint may come from the reference, from mmpretrain, or from a training script that saves a state
+dict; nothing in it is executed. With --reverse, a converted file becomes a PyTorch state dict.
 """
 
 import argparse

@@ -103,7 +103,7 @@ def convert(
   Raises:
     UserError: one line that names the file and every tensor at fault. No file was written.
   """
-  output = Path(output).expanduser()
+  output = Path(os.path.expanduser(output))
   files.check_output(output, force=force)
   weights, notes = load(Path(path), options)
   if reverse:
@@ -142,7 +142,7 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
     UserError: the file can't be read or does not hold exactly one model's tensors.
   """
   notes: list[str] = []
-  path = path.expanduser()
+  path = Path(os.path.expanduser(path))
   try:
     file_format = files.file_format(path)
     if file_format == 'safetensors' and METADATA_KEY in files.read_metadata(path):

@@ -39,6 +39,14 @@ def comparable(class_names: Sequence[str]) -> list[str]:
   return [unicodedata.normalize('NFC', names.get(name, name)) for name in class_names]
 
 
+def comparable_of_model(class_names: Sequence[str]) -> list[str]:
+  """`comparable` for the classes of a model: other lists of ImageNet's words, in the same order, are ImageNet's."""
+  own, names = list(imagenet_names().values()), comparable(class_names)
+  if len(names) == len(own) and sum(map(str.__eq__, names, own)) > 0.9 * len(own):
+    return own  # lists differ in the two cranes, and in other words for a class
+  return names
+
+
 def labels_by_name(class_names: Sequence[str], known: Sequence[str], origin: str) -> list[int]:
   """Label of each of `class_names` among the classes that a model knows.
 
@@ -48,10 +56,12 @@ def labels_by_name(class_names: Sequence[str], known: Sequence[str], origin: str
     origin: where `class_names` come from, for the message.
 
   Raises:
-    UserError: the model does not know one of them.
+    UserError: the model does not know one of them, or knows two of that name.
   """
-  labels = {name: label for label, name in enumerate(comparable(known))}
-  names = comparable(class_names)
+  of_model, names = comparable_of_model(known), comparable(class_names)
+  labels = {name: label for label, name in enumerate(of_model)}
+  if len(labels) < len(of_model) and (twice := [name for name in names if of_model.count(name) > 1]):
+    raise UserError(f'the model has two classes {printable(twice[0])}, so those of {origin} cannot be told by name')
   unknown = [original for original, name in zip(class_names, names, strict=True) if name not in labels]
   if unknown:
     raise UserError(

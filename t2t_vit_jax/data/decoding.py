@@ -61,6 +61,7 @@ _TURNS = {  # by EXIF orientation; 1 is upright
   8: _Turn(Image.Transpose.ROTATE_90, True, True, False),
 }
 _TIFF_BITS, _TIFF_BLACK, _TIFF_WHITE = 258, 340, 341  # tags: BitsPerSample, SMinSampleValue, SMaxSampleValue
+_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 
 
 @contextlib.contextmanager
@@ -190,12 +191,17 @@ def _to_grey(image: Image.Image) -> Image.Image:
     BadImage: their range is unknown.
   """
   samples, tags = np.asarray(image), getattr(image, 'tag_v2', {})
-  if image.mode.startswith('I;16') or image.format in ('PNG', 'PPM'):  # whose mode I is 16 bits deep too
-    bits = int(np.max(tags.get(_TIFF_BITS, 16)))
-    return Image.fromarray((samples >> bits - 8).astype(np.uint8))
-  black, white = _range(samples, tags)
-  scaled = 255 * (samples.astype(np.float64) - black) / (white - black)
-  return Image.fromarray(np.round(np.clip(scaled, 0, 255)).astype(np.uint8))
+  if samples.dtype.kind != 'f' and (image.mode.startswith('I;16') or image.format in ('PNG', 'PPM')):
+    grey = (samples >> int(np.max(tags.get(_TIFF_BITS, 16))) - 8).astype(np.uint8)  # mode I of these has 16 bits too
+  else:
+    black, white = _range(samples, tags)
+    scaled = 255 * (samples.astype(np.float64) - black) / (white - black)
+    grey = np.round(np.clip(scaled, 0, 255)).astype(np.uint8)
+  if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+    grey = 255 - grey
+  if isinstance(transparent := image.info.get('transparency'), int):
+    grey = np.where(samples == transparent, np.uint8(255), grey)
+  return Image.fromarray(grey)
 
 
 def _range(samples: np.ndarray, tags: Any) -> tuple[float, float]:

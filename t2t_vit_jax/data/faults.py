@@ -29,7 +29,14 @@ class Remarks:
       indices = batch['index'][(batch['remarks'] & remark) > 0]
       if len(indices) and remark not in self._said:
         self._said |= remark
-        warn(f'image {source[int(indices[0])].id} {text}; others like it are not named')
+        warn(f'image {_name(source, int(indices[0]))} {text}; others like it are not named')
+
+
+def _name(source: Source, index: int) -> str:
+  try:
+    return source[index].id
+  except BadImage:  # it could be read a moment ago
+    return f'{index} of {source.description}'
 
 
 class Faults:

@@ -23,7 +23,8 @@ from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform
 from t2t_vit_jax.errors import DataError, UserError
 
 # image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
-# bad: bool, whether that record could not be read. `faults.Faults` takes the last two out.
+# bad: bool, whether that record could not be read; remarks: uint8, see `Remark`. `faults.Faults` takes out three:
+# index, bad and remarks.
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]  # the same with a leading axis
 UNREADABLE = -1  # the label of an evaluated image that cannot be read: no guess is right
@@ -107,7 +108,7 @@ class _TrainExample(grain.transforms.Map):
         image = self.transform(file, rng)
       except BadImage:
         continue
-      return _example(image, record.label, index, bad=tries > 0, remarks=file.remarks)
+      return _example(image, record.label, index, bad=tries > 0, remarks=Remark.NONE if tries else file.remarks)
     raise DataError(f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}: check its files')
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any
 
 from t2t_vit_jax.data import transforms
@@ -49,7 +49,7 @@ def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
     divided := open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
   ):
     return divided
-  if not with_train and not (Path(data.path).expanduser() / data.train_split).is_dir():
+  if not with_train and not os.path.isdir(os.path.join(os.path.expanduser(data.path), data.train_split)):
     return None, open_folder(data.path, data.eval_split)
   train = open_folder(data.path, data.train_split)  # its class folders give the labels
   return train, open_folder(data.path, data.eval_split, train.class_names)

@@ -1,12 +1,14 @@
 """Sources of images: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import filecmp
 import hashlib
 import os
 from pathlib import Path
 import shlex
+import stat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -144,9 +146,10 @@ class _FolderRecords:
       numbers[self.path(index).stat().st_size].append(index)
     return numbers
 
-  def digest(self, index: int) -> bytes:
-    """A checksum of an image's file."""
-    return hashlib.sha256(self.path(index).read_bytes()).digest()
+  def start(self, index: int) -> bytes:
+    """The first 16 KiB of an image's file."""
+    with self.path(index).open('rb') as file:
+      return file.read(2**14)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,7 @@ def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str
   Raises:
     UserError: folders are missing, a class is unknown or has no image.
   """
-  return _open_classes(_split_folder(Path(path).expanduser(), split), class_names)
+  return _open_classes(_split_folder(Path(os.path.expanduser(path)), split), class_names)
 
 
 def open_divided_folder(
@@ -197,7 +200,7 @@ def open_divided_folder(
   Raises:
     UserError: class folders hold folders but no images, a class has no image, or no class has two.
   """
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if not folder.is_dir() or _find_split(folder, eval_split):
     return None
   split_folder = _find_split(folder, train_split)
@@ -247,7 +250,7 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   known = comparable(class_names)
   if unknown := [folders[key] for key in folders.keys() - set(known)]:
     raise UserError(f'{folder} has classes that the training split lacks: {", ".join(sorted(unknown)[:3])}')
-  scan, names, labels = _Scan(), [], []
+  scan, names, labels = _Scan(labelled=True), [], []
   for label, key in enumerate(known):
     images = sorted(scan.images(folder, folders[key])) if key in folders else []
     if not images and key in folders:
@@ -273,7 +276,7 @@ def _split_folder(path: Path, split: str) -> Path:
 def note_copies(train: Source, evaluation: Source) -> Source:
   """Notes in `evaluation` how many of its images are copies of training images, byte for byte.
 
-  Files of folders with at most `MAX_COMPARED` images are compared, and read only where their sizes agree.
+  Folders with at most `MAX_COMPARED` images are compared, and of files of one size the start is read first.
   """
   ours, theirs = evaluation.records, train.records
   if not (isinstance(ours, _FolderRecords) and isinstance(theirs, _FolderRecords)):
@@ -283,12 +286,12 @@ def note_copies(train: Source, evaluation: Source) -> Source:
   try:
     our_sizes, their_sizes = ours.sizes(), theirs.sizes()
     common = our_sizes.keys() & their_sizes.keys() - {0}
-    originals = {theirs.digest(index): theirs.path(index) for size in common for index in their_sizes[size]}
+    starts = {(size, theirs.start(index)): theirs.path(index) for size in common for index in their_sizes[size]}
+    candidates = ((size, ours.path(index), ours.start(index)) for size in common for index in our_sizes[size])
     copies = [
-      (ours.path(index), originals[digest])
-      for size in common
-      for index in our_sizes[size]
-      if (digest := ours.digest(index)) in originals
+      (path, original)
+      for size, path, start in candidates
+      if (original := starts.get((size, start))) and filecmp.cmp(path, original, shallow=False)
     ]
   except OSError:  # the run will name an image that cannot be read
     return evaluation
@@ -302,11 +305,11 @@ def note_copies(train: Source, evaluation: Source) -> Source:
   return dataclasses.replace(evaluation, notes=(*evaluation.notes, note))
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+def find_images(paths: Iterable[str | os.PathLike[str]], note: Callable[[str], None] = lambda line: None) -> list[str]:
   """Paths of image files, and of the images below folders.
 
   A file is taken whatever its name is. In folders, suffixes decide (`IMAGE_SUFFIXES`), and images come in the order of
-  their paths.
+  their paths. `note` gets lines about what was left out.
 
   Raises:
     UserError: there is no such file or folder, a folder cannot be read or has no images.
@@ -314,10 +317,13 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
   files: list[str] = []
   for path in map(Path, paths):
     if path.is_dir():
-      names = sorted(_Scan().images(path))
+      scan = _Scan(labelled=False)
+      names = sorted(scan.images(path))
       if not names:
         raise UserError(f'{path} has no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
       files += [os.fspath(path / os.fsdecode(name)) for name in names]
+      for line in scan.notes(path):
+        note(line)
     elif path.exists():
       files.append(os.fspath(path))
     else:
@@ -333,9 +339,14 @@ def open_images(files: Sequence[str], *, upright: bool) -> Source:
 
 
 class _Scan:
-  """Walks through folders, and remembers what it met besides images."""
+  """Walks through folders, and remembers what it met besides images.
 
-  def __init__(self) -> None:
+  Args:
+    labelled: refuses links to a folder that was read before, whose images would get two labels; else skips them.
+  """
+
+  def __init__(self, *, labelled: bool):
+    self._labelled = labelled
     self._folders: dict[tuple[int, int], str] = {}  # (device, inode) -> path
     self._skipped: collections.Counter[str] = collections.Counter()  # by suffix
     self._broken: list[str] = []  # links that lead nowhere
@@ -348,27 +359,37 @@ class _Scan:
     """
     path = os.path.join(folder, subfolder)
     try:
-      self._check_new(path)
+      if self._is_known(path):
+        return
       with os.scandir(path) as entries:
         visible = [entry for entry in entries if not _is_hidden(entry.name)]
     except OSError as error:
       raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
     for entry in visible:
       name, suffix = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
-      if entry.is_dir():
+      is_folder = entry.is_dir(follow_symlinks=False)
+      if entry.is_symlink():
+        try:
+          is_folder = stat.S_ISDIR(entry.stat().st_mode)
+        except OSError:  # it leads nowhere, or to itself
+          self._broken.append(entry.path)
+          continue
+      if is_folder:
         yield from self.images(folder, name)
-      elif entry.is_symlink() and not os.path.exists(entry.path):
-        self._broken.append(entry.path)
       elif suffix in IMAGE_SUFFIXES:
         yield os.fsencode(name)
       else:
         self._skipped[suffix or 'no suffix'] += 1
 
-  def _check_new(self, path: str) -> None:
+  def _is_known(self, path: str) -> bool:
+    """Whether a folder was read before, by another path."""
     status = os.stat(path)
     before = self._folders.setdefault((status.st_dev, status.st_ino), path)
-    if before != path:
+    if before == path or os.path.realpath(before) != os.path.realpath(path):  # some file systems lack inodes
+      return False
+    if self._labelled:
       raise UserError(f'{path} is the same folder as {before}, so its images would be read twice: remove the link')
+    return True
 
   def notes(self, folder: Path) -> tuple[str, ...]:
     """Lines for the user about what lies in `folder` and was not read."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 import copy
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
-from t2t_vit_jax.data.class_names import comparable
+from t2t_vit_jax.data.class_names import comparable, comparable_of_model
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant
@@ -29,7 +31,8 @@ def resolve(config: Any) -> Any:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
   """
   config = copy.deepcopy(config)
-  _set_orientation(config, weights_header(config.init_from).get('data', {}))
+  if config.data.orientation is None:
+    _set_orientation(config, weights_header(config.init_from).get('data', {}))
   open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
@@ -82,7 +85,7 @@ def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
 def weights_header(path: str | None) -> dict[str, Any]:
   """The header of a weight file of this package; empty if there is none."""
   try:
-    with Path(path or '').expanduser().open('rb') as file:
+    with open(os.path.expanduser(path or ''), 'rb') as file:
       return read_header(file) or {}
   except OSError:  # whether the file is needed at all is not known here
     return {}
@@ -124,8 +127,7 @@ def _describe_model(config: Any, weights: Weights) -> None:
 
 def preparation_differences(config: Any, data: Mapping[str, Any]) -> list[str]:
   """A phrase for each field of `config.data` that prepares images otherwise than `data`, the weights' own fields."""
-  own = {'orientation': 'upright' if config.data.source == 'folder' else 'ignored', **data}
-  pairs = {field: (_plain(config.data[field]), _plain(own.get(field))) for field in DATA_FIELDS}
+  pairs = {field: (_plain(config.data[field]), _plain(data[field])) for field in DATA_FIELDS if field in data}
   return [f'data.{field} is {now}, not {wanted}' for field, (now, wanted) in pairs.items() if now != wanted]
 
 
@@ -142,11 +144,10 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
     UserError: the file can't be read, or holds another model.
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-  fresh_head = class_names is not None and _has_other_classes(path, class_names)
-  options = Options(
-    settings=settings, num_classes=model.num_classes, image_size=model.image_size, seed=seed, fresh_head=fresh_head
-  )
+  options = Options(settings=settings, num_classes=model.num_classes, image_size=model.image_size, seed=seed)
   weights, notes = load(Path(path), options)
+  if weights.class_names and class_names and comparable_of_model(weights.class_names) != comparable(class_names):
+    weights, notes = load(Path(path), dataclasses.replace(options, fresh_head=True))
   log_notes(path, notes)
   check_channels(weights, path)
   loaded_model, variables = weights.build()
@@ -164,9 +165,3 @@ def check_channels(weights: Weights, path: Any) -> None:
   """Raises UserError unless a model takes RGB images, as which all data is read."""
   if weights.channels != 3:
     raise UserError(f'{path} holds a model for images of {weights.channels} channel(s), but data is read as RGB')
-
-
-def _has_other_classes(path: str, class_names: Sequence[str]) -> bool:
-  """Whether a weight file names classes, and others than `class_names` or in another order."""
-  own = weights_header(path).get('class_names')
-  return own is not None and comparable(own) != comparable(class_names)

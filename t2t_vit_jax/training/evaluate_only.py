@@ -67,11 +67,13 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
-  if differences := preparation_differences(config, data):
-    warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
+  differences = preparation_differences(config, data)
   source = in_all_processes(lambda: _open_source(config, model.num_classes, class_names))
-  for note in source.notes:
-    warn(note)
+  if jax.process_index() == 0:
+    for line in source.notes:
+      warn(line)
+    if differences:
+      warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
   return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
 
 
@@ -93,6 +95,8 @@ def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | Non
   source, synsets = pipeline.open_eval_source(config.data), imagenet_names()
   if class_names is None and num_classes == len(synsets) and synsets.keys() >= set(source.class_names):
     class_names = tuple(synsets)  # published weights have no names
+  elif class_names is None and set(source.class_names) == set(map(str, range(num_classes))):
+    class_names = tuple(map(str, range(num_classes)))  # folders of labels are in the order of text, 0, 1, 10, ...
   if class_names is None:
     return source
   labelled = source.with_classes(class_names)
