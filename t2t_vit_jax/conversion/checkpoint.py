@@ -96,9 +96,8 @@ def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:
 
 
 def _first(saved: State, keys: Sequence[str]) -> Any:
-  """The first of the values under `keys` that is a dict, else the first that is none; None if there is no value."""
-  values = [saved[key] for key in keys if saved.get(key) is not None]
-  return next((value for value in values if isinstance(value, dict)), values[0] if values else None)
+  """The first value under one of `keys` that is a dict; else the value under the first key, which only weights have."""
+  return next((saved[key] for key in keys if isinstance(saved.get(key), dict)), saved.get(keys[0]))
 
 
 def _mmpretrain_sets(state_dict: State, ema_state_dict: State) -> dict[WeightsKind | None, State]:
