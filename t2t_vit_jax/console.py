@@ -8,8 +8,6 @@ from typing import TextIO
 import jax
 from tqdm import tqdm
 
-from t2t_vit_jax.errors import encodable
-
 
 def say(text: str) -> None:
   """Prints a line to standard output, in the first process only."""
@@ -27,7 +25,8 @@ def _print(text: str, stream: TextIO | None) -> None:
   if stream is None:  # closed before the program started
     return
   try:
-    tqdm.write(encodable(text, stream), file=stream)
+    encoding = stream.encoding or 'utf-8'
+    tqdm.write(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream)
     stream.flush()  # a log file should show it now
   except OSError as error:  # a reader such as `head` is gone, or a disk is full
     with contextlib.suppress(OSError):

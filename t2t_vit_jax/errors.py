@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 import difflib
 import math
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 Row = TypeVar('Row')
 
@@ -19,12 +19,6 @@ class DataError(UserError):
 def printable(text: str) -> str:
   """Escapes unprintable characters as Python does, so that `text` stays on one line of a terminal."""
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def encodable(text: str, stream: TextIO) -> str:
-  """Escapes the characters of `text` that the encoding of `stream` lacks, such as most of them on an ASCII terminal."""
-  encoding = stream.encoding or 'utf-8'
-  return text.encode(encoding, 'backslashreplace').decode(encoding)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

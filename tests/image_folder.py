@@ -6,11 +6,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from t2t_vit_jax.data.decoding import EncodedImage
+
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:
   buffer = io.BytesIO()
   image.save(buffer, file_format, **options)
   return buffer.getvalue()
+
+
+def decode(file: bytes, *, upright: bool = False) -> Image.Image:
+  return EncodedImage(file, upright=upright).decode()
 
 
 def picture(rng: np.random.Generator) -> Image.Image:

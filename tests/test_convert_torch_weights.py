@@ -1,6 +1,5 @@
 """The program convert_torch_weights.py: flags, lines on both outputs, exit codes."""
 
-import os
 from pathlib import Path
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from t2t_vit_jax import load_pretrained
 from t2t_vit_jax.conversion.__main__ import main
 from tests import checkpoints, golden
 from tests.parameters import slow_but
+from tests.small_disk import small_disk
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,13 +112,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_a_read_only_disk_gets_one_line(tmp_path):
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=4m,ro', 'tmpfs', tmp_path]
-  if os.geteuid() or subprocess.run(mount, check=False).returncode:
-    pytest.skip('needs the right to mount a disk')
-  try:
+  with small_disk(tmp_path, ',ro'):
     result = program(
       golden.DATA / 'official_tiny_performer.pth.tar', f'--output={tmp_path}/out.safetensors', '--set=num_heads=4'
     )
     assert_error(result, f'{tmp_path}/out.safetensors: cannot be written: OSError: [Errno 30] Read-only file system')
-  finally:
-    subprocess.run(['umount', '-l', tmp_path], check=True)

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps, TiffImagePlugin
 import pytest
 
 from t2t_vit_jax.data import loader, transforms
-from t2t_vit_jax.data.decoding import BadImage, EncodedImage, Remark, decode
+from t2t_vit_jax.data.decoding import BadImage, EncodedImage, Remark
 from t2t_vit_jax.data.faults import REMARKS, Faults
 from t2t_vit_jax.data.sources import IMAGE_SUFFIXES, open_images
-from tests.image_folder import encoded
+from tests.image_folder import decode, encoded
 
 rng = np.random.default_rng(0)
 PIXELS = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((90, 60)))

@@ -18,11 +18,11 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax.data import loader, transforms
-from t2t_vit_jax.data.decoding import BadImage, decode
+from t2t_vit_jax.data.decoding import BadImage
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import open_folder, open_tfds
 from t2t_vit_jax.errors import DataError
-from tests.image_folder import encoded, picture, write_image_folder
+from tests.image_folder import decode, encoded, picture, write_image_folder
 from tests.parameters import slow_but
 
 CROP = transforms.Chain(transforms.RandomPaddedCrop(16, padding=2))

@@ -11,10 +11,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data.decoding import decode
 from t2t_vit_jax.data.pipeline import open_sources
 from t2t_vit_jax.data.sources import find_images, open_divided_folder, open_folder, open_images
-from tests.image_folder import write_image_folder
+from tests.image_folder import decode, write_image_folder
 
 CLASSES = ('n02', 'n10', 'n1')  # sorted as text: n02, n1, n10
 

@@ -14,7 +14,7 @@ import pytest
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import decoding, transforms
 from tests.golden import DATA
-from tests.image_folder import encoded
+from tests.image_folder import decode, encoded
 
 
 def as_file(image):
@@ -52,7 +52,7 @@ def test_photographs_are_turned_as_their_exif_says(orientation):
   pixels[:8, :8] = 255  # upper left
   image, exif = Image.fromarray(pixels), Image.Exif()
   exif[0x0112] = orientation
-  turned = decoding.decode(encoded(image, 'PNG', exif=exif), upright=True)
+  turned = decode(encoded(image, 'PNG', exif=exif), upright=True)
   assert turned.size == ((16, 24) if orientation >= 5 else (24, 16))
   corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
   assert np.asarray(turned)[corners.get(orientation, (0, 0))].tolist() == [255, 255, 255]
@@ -60,7 +60,7 @@ def test_photographs_are_turned_as_their_exif_says(orientation):
 
 def test_exif_that_is_damaged_changes_nothing():
   image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
-  damaged = decoding.decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'), upright=True)
+  damaged = decode(encoded(image, 'PNG', exif=b'Exif\x00\x00MM\x00*\x00\x00\xff\xff'), upright=True)
   np.testing.assert_array_equal(np.asarray(damaged), np.asarray(image))
 
 

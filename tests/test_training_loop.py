@@ -435,7 +435,7 @@ def test_a_run_from_before_orientation_was_a_field_goes_on_without_it(data_dir, 
 
 
 def test_weights_of_other_classes_get_a_new_head(data_dir, four_steps, tmp_path, caplog):
-  """As many classes with the same names keep it."""
+  """Weights of as many classes with the same names keep theirs."""
   weights, _ = load(four_steps / 'weights' / 'model.safetensors', Options())
   own = tmp_path / 'own.safetensors'
   write_weights(weights, own)

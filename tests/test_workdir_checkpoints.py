@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import subprocess
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from t2t_vit_jax.workdir.fingerprints import fingerprint
 from t2t_vit_jax.workdir.folder import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process
+from tests.small_disk import small_disk
 from tests.test_training_loop import small_config
 
 
@@ -92,11 +92,7 @@ def test_fingerprints_do_not_depend_on_the_sharding(run):
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
-  if (
-    os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', tmp_path], check=False).returncode
-  ):
-    pytest.skip('needs the right to mount a small disk')
-  try:
+  with small_disk(tmp_path):
     state = run.recipe.make_state(run.recipe.rng)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
@@ -108,8 +104,6 @@ def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
     restored, *_, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
     checkpoints._checkpointer.close()
     assert (int(restored.step), set_aside) == (0, [])
-  finally:
-    subprocess.run(['umount', '-l', tmp_path], check=True)
 
 
 def train(*arguments):

@@ -1,4 +1,4 @@
-"""What a run shows and logs: it survives full disks, closed pipes and terminals that lack letters."""
+"""Runs survive full disks, closed pipes and terminals that lack letters, in all that they only show or log."""
 
 import io
 import json

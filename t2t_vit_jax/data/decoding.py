@@ -151,15 +151,6 @@ class EncodedImage:
       return _to_rgb(image if box == (0, 0, *image.size) else image.crop(box))
 
 
-def decode(encoded: bytes, *, upright: bool = False) -> Image.Image:
-  """Decodes an image file to 8-bit RGB; see `EncodedImage`.
-
-  Raises:
-    BadImage: the file is empty, damaged, cut off, or no image, or the range of its samples is unknown.
-  """
-  return EncodedImage(encoded, upright=upright).decode()
-
-
 def _turn(image: Image.Image) -> _Turn | None:
   """The turn that an image asks for; None if it is upright, or if its EXIF data cannot be understood."""
   if image.format == 'TIFF':

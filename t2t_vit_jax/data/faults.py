@@ -26,8 +26,10 @@ class Remarks:
   def note(self, source: Source, batch: Batch, warn: Callable[[str], None]) -> None:
     """Warns of the first image in a batch of `source` that a remark is true of, unless it was said before."""
     for remark, text in REMARKS.items():
+      if remark in self._said:
+        continue
       indices = batch['index'][(batch['remarks'] & remark) > 0]
-      if len(indices) and remark not in self._said:
+      if len(indices):
         self._said |= remark
         warn(f'image {_name(source, int(indices[0]))} {text}; others like it are not named')
 

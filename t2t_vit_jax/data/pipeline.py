@@ -18,11 +18,9 @@ def open_sources(data: Any) -> tuple[Source, Source]:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
-  upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
-  train, evaluation = choose(SOURCES, 'data.source', data.source)(data, True)
+  train, evaluation = _open(data, True)
   assert train is not None
-  evaluation = note_copies(train, evaluation)
-  return dataclasses.replace(train, upright=upright), dataclasses.replace(evaluation, upright=upright)
+  return train, note_copies(train, evaluation)
 
 
 def open_eval_source(data: Any) -> Source:
@@ -31,8 +29,15 @@ def open_eval_source(data: Any) -> Source:
   Raises:
     UserError: the source is unknown, or its data missing.
   """
+  return _open(data, False)[1]
+
+
+def _open(data: Any, with_train: bool) -> tuple[Source | None, Source]:
+  """Opens a row of `SOURCES`, whose images are turned as `data.orientation` says."""
   upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
-  return dataclasses.replace(choose(SOURCES, 'data.source', data.source)(data, False)[1], upright=upright)
+  train, evaluation = choose(SOURCES, 'data.source', data.source)(data, with_train)
+  train = None if train is None else dataclasses.replace(train, upright=upright)
+  return train, dataclasses.replace(evaluation, upright=upright)
 
 
 def _open_tfds(data: Any, with_train: bool) -> tuple[Source | None, Source]:

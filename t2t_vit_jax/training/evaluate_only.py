@@ -64,7 +64,7 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
     check_channels(loaded, path)
     (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
-  config = in_all_processes(lambda: resolve_for_evaluation(config, data, os.fspath(path)))
+  config = in_all_processes(lambda: resolve_for_evaluation(config, data, path))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   differences = preparation_differences(config, data)
