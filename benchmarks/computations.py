@@ -19,6 +19,7 @@ from t2t_vit_jax.errors import UserError, did_you_mean
 from t2t_vit_jax.models.variants import create_model, get_variant
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import DTYPES, Recipe, build_recipe
+from t2t_vit_jax.recipe.init_from import resolve
 
 YARDSTICK = 'ViT-S/16'
 IMAGENET: dict[str, Any] = dict(num_classes=1000, num_train_images=1_281_167)
@@ -205,7 +206,7 @@ def training_recipe(workload: Workload, mesh: Mesh) -> Recipe:
     config.model.update({'name': workload.model, 'dtype': workload.dtype, **workload.fields})
   config.data.batch_size, config.data.image_size = workload.batch_size, workload.image_size
   config.augment.mixing_group_size = math.gcd(config.augment.mixing_group_size, workload.batch_size)
-  return build_recipe(config, mesh, **IMAGENET)
+  return build_recipe(resolve(config), mesh, **IMAGENET)
 
 
 def one_device_mesh(device: Any) -> Mesh:

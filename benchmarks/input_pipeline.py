@@ -30,6 +30,7 @@ from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.pipeline import train_transform
 from t2t_vit_jax.data.randaugment import OPERATIONS
 from t2t_vit_jax.data.sources import Source, open_folder
+from t2t_vit_jax.recipe.init_from import resolve
 
 SEED = 0
 # Batches that a loader may have ready: they are taken out before the clock starts.
@@ -103,7 +104,7 @@ class Pipeline:
     config = default.get_config()
     config.data.fast_decode = fast
     self.source, self.batch_size = source, batch_size
-    self.transform: Any = train_transform(config)
+    self.transform: Any = train_transform(resolve(config))
     self.order = loader.TrainOrder(len(source), batch_size, SEED)
 
   def batches(self, num_workers: int) -> Any:

@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
   config.data.eval_batch_size = 512  # any number: padding is masked out
   config.data.crop_fraction = 0.9  # evaluation: share of the resized short side kept by the centre crop
   config.data.interpolation = 'bicubic'  # evaluation, and training with padded crops
-  config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+  config.data.channels = placeholder(int)  # 3: RGB; 1: grey. None: as the weight file has it, else 3
+  config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; grey images get the average, of `std` too
   config.data.std = (0.229, 0.224, 0.225)
   # EXIF orientation: 'upright' turns images, 'ignored' does not, as published. None: as the weight file has it, else
   # 'upright' for folders and 'ignored' for tfds.

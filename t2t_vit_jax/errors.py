@@ -5,6 +5,7 @@ import difflib
 import math
 from typing import TypeVar
 
+Key = TypeVar('Key')
 Row = TypeVar('Row')
 
 
@@ -55,7 +56,7 @@ def check_interval(field: str, interval: tuple[float, float], most: float = math
     raise UserError(f'{field} must hold two numbers above 0{above}, the smaller one first, not {interval}')
 
 
-def choose(table: Mapping[str, Row], field: str, name: str) -> Row:
+def choose(table: Mapping[Key, Row], field: str, name: Key) -> Row:
   """Looks up `name`, the value of the config's `field`, in `table`.
 
   Raises:

@@ -71,7 +71,7 @@ def export_weights(
 
 
 def export_forward(loaded: Weights, dtype: str) -> export.Exported:
-  """The forward pass: float32 weights by path, uint8 images (B, height, width, 3) -> float32 logits (B, num_classes).
+  """The forward pass: float32 weights by path, uint8 images (B, height, width, C) -> float32 logits (B, num_classes).
 
   B is a dimension variable, at least 1, and images are normalised within. Weights are arguments, since as constants of
   the program they would be compiled, and held, anew for each batch size.
@@ -83,7 +83,7 @@ def export_forward(loaded: Weights, dtype: str) -> export.Exported:
     return cast(Array, model.apply(unflatten_dict(weights, sep='/'), normalize(images)))
 
   weights = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in loaded.arrays.items()}
-  images = jax.ShapeDtypeStruct((*export.symbolic_shape('B'), *_sides(loaded), 3), jnp.uint8)
+  images = jax.ShapeDtypeStruct((*export.symbolic_shape('B'), *_sides(loaded), loaded.channels), jnp.uint8)
   with _no_source_paths():
     return export.export(jax.jit(forward), platforms=PLATFORMS)(weights, images)
 

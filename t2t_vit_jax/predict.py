@@ -43,7 +43,7 @@ class Classifier:
   model: T2TViT
   variables: dict[str, Any]
   prepare: EvalTransform  # a decoded image -> one of the model's size
-  normalize: Normalization  # uint8 images (B, height, width, 3) -> the model's input
+  normalize: Normalization  # uint8 images (B, height, width, C) -> the model's input
   class_names: tuple[str, ...]  # for people to read
   upright: bool  # whether images are turned as their EXIF data says
 
@@ -79,7 +79,7 @@ def open_classifier(path: Path, image_size: ImageSize | None = None, orientation
   crop_fraction, interpolation = loaded.data.get('crop_fraction'), loaded.data.get('interpolation')
   if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
     raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
-  crop = ResizeCenterCrop(loaded.arguments['image_size'], crop_fraction, interpolation)
+  crop = ResizeCenterCrop(loaded.arguments['image_size'], crop_fraction, interpolation, loaded.channels)
   own = loaded.data.get('orientation', 'upright')
   if own not in ORIENTATIONS:
     raise files.problem(path, f'cannot be used: orientation is {own!r}')

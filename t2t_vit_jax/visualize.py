@@ -25,7 +25,7 @@ from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.faults import REMARKS
-from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop
+from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop, pixels_of
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from t2t_vit_jax.models.soft_split import SPLITS
@@ -50,7 +50,7 @@ class Inside:
   """Results of a model's layers for one image.
 
   Attributes:
-    image: (height, width, 3) uint8, as the model got it.
+    image: (height, width, 3) uint8, as the model got it; of a grey one all three are alike.
     stages: outputs (H, W, D) of the tokens-to-token module's stages, by name; the last are the encoder's tokens.
     attention: by the name of the encoder block, (num_heads, H, W): the class token's attention to each of the image's
       tokens. The rest, up to a sum of 1, goes to the class token itself.
@@ -69,8 +69,7 @@ def look_inside(classifier: Classifier, image: Image.Image) -> Inside:
   Raises:
     UserError: the image is too small for the model.
   """
-  pixels = np.asarray(image)
-  batch = classifier.normalize(jnp.asarray(pixels[None]))
+  batch = classifier.normalize(jnp.asarray(pixels_of(image)[None]))
   blocks = attention_blocks(classifier.model, classifier.variables, batch)
   stages = stage_layers(classifier.model)
   outputs = _run(classifier.model, tuple(stages.values()), tuple(blocks), classifier.variables, batch)
@@ -78,7 +77,7 @@ def look_inside(classifier: Classifier, image: Image.Image) -> Inside:
   probabilities = np.asarray(jax.nn.softmax(logits[0]))
   label = int(probabilities.argmax())
   return Inside(
-    image=pixels,
+    image=np.asarray(image.convert('RGB')),
     stages={name: features[layer][0] for name, layer in stages.items()},
     attention={block: attention[block][0] for block in blocks},
     guess=(classifier.class_names[label], float(probabilities[label])),
@@ -130,7 +129,8 @@ def prepare_whole(classifier: Classifier, image: Image.Image) -> Image.Image:
   width, height = (stride * max(1, round(length * scale)) for length in image.size)
   if width * height > MAX_RESIZED_PIXELS:
     raise UserError(f'--whole would make {width:,} x {height:,} px of {image.width:,} x {image.height:,}: leave it out')
-  return ResizeCenterCrop((height, width), crop_fraction=1.0)(image)
+  channels = len(classifier.normalize.mean)
+  return ResizeCenterCrop((height, width), crop_fraction=1.0, channels=channels)(image)
 
 
 def principal_colors(features: np.ndarray) -> np.ndarray:

@@ -19,8 +19,7 @@ from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.variants import DataDefaults
 from t2t_vit_jax.recipe import optimizer
 from t2t_vit_jax.recipe.build import build_model
-from t2t_vit_jax.recipe.checks import check_ranges
-from t2t_vit_jax.recipe.init_from import resolve_for_evaluation
+from t2t_vit_jax.recipe.init_from import resolve, resolve_for_evaluation
 from t2t_vit_jax.training import loop
 from tests import golden
 
@@ -80,9 +79,9 @@ def differences(config, other):
 def test_config_builds(name):
   config, _ = load(name)
   if name == 'finetune':  # as with weights that say how their images are prepared
-    config = resolve_for_evaluation(config, dataclasses.asdict(DataDefaults()), 'weights')
+    config = resolve_for_evaluation(config, dataclasses.asdict(DataDefaults()), 3, 'weights')
     config.model.name = 't2t_vit_14'
-  check_ranges(config)
+  config = resolve(config)
   model = build_model(config, num_classes=10)
   size = config.data.image_size
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))

@@ -211,6 +211,11 @@ def test_named_models_are_recognised(name):
   assert T2TViT(**arguments) == t2t_vit_jax.create_model(name, image_size=224)
 
 
+def test_advice_names_the_arguments_of_the_function():
+  with pytest.raises(UserError, match=r"heads: add settings=\{'num_heads': N\}"):
+    load_pretrained(golden_file('performer'))
+
+
 def test_a_wrong_model_name_is_refused_with_the_differences():
   inferred = infer.infer_arguments(shapes_of('t2t_vit_19'))
   with pytest.raises(UserError, match='is not t2t_vit_14: it has embed_dim=448 instead of 384, depth=19 instead of 14'):

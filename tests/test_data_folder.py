@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 
 from ml_collections import ConfigDict
@@ -10,6 +11,7 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from configs import default
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data.pipeline import open_sources
 from t2t_vit_jax.data.sources import find_images, open_divided_folder, open_folder, open_images
@@ -269,3 +271,21 @@ def test_two_spellings_of_an_accent_are_one_class(tmp_path):
 def test_a_link_to_photographs_that_were_found_is_skipped(folder):
   (folder / 'train' / 'latest').symlink_to(folder / 'train' / 'n02')
   assert len(find_images([folder / 'train'])) == 9
+
+
+@pytest.mark.parametrize('classes', [('car', 'train'), ('plane', 'val'), ('train', 'val')])
+@pytest.mark.parametrize('eval_fraction', [0.0, 0.5])
+def test_classes_whose_names_are_those_of_splits_have_a_way_out(classes, eval_fraction, tmp_path):
+  """Following the advice of the message opens the folder."""
+  write_image_folder(tmp_path, ('nested',), photos=4)
+  for name in classes:
+    shutil.copytree(tmp_path / 'photos' / 'nested', tmp_path / 'data' / name)
+  config = default.get_config().data
+  config.update(source='folder', path=str(tmp_path / 'data'), eval_fraction=eval_fraction)
+  with pytest.raises(UserError, match='is a class, add --config') as error:
+    open_sources(config)
+  for field, value in re.findall(r'--config\.data\.(\w+)=(\S+)', str(error.value)):
+    config[field] = type(config[field])(value)
+  train, evaluation = open_sources(config)
+  assert train.class_names == evaluation.class_names == classes
+  assert len(train) + len(evaluation) == 4 * len(classes)

@@ -10,6 +10,7 @@ from t2t_vit_jax.recipe.checks import check_accumulation, check_ranges
 def config_with(**changes):
   config = configs.default.get_config()
   config.update_from_flattened_dict({field.replace('__', '.'): value for field, value in changes.items()})
+  config.data.channels = 3
   return config
 
 

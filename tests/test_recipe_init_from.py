@@ -98,6 +98,7 @@ def test_the_weight_file_decides_what_the_config_leaves_open(weights, tmp_path):
 
 def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
   config.init_from, config.data.orientation = 'nowhere.safetensors', 'ignored'
+  config.data.channels = 3
   assert resolve(config).to_dict() == config.to_dict()
 
 
@@ -125,7 +126,7 @@ def test_what_does_not_fit_gets_one_line(weights, changes, message):
 def test_data_fields_that_make_no_sense_are_refused(weights):
   for data in ({}, {'image_size': (64, 96)}, {'image_size': 64, 'crop_fraction': 'all'}):
     with pytest.raises(UserError, match=r'^file has no usable data\.(image_size|crop_fraction): set --config'):
-      resolve_for_evaluation(finetuning(weights), data, 'file')
+      resolve_for_evaluation(finetuning(weights), data, 3, 'file')
 
 
 @pytest.mark.slow

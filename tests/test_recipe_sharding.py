@@ -11,6 +11,7 @@ import pytest
 from configs import digits
 from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.build import build_recipe
+from t2t_vit_jax.recipe.init_from import resolve
 from t2t_vit_jax.recipe.sharding import bytes_per_device, make_mesh, over_batch, state_sharding
 
 
@@ -88,7 +89,7 @@ def recipe(fsdp):
   config.data.image_size = 16
   config.model.depth = 1
   mesh = make_mesh(config.mesh)
-  return build_recipe(config, mesh, num_classes=10, num_train_images=1000)
+  return build_recipe(resolve(config), mesh, num_classes=10, num_train_images=1000)
 
 
 def test_the_state_is_divided_and_the_step_computes_the_same():

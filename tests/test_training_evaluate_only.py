@@ -15,6 +15,7 @@ from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.conversion.weight_format import write_weights
+from t2t_vit_jax.data import loader
 from t2t_vit_jax.data.sources import find_images, open_tfds
 from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.recipe.run import build_run
@@ -202,24 +203,76 @@ def test_what_a_checkpoint_does_not_show_the_config_tells(data_dir):
   assert evaluate_only(config, path)['weights'].count == 5
 
 
-def test_weights_for_grey_images_get_one_line(data_dir, tmp_path):
+@pytest.fixture(scope='module')
+def grey_weights(tmp_path_factory):
+  """A converted checkpoint for images of one channel."""
+  return with_channels(1, tmp_path_factory.mktemp('grey') / 'grey.safetensors')
+
+
+def with_channels(channels, path):
+  """The golden checkpoint with its first channels alone, or its first one several times."""
   state = golden.load_state_dict('performer')
-  state = {name: grey(name, tensor) for name, tensor in state.items()}
-  torch.save(state, tmp_path / 'grey.pth')
-  convert(tmp_path / 'grey.pth', tmp_path / 'grey.safetensors', Options(settings={'num_heads': 4}))
-  for call in (
-    lambda: evaluate_only(config_of(data_dir), tmp_path / 'grey.safetensors'),
-    lambda: build_run(finetuning(data_dir, tmp_path / 'grey.safetensors')).recipe.fresh_state(),
-  ):
-    with pytest.raises(UserError, match=r'grey\.safetensors holds a model for images of 1 channel'):
-      call()
+  for name in ('norm1.weight', 'norm1.bias', 'kqv.weight'):  # of the first stage, which sees 7 x 7 px
+    name = f'tokens_to_token.attention1.{name}'
+    state[name] = torch.cat([state[name][..., :49]] * channels, dim=-1)
+  torch.save(state, path.with_suffix('.pth'))
+  convert(path.with_suffix('.pth'), path, Options(settings={'num_heads': 4}))
+  return path
 
 
-def grey(name, tensor):
-  """The first of three channels, of a tensor of the first stage that sees 7 x 7 px."""
-  if name.endswith(('attention1.norm1.weight', 'attention1.norm1.bias', 'attention1.kqv.weight')):
-    return tensor[..., :49].contiguous()
-  return tensor
+def test_weights_for_grey_images_are_evaluated_on_grey_images(data_dir, grey_weights):
+  weights = load(grey_weights, Options())[0]
+  np.testing.assert_allclose([*weights.data['mean'], *weights.data['std']], [0.449, 0.226], rtol=1e-6)  # RGB's averages
+  accuracy = evaluate_only(config_of(data_dir, **{'data.image_size': 64}), grey_weights)['weights']
+  model, variables = load_pretrained(grey_weights)
+  correct = 0
+  for record in open_tfds('digits', 'test[:40]', data_dir):
+    image = Image.open(io.BytesIO(record.image)).convert('L').resize((64, 64), Image.Resampling.BILINEAR)
+    pixels = ((np.asarray(image) / 255 - 0.3) / 0.35).astype(np.float32)  # the config's RGB values are all alike
+    correct += int(golden.apply(model, variables, pixels[None, ..., None])[0].argmax()) == record.label
+  assert (accuracy.count, accuracy.correct) == (40, correct)
+
+
+def test_weights_for_grey_images_are_trained_on_grey_images(data_dir, grey_weights):
+  run = build_run(finetuning(data_dir, grey_weights))
+  state = run.recipe.fresh_state()
+  kernel = load_pretrained(grey_weights)[1]['params']['tokens_to_token']['attention1']['kqv']['kernel']
+  np.testing.assert_array_equal(state.params['tokens_to_token']['attention1']['kqv']['kernel'], kernel)
+  batch = next(run.train_batches(0, loader.Workers()))
+  assert batch['image'].shape == (run.recipe.order.batch_size, 64, 64, 1)
+  assert run.recipe.abstract_batch(len(batch['image']))['image'].shape == batch['image'].shape
+
+
+def test_channels_that_the_weights_do_not_take_get_one_line(data_dir, grey_weights, tmp_path):
+  says = r'grey\.safetensors holds a model for images of 1 channel\(s\): leave out --config\.data\.channels=3'
+  changes = {'data.channels': 3}
+  with pytest.raises(UserError, match=says):
+    evaluate_only(config_of(data_dir, **changes), grey_weights)
+  config = finetuning(data_dir, grey_weights)
+  config.update_from_flattened_dict(changes | {'data.mean': (0.5,) * 3, 'data.std': (0.5,) * 3})
+  with pytest.raises(UserError, match=says):
+    build_run(config).recipe.fresh_state()
+  five = with_channels(5, tmp_path / 'five.safetensors')
+  with pytest.raises(UserError, match=r'five\.safetensors holds a model for images of 5 channels'):
+    evaluate_only(config_of(data_dir), five)
+  with pytest.raises(UserError, match=r'data\.channels must be 1 or 3, not 5'):
+    build_run(finetuning(data_dir, five))
+
+
+def test_a_grey_run_is_evaluated_and_predicts_in_grey(data_dir, tmp_path):
+  changes = {'schedule.max_steps': 3, 'data.channels': 1, 'data.eval_split': 'test[:40]'}
+  loop.train(small_config(data_dir, **changes), tmp_path)
+  weights = tmp_path / 'weights' / 'model.safetensors'
+  assert (tmp_path / 'report.png').exists()
+  assert '(B, 16, 16, 1)' in (tmp_path / 'weights' / 'README.md').read_text()
+  of_run = evaluate_only(config_of(data_dir, **{'data.image_size': 16}), tmp_path)['ema']
+  of_file = evaluate_only(config_of(data_dir, **{'data.image_size': 16}), weights)['weights']
+  assert of_run == of_file
+  colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+  colour.save(tmp_path / 'colour.png')
+  colour.convert('L').save(tmp_path / 'grey.png')
+  first, second = predict(open_classifier(weights), [str(tmp_path / name) for name in ('colour.png', 'grey.png')])
+  assert first.guesses == second.guesses
 
 
 def finetuning(data_dir, path):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+import re
 from typing import Any
 
 from absl import logging
@@ -27,6 +28,7 @@ from t2t_vit_jax.conversion.weight_format import (
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.layers import Dense
 from t2t_vit_jax.models.positions import resize_position_embedding
+from t2t_vit_jax.models.preprocessing import for_channels
 from t2t_vit_jax.models.soft_split import token_grid
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
@@ -78,7 +80,11 @@ def load_pretrained(
   Raises:
     UserError: one line that names the file and every tensor at fault.
   """
-  weights, notes = load(Path(path), Options(num_classes=num_classes, image_size=image_size, **options))
+  try:
+    weights, notes = load(Path(path), Options(num_classes=num_classes, image_size=image_size, **options))
+  except UserError as error:  # its advice names flags of convert_torch_weights.py: these are the arguments for them
+    advice = re.sub(r'--(model|weights)=(\w+)', r"\1='\2'", str(error)).replace("model='", "model_name='")
+    raise UserError(re.sub(r'--set=(\w+)=(\w+)', r"settings={'\1': \2}", advice)) from error
   log_notes(path, notes)
   return weights.build()
 
@@ -159,7 +165,7 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
 
 
 def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
-  """Reads a converted file of a model that classifies RGB images: it has a head, and mean and deviation of the colours.
+  """Reads a converted file of a model that classifies RGB or grey images: it has a head, and their mean and deviation.
 
   Args:
     path: the file.
@@ -169,12 +175,12 @@ def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[We
     As `load`.
 
   Raises:
-    UserError: as `load`, or the model cannot classify RGB images.
+    UserError: as `load`, or the model cannot classify such images.
   """
   weights, notes = load(path, Options(image_size=image_size), only_converted=True)
-  colours = [weights.channels, *(len(weights.data.get(field, ())) for field in ('mean', 'std'))]
-  if colours != [3, 3, 3] or not weights.arguments['num_classes']:
-    raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB images')
+  lengths = {len(weights.data.get(field, ())) for field in ('mean', 'std')}
+  if weights.channels not in (1, 3) or lengths != {weights.channels} or not weights.arguments['num_classes']:
+    raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB or grey images')
   return weights, notes
 
 
@@ -191,13 +197,16 @@ def _import_checkpoint(path: Path, file_format: files.Format, options: Options) 
   model, arguments = infer.name_model(inferred, options.settings, options.model_name)
 
   defaults = VARIANTS[model].data if model else DataDefaults()
+  data = {**dataclasses.asdict(defaults), **(_CIFAR if checkpoint.cifar else {}), **_data_sizes(arguments)}
+  for field in ('mean', 'std'):
+    data[field] = for_channels(data[field], channels)
   class_names = checkpoint.class_names
   weights = Weights(
     arrays={key: transform.to_here(checkpoint.tensors[name]) for key, (name, transform) in rows.items()},
     model=model,
     arguments=arguments,
     channels=channels,
-    data={**dataclasses.asdict(defaults), **(_CIFAR if checkpoint.cifar else {}), **_data_sizes(arguments)},
+    data=data,
     class_names=class_names if class_names and len(class_names) == arguments['num_classes'] else None,
     source=dict(file=path.name, sha256=files.sha256(path), weights=checkpoint.weights),
   )

@@ -19,10 +19,10 @@ from PIL import Image
 
 from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform
+from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, pixels_of
 from t2t_vit_jax.errors import DataError, UserError
 
-# image: uint8 (H, W, 3); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
+# image: uint8 (H, W, C); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
 # bad: bool, whether that record could not be read; remarks: uint8, see `Remark`. `faults.Faults` takes out three:
 # index, bad and remarks.
 Example = dict[str, Any]
@@ -137,10 +137,10 @@ class _EvalExample(grain.transforms.Map):
 
 
 def _example(
-  image: Any, label: int, index: int, *, mask: int = 1, bad: bool = False, remarks: Remark = Remark.NONE
+  image: Image.Image, label: int, index: int, *, mask: int = 1, bad: bool = False, remarks: Remark = Remark.NONE
 ) -> Example:
   return {
-    'image': np.asarray(image),
+    'image': pixels_of(image),
     'label': np.int32(label),
     'mask': np.float32(mask),
     'index': np.int64(index),

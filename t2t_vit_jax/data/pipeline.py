@@ -72,16 +72,17 @@ def train_transform(config: Any) -> transforms.TrainTransform:
     UserError: `config.augment.crop` or `config.data.interpolation` is unknown, or `config.data.fast_decode` needs
       another crop or another package.
   """
-  augment = config.augment
+  augment, mean = config.augment, tuple(config.data.mean)
   randaugment = RandAugment(
     augment.randaugment_operations,
     augment.randaugment_magnitude,
     augment.randaugment_magnitude_std,
     augment.randaugment_probability,
-    fill=tuple(round(255 * channel) for channel in config.data.mean),
+    fill=tuple(round(255 * value) for value in (mean if len(mean) == 3 else 3 * mean)),
   )
   crop = choose(CROPS, 'augment.crop', augment.crop)(config)
-  return transforms.Chain(crop, (transforms.RandomHorizontalFlip(augment.horizontal_flip_probability), randaugment))
+  flip = transforms.RandomHorizontalFlip(augment.horizontal_flip_probability)
+  return transforms.Chain(crop, (flip, randaugment), config.data.channels)
 
 
 def _resized_crop(config: Any) -> transforms.TrainTransform:
@@ -103,7 +104,8 @@ CROPS: dict[str, Callable[[Any], transforms.TrainTransform]] = {'resized': _resi
 
 def eval_transform(config: Any) -> transforms.EvalTransform:
   """The evaluation transform of `config.data`."""
-  return transforms.ResizeCenterCrop(config.data.image_size, config.data.crop_fraction, _interpolation(config))
+  data = config.data
+  return transforms.ResizeCenterCrop(data.image_size, data.crop_fraction, _interpolation(config), data.channels)
 
 
 def _interpolation(config: Any) -> str:

@@ -242,7 +242,10 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   except OSError as error:
     raise UserError(f'{folder} cannot be read: {error.strerror}') from error
   if not own_classes:
-    raise UserError(f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class')
+    raise UserError(
+      f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class'
+      + _advice_for_class(folder)
+    )
   class_names = class_names or tuple(own_classes)
   folders = dict(zip(comparable(own_classes), own_classes, strict=True))
   if len(folders) < len(own_classes):
@@ -270,7 +273,18 @@ def _split_folder(path: Path, split: str) -> Path:
     return folder
   candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
   problem = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
-  raise UserError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE')
+  advice = ''.join(_advice_for_class(path / name) for name in SPLIT_FOLDERS['validation'])
+  raise UserError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE{advice}')
+
+
+def _advice_for_class(folder: Path) -> str:
+  """Advice for the user if a folder whose name is that of a split may be a class, since it holds images itself."""
+  if not folder.is_dir() or not any(x.suffix.lower() in IMAGE_SUFFIXES for x in folder.iterdir()):
+    return ''
+  return (
+    f'; if {folder.name} is a class, add --config.data.train_split=. --config.data.eval_split=held_out '
+    '--config.data.eval_fraction=0.2'
+  )
 
 
 def note_copies(train: Source, evaluation: Source) -> Source:

@@ -1,4 +1,7 @@
-"""Image transforms on the host: pure functions of an RGB image and, where random, a generator."""
+"""Image transforms on the host: pure functions of an RGB image and, where random, a generator.
+
+Where a model takes grey images, evaluation begins and training ends with the conversion to grey.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,10 +18,23 @@ from t2t_vit_jax.errors import UserError, check_interval, check_not_negative, ch
 
 MAX_RESIZED_PIXELS = 2**24  # of an image before its middle is cut out
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+MODES = {1: 'L', 3: 'RGB'}  # Pillow's, by number of channels
 
 EvalTransform = Callable[[Image.Image], Image.Image]
 TrainTransform = Callable[[EncodedImage, np.random.Generator], Image.Image]  # begins with a crop
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+def in_mode(image: Image.Image, channels: int) -> Image.Image:
+  """The image in grey or in RGB."""
+  mode = MODES[channels]
+  return image if image.mode == mode else image.convert(mode)  # `convert` would copy it
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+  """Pixels (H, W, C) uint8 of a grey or RGB image."""
+  pixels = np.asarray(image)
+  return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def covering_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
@@ -43,8 +59,10 @@ class ResizeCenterCrop:
   size: int | tuple[int, int]  # px, one side or (height, width)
   crop_fraction: float
   interpolation: str = 'bicubic'
+  channels: int = 3
 
   def __call__(self, image: Image.Image) -> Image.Image:
+    image = in_mode(image, self.channels)
     height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
     larger = math.floor(height / self.crop_fraction), math.floor(width / self.crop_fraction)
     resized, interpolation = covering_size(image, larger), INTERPOLATIONS[self.interpolation]
@@ -157,9 +175,10 @@ class Chain:
 
   crop: TrainTransform
   augmentations: tuple[Augmentation, ...] = ()
+  channels: int = 3
 
   def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     augmented = self.crop(image, rng)
     for augmentation in self.augmentations:
       augmented = augmentation(augmented, rng)
-    return augmented
+    return in_mode(augmented, self.channels)

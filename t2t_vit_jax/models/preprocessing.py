@@ -1,5 +1,6 @@
 """Turns pixels into the numbers that a model takes."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -10,11 +11,16 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-  """Scales images (B, H, W, 3) of values from 0 to 255 to [0, 1], then subtracts `mean` and divides by `std`."""
+  """Scales images (B, H, W, C) of values from 0 to 255 to [0, 1], then subtracts `mean` and divides by `std`."""
 
-  mean: tuple[float, float, float]  # of RGB in [0, 1]
-  std: tuple[float, float, float]
+  mean: tuple[float, ...]  # of each channel, in [0, 1]
+  std: tuple[float, ...]
 
   def __call__(self, images: Array) -> Array:
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (self.mean, self.std))
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (self.mean, self.std))
     return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+  """The mean or std of images of `channels` channels; if it is known for RGB only, its average, as timm does it."""
+  return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -48,7 +48,7 @@ class Mixing:
     check_positive('augment.mixing_group_size', self.group_size)
 
   def __call__(self, rng: Array, images: Array, targets: Array, positions: Array) -> tuple[Array, Array]:
-    """Mixes uint8 images (B, H, W, 3), which become float32 whole numbers, and their targets (B, K)."""
+    """Mixes uint8 images (B, H, W, C), which become float32 whole numbers, and their targets (B, K)."""
     if not (self.mixup_alpha or self.cutmix_alpha):
       return images, targets
     batch, height, width, channels = images.shape
@@ -107,13 +107,13 @@ class RandomErasing:
       check_interval('augment.random_erasing_aspect_ratio', self.aspect_ratio)
 
   def __call__(self, rng: Array, images: Array, positions: Array) -> Array:
-    """Erases in normalised images (B, H, W, 3)."""
+    """Erases in normalised images (B, H, W, C)."""
     if not self.probability:
       return images
     return jax.vmap(self.erase)(keys_at(rng, positions), images)
 
   def erase(self, rng: Array, image: Array) -> Array:
-    """Erases in one image (H, W, 3)."""
+    """Erases in one image (H, W, C)."""
     box_rng, noise_rng = jax.random.split(rng)
     erased = self.draw_mask(box_rng, image.shape[0], image.shape[1])
     return jnp.where(erased[..., None], jax.random.normal(noise_rng, image.shape, image.dtype), image)
@@ -152,7 +152,7 @@ class BatchAugmentation:
     check_share('augment.label_smoothing', self.label_smoothing)
 
   def __call__(self, rng: Array, images: Array, labels: Array, positions: Array) -> tuple[Array, Array]:
-    """Augments images (B, H, W, 3) uint8 with labels (B,): images (B, H, W, 3) float32 and targets (B, K).
+    """Augments images (B, H, W, C) uint8 with labels (B,): images (B, H, W, C) float32 and targets (B, K).
 
     `positions` (B,) are the images' positions in the batch of the whole step. Mixing groups must be complete.
     """

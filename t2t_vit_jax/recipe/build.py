@@ -53,6 +53,11 @@ class Recipe:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
 
   @property
+  def channels(self) -> int:
+    """Number of channels of the images."""
+    return len(self.augmentation.normalization.mean)
+
+  @property
   def images_per_device(self) -> int:
     """Number of images of a training batch on each device."""
     return self.order.batch_size // self.mesh.size
@@ -72,15 +77,17 @@ class Recipe:
     if self.init_from is None:
       return self.make_state(self.rng)
     path = self.init_from
-    return self.make_state(
-      self.rng, in_all_processes(lambda: pretrained_variables(path, self.model, self.order.seed, self.class_names))
-    )
+
+    def load() -> dict[str, Any]:
+      return pretrained_variables(path, self.model, self.channels, self.order.seed, self.class_names)
+
+    return self.make_state(self.rng, in_all_processes(load))
 
   def abstract_batch(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a batch of `count` images."""
     size, batch_sharding = self.model.image_size, sharding.over_batch(self.mesh)
     return {
-      'image': jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=batch_sharding),
+      'image': jax.ShapeDtypeStruct((count, size, size, self.channels), jnp.uint8, sharding=batch_sharding),
       'label': jax.ShapeDtypeStruct((count,), jnp.int32, sharding=batch_sharding),
       'mask': jax.ShapeDtypeStruct((count,), jnp.float32, sharding=batch_sharding),
     }
@@ -119,7 +126,8 @@ def build_recipe(
   check_accumulation(accumulate_steps, batch_size // mesh.size, mesh.size, augmentation.mixing.group_size)
 
   def make_state(rng: jax.Array, variables: Any = None) -> TrainState:
-    return init_state(model, tx, rng, config.data.image_size, with_ema=bool(config.ema.decay), variables=variables)
+    data, with_ema = config.data, bool(config.ema.decay)
+    return init_state(model, tx, rng, data.image_size, channels=data.channels, with_ema=with_ema, variables=variables)
 
   shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
   abstract_state = sharding.divided(shapes, mesh)

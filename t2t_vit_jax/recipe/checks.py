@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share
+from t2t_vit_jax.data.transforms import MODES
+from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share, choose
 
 # Ranges of fields; augmentations check their own.
 POSITIVE = (
@@ -65,8 +66,10 @@ def check_ranges(config: Any) -> None:
         check(path, value)
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
-  if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
-    raise UserError('data.mean and data.std must have three numbers each, all positive in data.std')
+  choose(MODES, 'data.channels', config.data.channels)
+  lengths = {len(config.data.mean), len(config.data.std)}
+  if lengths != {config.data.channels} or min(config.data.std) <= 0:
+    raise UserError('data.mean and data.std must have a number for each channel, all positive in data.std')
 
 
 def check_accumulation(accumulate_steps: int, images_per_device: int, num_devices: int, group_size: int) -> None:

@@ -11,7 +11,9 @@ from t2t_vit_jax.conversion import Options
 from t2t_vit_jax.conversion.convert import load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
 from t2t_vit_jax.data.class_names import comparable, comparable_of_model
+from t2t_vit_jax.data.transforms import MODES
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.preprocessing import for_channels
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant
 from t2t_vit_jax.recipe.checks import check_ranges
@@ -25,7 +27,7 @@ def resolve(config: Any) -> Any:
 
   Where `model.name` or a field of `DATA_FIELDS` is None, it gets the value of the weight file `config.init_from`. If
   that file's model has no name, its arguments fill `config.model` instead. The file is read only if a field is open.
-  `data.orientation` needs no file: see `_set_orientation`.
+  `data.orientation` and `data.channels` need no file: see `_set_orientation` and `_channels`.
 
   Raises:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
@@ -39,6 +41,7 @@ def resolve(config: Any) -> Any:
     raise UserError(
       f'{", ".join(open_fields)} must be set: on the command line, or by a weight file, --config.init_from=FILE'
     )
+  weights = None
   if open_fields:
     weights = _load_init_from(config)
     _set_data_fields(config, weights.data, config.init_from)
@@ -46,20 +49,33 @@ def resolve(config: Any) -> Any:
       config.model.name = weights.model
       if weights.model is None:
         _describe_model(config, weights)
+  if config.data.channels is None:
+    config.data.channels = weights.channels if weights else _channels(config)
+  _fit_channels(config)
   check_ranges(config)
   if config.model.name:
     get_variant(config.model.name)  # an unknown model is refused before data is opened
   return config
 
 
-def resolve_for_evaluation(config: Any, data: Mapping[str, Any], origin: str) -> Any:
-  """Returns a checked copy of `config` whose open fields of `config.data` have the values of `data`, the weights' own.
+def resolve_for_evaluation(config: Any, data: Mapping[str, Any], channels: int, origin: str) -> Any:
+  """Returns a checked copy of `config` whose open fields of `config.data` have the weights' own values.
+
+  Args:
+    config: of any run.
+    data: the fields that belong to the weights.
+    channels: of the images that the weights take.
+    origin: of the weights, for messages.
 
   Raises:
-    UserError: `data` lacks such a value (the message names its `origin`), or a field is out of its range.
+    UserError: `data` lacks such a value, or a field is out of its range.
   """
   config = copy.deepcopy(config)
   _set_data_fields(config, data, origin)
+  if config.data.channels is None:
+    config.data.channels = channels
+  check_channels(config.data.channels, channels, origin)
+  _fit_channels(config)
   check_ranges(config)
   return config
 
@@ -80,6 +96,34 @@ def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
   if config.data.orientation is None:
     default = 'upright' if config.data.source == 'folder' else 'ignored'
     config.data.orientation = data.get('orientation', default)
+
+
+def _channels(config: Any) -> int:
+  """Channels of the images that the weights `config.init_from` take; 3 without such a file."""
+  if config.init_from is None:
+    return 3
+  if header := weights_header(config.init_from):
+    return int(header['channels'])
+  try:
+    return _load_init_from(config).channels
+  except UserError:  # if the file is needed, its error comes then
+    return 3
+
+
+def _fit_channels(config: Any) -> None:
+  """Averages a mean and std of RGB where images are grey."""
+  for field in ('mean', 'std'):
+    config.data[field] = for_channels(config.data[field], config.data.channels)
+
+
+def check_channels(configured: int, channels: int, origin: Any) -> None:
+  """Raises UserError unless images are read with the channels that the weights of `origin` take."""
+  if channels not in MODES:
+    raise UserError(f'{origin} holds a model for images of {channels} channels, but images are read as RGB or grey')
+  if configured != channels:
+    raise UserError(
+      f'{origin} holds a model for images of {channels} channel(s): leave out --config.data.channels={configured}'
+    )
 
 
 def weights_header(path: str | None) -> dict[str, Any]:
@@ -135,7 +179,9 @@ def _plain(value: Any) -> Any:
   return [float(x) for x in value] if isinstance(value, tuple | list) else value
 
 
-def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Sequence[str] | None) -> dict[str, Any]:
+def pretrained_variables(
+  path: str, model: T2TViT, channels: int, seed: int, class_names: Sequence[str] | None
+) -> dict[str, Any]:
   """Variables of the weight file `path` for `model`, fitted to its number of classes and image size.
 
   A new head is made from `seed` if the file's has another number of classes, or other classes than `class_names`.
@@ -149,7 +195,7 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
   if weights.class_names and class_names and comparable_of_model(weights.class_names) != comparable(class_names):
     weights, notes = load(Path(path), dataclasses.replace(options, fresh_head=True))
   log_notes(path, notes)
-  check_channels(weights, path)
+  check_channels(channels, weights.channels, path)
   loaded_model, variables = weights.build()
   differences = [
     f'{field}={getattr(loaded_model, field)} instead of {getattr(model, field)}'
@@ -159,9 +205,3 @@ def pretrained_variables(path: str, model: T2TViT, seed: int, class_names: Seque
   if differences:
     raise UserError(f'init_from: {path} holds another model than the config: {", ".join(differences)}')
   return variables
-
-
-def check_channels(weights: Weights, path: Any) -> None:
-  """Raises UserError unless a model takes RGB images, as which all data is read."""
-  if weights.channels != 3:
-    raise UserError(f'{path} holds a model for images of {weights.channels} channel(s), but data is read as RGB')

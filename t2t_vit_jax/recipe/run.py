@@ -75,7 +75,7 @@ class Run:
     """Replays the augmentation of step `step` for `batch`, all or the first images of this process's part.
 
     Returns:
-      Normalised images (B, H, W, 3), and the keys of the model's random layers for the first micro-batch.
+      Normalised images (B, H, W, C), and the keys of the model's random layers for the first micro-batch.
     """
     order, augmentation = self.recipe.order, self.recipe.augmentation
     augmentation_rng, dropout_rng = steps.step_keys(jax.random.key(order.seed), step - 1)
@@ -90,7 +90,7 @@ class Run:
     return {name: array[: group_size * math.ceil(SAMPLE_IMAGES / group_size)].copy() for name, array in batch.items()}
 
   def pictures(self, batch: loader.Batch, step: int) -> np.ndarray:
-    """The first images that `augmented` gives, as pictures (N, H, W, 3) uint8."""
+    """The first images that `augmented` gives, as pictures (N, H, W, C) uint8."""
     images, normalization = self.augmented(batch, step)[0][:SAMPLE_IMAGES], self.recipe.augmentation.normalization
     pixels = 255 * (np.asarray(images) * np.array(normalization.std) + np.array(normalization.mean))
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)

@@ -34,12 +34,13 @@ def init_state(
   rng: Array,
   image_size: int,
   *,
+  channels: int = 3,
   with_ema: bool,
   variables: Tree | None = None,
 ) -> TrainState:
-  """A fresh state for square images of `image_size` px with three channels; random unless `variables` are given."""
+  """A fresh state for square images of `image_size` px; random unless `variables` are given."""
   if variables is None:
-    variables = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))
+    variables = model.init(rng, jnp.zeros((1, image_size, image_size, channels)))
   # Stacked before the optimizer sees them: its programs too then have few arrays.
   params = stack_blocks(variables['params']) if model.scan_blocks else variables['params']
   return TrainState(

@@ -48,7 +48,7 @@ def _activations(recipe: Recipe, images: int) -> float:
 
     return jax.vjp(loss_of, variables['params'])[1]  # a tree of the values that it reads
 
-  batch = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
+  batch = jax.ShapeDtypeStruct((images, size, size, recipe.channels), jnp.float32)
   return _gigabytes(jax.eval_shape(residuals, recipe.abstract_state.variables(), batch, jax.random.key(0)))
 
 

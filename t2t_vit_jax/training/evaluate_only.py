@@ -22,7 +22,6 @@ from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.init_from import (
-  check_channels,
   load_as_configured,
   preparation_differences,
   resolve_for_evaluation,
@@ -58,13 +57,13 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
       description, weights = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
-    class_names = description.get('class_names')
+    class_names, channels = description.get('class_names'), data['channels']
   else:
     loaded = in_all_processes(lambda: _load(path, config))
-    check_channels(loaded, path)
     (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
+    channels = loaded.channels
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
-  config = in_all_processes(lambda: resolve_for_evaluation(config, data, path))
+  config = in_all_processes(lambda: resolve_for_evaluation(config, data, channels, path))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   differences = preparation_differences(config, data)

@@ -22,7 +22,7 @@ UNCHANGEABLE = (
 )
 SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # except of these: the results stay the same
 # Fields of `config.data` that older runs lack -> what these runs did.
-ADDED_DATA_FIELDS = {'orientation': 'ignored'}
+ADDED_DATA_FIELDS = {'orientation': 'ignored', 'channels': 3}
 
 
 def with_added_fields(run: dict[str, Any] | None) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Reporter:
     self._steps_timed += 1
 
   def images(self, images: np.ndarray) -> None:
-    """Writes images, (N, H, W, 3) uint8, as one picture, and says where."""
+    """Writes images, (N, H, W, C) uint8, as one picture, and says where."""
     if not self._silent:
       name = 'augmented_images.png'
       with self._only_logging(name):

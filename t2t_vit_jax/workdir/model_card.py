@@ -121,7 +121,7 @@ def _model(weights: Weights, config: Config) -> list[str]:
 import t2t_vit_jax
 
 model, variables = t2t_vit_jax.load_pretrained('model.safetensors')
-logits = model.apply(variables, images)  # (B, {size}, {size}, 3), normalised as below
+logits = model.apply(variables, images)  # (B, {size}, {size}, {weights.channels}), normalised as below
 ```"""
   files = '`model.safetensors` holds the ' + KINDS[weights.source['weights']]
   if weights.source['weights'] == 'ema':

@@ -19,7 +19,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
 
   Args:
     workdir: the folder; the page is written there.
-    images: (N, H, W, 3) uint8, augmented training images.
+    images: (N, H, W, C) uint8, augmented training images.
     title: of the page.
 
   Returns:
@@ -67,7 +67,7 @@ def _curve(axes: 'Axes', title: str, series: dict[str, list[dict[str, Any]]], va
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:
-  """One picture of images (N, H, W, 3) uint8, in rows of `GRID_COLUMNS` with white lines between them."""
+  """One picture of images (N, H, W, C) uint8, in rows of `GRID_COLUMNS` with white lines between them."""
   count, height, width, _ = images.shape
   columns = min(count, GRID_COLUMNS)
   rows = -(-count // columns)

@@ -116,7 +116,7 @@ def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, 
     arrays=arrays,
     model=name if fits_name else None,  # with other widths it is another model
     arguments={**sizes, **{field: getattr(model, field) for field in fields}},
-    channels=3,
+    channels=config.data.channels,
     data={**{field: config.data[field] for field in DATA_FIELDS}, 'num_classes': model.num_classes},
     class_names=tuple(class_names) if class_names and len(class_names) == model.num_classes else None,
     source=dict(
