@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 import pytest
 
 from t2t_vit_jax.data import loader, transforms
@@ -114,8 +114,10 @@ DEEP_FILES = {
 }
 
 
-@pytest.mark.parametrize(('file', 'expected'), DEEP_FILES.values(), ids=DEEP_FILES)
-def test_deep_samples_are_scaled(file, expected):
+@pytest.mark.parametrize('name', DEEP_FILES)
+def test_deep_samples_are_scaled(name):
+  file, expected = DEEP_FILES[name]
+  assert EncodedImage(file).remarks & Remark.DEEP == (Remark.NONE if name == 'bilevel' else Remark.DEEP)
   np.testing.assert_allclose(np.asarray(decode(file), int), expected, atol=1)
   box = (10, 20, 50, 40)
   np.testing.assert_array_equal(EncodedImage(file).crop(box), decode(file).crop(box))
@@ -200,6 +202,9 @@ PICTURES = {
   'several frames or pages': [
     (encoded(FIRST, file_format, save_all=True, append_images=[SECOND]), False, FIRST.convert('RGB'))
     for file_format in ('GIF', 'TIFF', 'PNG')
+  ],
+  "colour profile, such as a phone's Display P3": [
+    (encoded(COLOR, 'PNG', icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile('XYZ')).tobytes()), False, COLOR)
   ],
   "EXIF orientation, with `data.orientation='upright'`": [
     (with_orientation(6, file_format), True, COLOR.transpose(Image.Transpose.ROTATE_270))

@@ -10,6 +10,7 @@ from t2t_vit_jax.recipe.build import build_recipe
 from t2t_vit_jax.recipe.init_from import resolve
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import make_mesh
+from tests.image_folder import write_image_folder
 
 
 def one_step(data_dir, **changes):
@@ -26,6 +27,15 @@ def one_step(data_dir, **changes):
   before = jax.device_get(run.recipe.make_state(run.recipe.rng))
   after, metrics = jax.device_get(run.recipe.train_step(run.recipe.make_state(run.recipe.rng), batch, run.recipe.rng))
   return before.params, after.params, metrics
+
+
+def test_data_of_a_single_class_is_refused(tmp_path):
+  """Such as a folder too high up: what it trained would be right by 100 %."""
+  folder = write_image_folder(tmp_path, ('imagenet',), train=8, val=2)
+  config = digits.get_config()
+  config.data.update(source='folder', path=str(folder))
+  with pytest.raises(UserError, match=r"/train has only one class, 'imagenet': a folder for each is expected"):
+    build_run(config)
 
 
 @pytest.mark.slow

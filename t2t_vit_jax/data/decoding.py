@@ -106,7 +106,7 @@ class EncodedImage:
       if self._image.format == 'PNG':
         self._image.load()  # EXIF data may come last
       turn = _turn(self._image)
-      deep, transparent = _is_deep(self._image), self._image.has_transparency_data
+      deep, transparent = _is_deep(self._image) or _has_16_bits(self._image, encoded), self._image.has_transparency_data
     self._encoded = encoded
     self._turn = turn if upright else None
     self._stored_size = self._image.size
@@ -163,6 +163,14 @@ def _turn(image: Image.Image) -> _Turn | None:
 
 def _is_deep(image: Image.Image) -> bool:
   return image.mode == 'F' or image.mode.startswith('I')
+
+
+def _has_16_bits(image: Image.Image, encoded: bytes) -> bool:
+  """Whether the samples of a PNG or TIFF file in color have 16 bits, of which Pillow keeps the upper 8."""
+  if image.format == 'PNG':
+    return encoded[24] == 16
+  tags: Any = getattr(image, 'tag_v2', {})
+  return int(np.max(tags.get(_TIFF_BITS, 8))) > 8
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

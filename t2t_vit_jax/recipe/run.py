@@ -120,6 +120,8 @@ def _build(config: Any) -> Run:
   mesh, train_transform = build_mesh(config), pipeline.train_transform(config)  # first: data may take long to open
   train_source, eval_source = pipeline.open_sources(config.data)
   class_names = train_source.class_names
+  if len(class_names) < 2:
+    raise UserError(f'{train_source.description} has only one class, {class_names[0]!r}: a folder for each is expected')
   recipe = build_recipe(
     config, mesh, num_classes=len(class_names), num_train_images=len(train_source), class_names=class_names
   )
