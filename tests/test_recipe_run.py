@@ -33,7 +33,7 @@ def test_data_of_a_single_class_is_refused(tmp_path):
   """Such as a folder too high up: what it trained would be right by 100 %."""
   folder = write_image_folder(tmp_path, ('imagenet',), train=8, val=2)
   config = digits.get_config()
-  config.data.update(source='folder', path=str(folder))
+  config.data.update(source='folder', path=str(folder), eval_split='val')
   with pytest.raises(UserError, match=r"/train has only one class, 'imagenet': a folder for each is expected"):
     build_run(config)
 
