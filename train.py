@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import check_and_quiet, refusing_bad_flags, with_home
+from t2t_vit_jax.command_line import check_and_quiet, print_error, refusing_bad_flags, with_home
 from t2t_vit_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     else:
       train(config, flags.FLAGS.workdir or Path('runs') / Path(config_file).stem)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    print_error(error)
     processes.leave(2, lost=isinstance(error, processes.LostProcessError))
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     processes.leave(130)
   except Exception as error:
     if lost := processes.lost_process(error):
-      print(f'error: {lost}', file=sys.stderr, flush=True)
+      print_error(lost)
       processes.leave(2, lost=True)
     traceback.print_exc()
     processes.leave(1)

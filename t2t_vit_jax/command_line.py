@@ -10,10 +10,11 @@ import re
 import runpy
 import sys
 from typing import Any, NoReturn
+import warnings
 
 from absl import flags, logging
 
-from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.errors import UserError, did_you_mean, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def run_tool(tool: Callable[[], int]) -> int:
   """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
+  show_warnings_as_lines()
   try:
     code = tool()
     sys.stdout.flush()
@@ -57,7 +59,7 @@ def run_tool(tool: Callable[[], int]) -> int:
     message = _missing_devices()
     if not message:
       raise
-  print(f'error: {message}', file=sys.stderr)
+  print_error(message)
   return 2
 
 
@@ -105,6 +107,7 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 
 def check_and_quiet(argv: list[str]) -> None:
   """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
+  show_warnings_as_lines()
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
@@ -129,5 +132,15 @@ def _refuse_unknown_field(argv: list[str], config_file: str | None) -> None:
 
 def fail(message: str) -> NoReturn:
   """Ends the program with a line on standard error and exit code 2."""
-  print(f'error: {message}', file=sys.stderr)
+  print_error(message)
   sys.exit(2)
+
+
+def print_error(error: object) -> None:
+  """Prints a line on standard error, whatever names the message contains."""
+  print(printable(f'error: {error}'), file=sys.stderr, flush=True)
+
+
+def show_warnings_as_lines() -> None:
+  """Shows warnings of libraries, such as Pillow's about an image, as one line each, without their place in the code."""
+  warnings.showwarning = lambda message, *unused: print(printable(f'warning: {message}'), file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Prints lines for the user, and leaves a progress line intact. What is only shown never ends a run."""
+"""Prints lines for the user, and leaves a progress line intact. What is only shown never ends a run.
+
+Whatever names a line contains, it stays one line, and no part of it is a command to the terminal.
+"""
 
 import contextlib
 import os
@@ -7,6 +10,8 @@ from typing import TextIO
 
 import jax
 from tqdm import tqdm
+
+from t2t_vit_jax.errors import printable
 
 
 def say(text: str) -> None:
@@ -26,7 +31,7 @@ def _print(text: str, stream: TextIO | None) -> None:
     return
   try:
     encoding = stream.encoding or 'utf-8'
-    tqdm.write(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream)
+    tqdm.write(printable(text).encode(encoding, 'backslashreplace').decode(encoding), file=stream)
     stream.flush()  # a log file should show it now
   except OSError as error:  # a reader such as `head` is gone, or a disk is full
     with contextlib.suppress(OSError):

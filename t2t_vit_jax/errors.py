@@ -1,12 +1,15 @@
-"""Errors that the user can correct, checks of numbers in a config, and names that are looked up in a table."""
+"""Errors that the user can correct, checks of numbers in a config, and names: shown safely, looked up in a table."""
 
 from collections.abc import Iterable, Mapping
+import csv
 import difflib
+import io
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Key = TypeVar('Key')
 Row = TypeVar('Row')
+FORMULA_STARTS = ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20')  # the last four: the first in full width
 
 
 class UserError(ValueError):
@@ -20,6 +23,15 @@ class DataError(UserError):
 def printable(text: str) -> str:
   """Escapes unprintable characters as Python does, so that `text` stays on one line of a terminal."""
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def csv_line(*values: Any) -> str:
+  """A line of a CSV file: names are `printable`, and a ' before what a spreadsheet would run as a formula."""
+  cells = [printable(value) if isinstance(value, str) else value for value in values]
+  cells = [f"'{cell}" if str(cell).lstrip().startswith(FORMULA_STARTS) else cell for cell in cells]
+  text = io.StringIO()
+  csv.writer(text, lineterminator='\n').writerow(cells)
+  return text.getvalue()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -218,7 +218,8 @@ def plan(config: Any, options: Any) -> None:
   for tpu_slice, recipe in zip(slices, recipes, strict=True):
     plans.append(make_plan(recipe, tpu_slice))
     if options.topology:
-      say('\n'.join(report.describe(plans[-1])))
+      for line in report.describe(plans[-1]):
+        say(line)
     else:
       print(f'{tpu_slice.text}: compiled', file=sys.stderr, flush=True)
     if options.search_batch:
@@ -227,7 +228,8 @@ def plan(config: Any, options: Any) -> None:
       size = plans[-1]['largest_batch_size']
       say(f'  largest that fits: data.batch_size={size}' if size else '  none fits')
   if options.compare:
-    say('\n'.join(report.table(plans, options.markdown)))
+    for line in report.table(plans, options.markdown):
+      say(line)
   if options.output:
     Path(options.output).write_text(json.dumps(plans if options.compare else plans[0], indent=2) + '\n')
 

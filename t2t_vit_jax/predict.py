@@ -6,10 +6,8 @@ docs/predict.md describes what it prints.
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
 import json
 import os
 from pathlib import Path
@@ -17,6 +15,7 @@ import sys
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from t2t_vit_jax.command_line import Parser, run_tool
@@ -28,8 +27,8 @@ from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
 from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
-from t2t_vit_jax.data.transforms import INTERPOLATIONS, EvalTransform, ResizeCenterCrop
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.data.transforms import EvalTransform, ResizeCenterCrop
+from t2t_vit_jax.errors import UserError, csv_line, printable
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
@@ -76,13 +75,9 @@ def open_classifier(path: Path, image_size: ImageSize | None = None, orientation
     UserError: the file can't be read, or holds no model that classifies pictures.
   """
   loaded, _ = load_classifier(path, image_size)
-  crop_fraction, interpolation = loaded.data.get('crop_fraction'), loaded.data.get('interpolation')
-  if not isinstance(crop_fraction, float | int) or not 0 < crop_fraction <= 1 or interpolation not in INTERPOLATIONS:
-    raise files.problem(path, f'cannot be used: crop_fraction is {crop_fraction!r}, interpolation {interpolation!r}')
-  crop = ResizeCenterCrop(loaded.arguments['image_size'], crop_fraction, interpolation, loaded.channels)
-  own = loaded.data.get('orientation', 'upright')
-  if own not in ORIENTATIONS:
-    raise files.problem(path, f'cannot be used: orientation is {own!r}')
+  data = loaded.data
+  crop = ResizeCenterCrop(loaded.arguments['image_size'], data['crop_fraction'], data['interpolation'], loaded.channels)
+  own = data.get('orientation', 'upright')
   if orientation and orientation != own:
     warn(f'EXIF orientation: {orientation}, but the weights were trained and evaluated with {own}')
   model, variables = loaded.build()
@@ -90,7 +85,7 @@ def open_classifier(path: Path, image_size: ImageSize | None = None, orientation
     model=model,
     variables=variables,
     prepare=crop,
-    normalize=Normalization(loaded.data['mean'], loaded.data['std']),
+    normalize=Normalization(data['mean'], data['std']),
     class_names=readable_names(loaded.class_names, loaded.arguments['num_classes']),
     upright=ORIENTATIONS[orientation or own],
   )
@@ -122,6 +117,8 @@ def predict(
     with _explaining_memory(share.batch_size):
       outputs = _classify(classifier.model, classifier.normalize, top, classifier.variables, batch['image'])
       probabilities, labels = jax.device_get(outputs)
+    if not np.isfinite(probabilities).all():
+      raise UserError('the weights give no finite probabilities: they are damaged, or not those of a trained model')
     for row in range(int(batch['mask'].sum())):
       index = int(batch['index'][row])
       if batch['bad'][row]:
@@ -156,7 +153,7 @@ def _as_text(predictions: Iterable[Prediction]) -> Iterator[str]:
   """Each image's path, and its guesses below; unreadable images are left out."""
   for image, guesses, error in predictions:
     if not error:
-      lines = (f'{100 * guess.probability:7.2f} %  {guess.name}' for guess in guesses)
+      lines = (f'{100 * guess.probability:7.2f} %  {printable(guess.name)}' for guess in guesses)
       yield '\n'.join([printable(image), *lines, ''])
 
 
@@ -173,18 +170,12 @@ def _as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
 
 def _as_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
   """One line for each guess; an unreadable image has one that gives the reason."""
-  yield _csv_line('image', 'rank', *Guess._fields, 'error')
+  yield csv_line('image', 'rank', *Guess._fields, 'error')
   for image, guesses, error in predictions:
     for rank, guess in enumerate(guesses, start=1):
-      yield _csv_line(image, rank, *guess, '')
+      yield csv_line(image, rank, *guess, '')
     if error:
-      yield _csv_line(image, '', '', '', '', error)
-
-
-def _csv_line(*values: Any) -> str:
-  text = io.StringIO()
-  csv.writer(text, lineterminator='\n').writerow(values)
-  return text.getvalue()
+      yield csv_line(image, '', '', '', '', error)
 
 
 FORMS: dict[str, Callable[[Iterable[Prediction]], Iterator[str]]] = {'text': _as_text, 'json': _as_json, 'csv': _as_csv}
@@ -196,7 +187,7 @@ def _counted(predictions: Iterable[Prediction], unreadable: list[str], num_image
     for prediction in predictions:
       if prediction.error:
         unreadable.append(prediction.image)
-        warn(f'{printable(prediction.image)} cannot be read ({prediction.error})')
+        warn(f'{prediction.image} cannot be read ({prediction.error})')
       yield prediction
       bar.update()
 

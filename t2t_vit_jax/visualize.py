@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import os
 from pathlib import Path
+import stat
 import sys
 from typing import Any
 
@@ -75,6 +75,8 @@ def look_inside(classifier: Classifier, image: Image.Image) -> Inside:
   outputs = _run(classifier.model, tuple(stages.values()), tuple(blocks), classifier.variables, batch)
   logits, features, attention = jax.device_get(outputs)
   probabilities = np.asarray(jax.nn.softmax(logits[0]))
+  if not np.isfinite(probabilities).all():
+    raise UserError('the weights give no finite probabilities: they are damaged, or not those of a trained model')
   label = int(probabilities.argmax())
   return Inside(
     image=np.asarray(image.convert('RGB')),
@@ -281,10 +283,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_image(path: Path, upright: bool) -> Image.Image:
   try:
+    if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):  # it may never end
+      raise files.problem(path, 'is no regular file')
     file = EncodedImage(path.read_bytes(), upright=upright)
     for remark, text in REMARKS.items():
       if remark in file.remarks:
-        warn(f'{printable(os.fspath(path))} {text}')
+        warn(f'{path} {text}')
     return file.decode()
   except OSError as error:
     raise files.problem(path, f'cannot be read: {error.strerror}') from error

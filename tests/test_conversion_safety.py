@@ -9,12 +9,17 @@ import sys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import numpy as np
+from PIL import Image
 import pytest
 import safetensors.numpy
 import torch
 
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert, files
+from t2t_vit_jax.conversion.weight_format import check_field
+from t2t_vit_jax.data.decoding import ORIENTATIONS
+from t2t_vit_jax.data.transforms import INTERPOLATIONS
+from t2t_vit_jax.predict import open_classifier
 from tests import checkpoints, golden, mutate_checkpoints
 
 OPTIONS = Options(settings={'num_heads': 4})
@@ -161,14 +166,35 @@ def set_argument(field, value):
     (lambda arrays, metadata: arrays.pop('frozen/pos_embed'), 'frozen/pos_embed'),
     (lambda arrays, metadata: metadata.pop('arguments'), 'metadata'),
     (lambda arrays, metadata: metadata.update(surprise=1), 'surprise'),
-    (set_argument('depth', 10**9), 'blocks'),
-    (set_argument('image_size', 10**6), 'frozen/pos_embed'),
-    (set_argument('embed_dim', 10**9), 'frozen/pos_embed'),
-    (set_argument('num_heads', 0), 'num_heads must divide'),
-    (set_argument('num_heads', 'many'), 'metadata'),
-    (set_argument('mlp_ratio', 1e308), ''),
-    (set_argument('norm_layer', 'eval'), ''),
+    (set_argument('depth', 10**7), 'blocks'),
+    (set_argument('image_size', 2**16), 'frozen/pos_embed'),
+    (set_argument('embed_dim', 10**7), 'frozen/pos_embed'),
+    (set_argument('num_heads', 3), 'num_heads must divide'),
+    (set_argument('depth', 10**9), 'arguments.depth in its metadata is 1000000000: it must be a whole number from 1'),
+    (set_argument('image_size', 10**6), 'arguments.image_size in its metadata is 1000000: it must be a number of px'),
+    (set_argument('num_heads', 'many'), "arguments.num_heads in its metadata is 'many': it must be a whole number"),
+    (set_argument('qkv_bias', 'false'), "arguments.qkv_bias in its metadata is 'false': it must be true or false"),
+    (set_argument('qk_scale', np.nan), 'arguments.qk_scale in its metadata is nan: it must be a number from'),
+    (set_argument('mlp_ratio', 1e308), 'arguments.mlp_ratio in its metadata is 1e+308'),
+    (set_argument('norm_layer', 'eval'), 'unknown fields, as of a newer version: norm_layer'),
+    (set_argument('dtype', 'bfloat16'), 'unknown fields'),
     (set_argument('tokens_type', 'other'), 'tokens_type'),
+    (lambda arrays, metadata: metadata['arguments'].pop('num_heads'), 'lack arguments.num_heads'),
+    (
+      lambda arrays, metadata: metadata['data'].update(std=[1, 0, 1]),
+      'data.std in its metadata is (1, 0, 1): it must be',
+    ),
+    (lambda arrays, metadata: metadata['data'].update(mean='grey'), "data.mean in its metadata is 'grey'"),
+    (lambda arrays, metadata: metadata['data'].pop('crop_fraction'), 'lack data.crop_fraction: it must be a number'),
+    (lambda arrays, metadata: metadata['data'].update(interpolation=['x']), "is ('x',): it must be 'bilinear' or 'bic"),
+    (lambda arrays, metadata: metadata['data'].update(orientation=1), 'data.orientation in its metadata is 1'),
+    (
+      lambda arrays, metadata: metadata.update(class_names=['a'] * 9),
+      'class_names in its metadata are 9, of 10 classes',
+    ),
+    (lambda arrays, metadata: metadata.update(class_names=[1] * 10), 'it must be a list, each text, or null'),
+    (lambda arrays, metadata: metadata.update(source='x'), "source in its metadata is 'x': it must be an object"),
+    (lambda arrays, metadata: metadata.update(source={'weights': 7}), "it must be 'ema' or 'raw', or null"),
   ],
 )
 def test_own_files_are_checked_too(change, says, tmp_path):
@@ -182,6 +208,27 @@ def test_metadata_that_is_not_json(tmp_path):
   arrays, _ = converted(tmp_path)
   safetensors.numpy.save_file(arrays, tmp_path / 'bad.safetensors', {'t2t_vit_jax': '[' * 100_000})
   assert_refused(tmp_path / 'bad.safetensors', tmp_path / 'out', options=Options(), says='metadata')
+
+
+def test_damaged_headers_are_refused_or_used(tmp_path):
+  """As far as a classifier of the file: `python -m tests.mutate_checkpoints headers` uses every tool."""
+
+  def use(path, image):
+    classifier = open_classifier(path)
+    pixels = np.asarray(classifier.prepare(Image.open(image)))[None]
+    assert np.isfinite(classifier.normalize(pixels)).all()
+    assert len(classifier.class_names) == classifier.model.num_classes
+
+  outcomes = mutate_checkpoints.run_headers(tmp_path, 40, 0, use)
+  assert min(outcomes['used'], outcomes['refused']) > 9
+
+
+def test_words_of_a_header_are_those_of_the_data():
+  for field, table in (('interpolation', INTERPOLATIONS), ('orientation', ORIENTATIONS)):
+    for word in table:
+      check_field(f'data.{field}', word, field)
+    with pytest.raises(UserError, match=f'^{field} is .*: it must be {" or ".join(map(repr, table))}$'):
+      check_field(f'data.{field}', 'other', field)
 
 
 # ------------------------------------------------------------------ the output

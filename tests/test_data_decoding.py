@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 import pytest
 
 from t2t_vit_jax.data import loader, transforms
-from t2t_vit_jax.data.decoding import BadImage, EncodedImage, Remark
+from t2t_vit_jax.data.decoding import MAX_SIDE, BadImage, EncodedImage, Remark
 from t2t_vit_jax.data.faults import REMARKS, Faults
 from t2t_vit_jax.data.sources import IMAGE_SUFFIXES, open_images
 from tests.image_folder import decode, encoded
@@ -233,3 +233,29 @@ def test_pictures_are_read_as_documented(cases):
         decode(file, upright=upright)
     else:
       np.testing.assert_allclose(np.asarray(decode(file, upright=upright), int), np.asarray(pixels, int), atol=1)
+
+
+def png_header(width, height):
+  """A PNG file of this size without its pixels."""
+  chunks = (b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0), b'IDAT')
+  framed = (struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
+  return b'\x89PNG\r\n\x1a\n' + b''.join(framed)
+
+
+@pytest.mark.parametrize(
+  ('size', 'says'),
+  [
+    ((20_000, 20_000), 'more pixels than 178,956,970'),
+    ((1, MAX_SIDE + 1), '1 x 1,048,577 px, of at most 1,048,576 on a side'),
+    ((MAX_SIDE + 1, 1), '1,048,577 x 1 px, of at most 1,048,576 on a side'),
+  ],
+)
+def test_images_beyond_the_bounds_are_refused_by_their_headers(size, says):
+  with pytest.raises(BadImage, match=f'^{says}$'):
+    EncodedImage(png_header(*size))
+
+
+def test_the_longest_image_is_read():
+  file = encoded(Image.new('L', (1, MAX_SIDE), 200), 'PNG')
+  crop = transforms.ResizeCenterCrop(32, 0.9)(EncodedImage(file).decode())
+  assert crop.getextrema() == ((200, 200),) * 3

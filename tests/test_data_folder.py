@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -289,3 +290,24 @@ def test_classes_whose_names_are_those_of_splits_have_a_way_out(classes, eval_fr
   train, evaluation = open_sources(config)
   assert train.class_names == evaluation.class_names == classes
   assert len(train) + len(evaluation) == 4 * len(classes)
+
+
+def test_pipes_and_devices_are_no_images(folder):
+  """Reading them might never end."""
+  os.mkfifo(folder / 'train' / 'n02' / 'pipe.jpg')
+  (folder / 'train' / 'n02' / 'zero.png').symlink_to('/dev/zero')
+  with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(str(folder / 'train' / 'n02' / 's.png'))
+  (folder / 'train' / 'n02' / 'here').symlink_to('.')
+  (folder / 'train' / 'n02' / 'again').symlink_to('.')
+  notes: list[str] = []
+  found = find_images([folder / 'train'], notes.append)
+  assert found == [f'{folder}/train/{name}/{i}.JPEG' for name in ('n02', 'n1', 'n10') for i in range(3)]
+  assert notes[0].startswith(f'{folder}/train: 3 are no regular files and left out, such as {folder}/train/n02/')
+  with pytest.raises(UserError, match=r'n02/pipe\.jpg is no regular file'):
+    find_images([folder / 'train' / 'n02' / 'pipe.jpg'])
+  for link in ('here', 'again'):
+    (folder / 'train' / 'n02' / link).unlink()
+  source = open_folder(folder, 'train')
+  assert len(source) == 9
+  assert source.notes == tuple(notes)

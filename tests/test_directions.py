@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / 't2t_vit_jax'
 MAY_IMPORT = {
   '__init__': {'errors', 'models', 'conversion'},
   'errors': set(),
-  'console': set(),
+  'console': {'errors'},
   'command_line': {'errors', 'processes'},
   'processes': {'errors'},
   'models': {'errors'},

@@ -1,6 +1,7 @@
 """Predictions against the model by itself, and what the command prints, writes and refuses."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -19,7 +21,11 @@ import safetensors.numpy
 
 from t2t_vit_jax import UserError, load_pretrained, visualize
 from t2t_vit_jax.conversion import Options, convert
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import write_weights
+from t2t_vit_jax.data.decoding import MAX_SIDE
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
+from t2t_vit_jax.errors import printable
 from t2t_vit_jax.predict import main, open_classifier, predict
 from tests import checkpoints
 from tests.image_folder import encoded, picture
@@ -176,10 +182,75 @@ def test_names_of_files_may_be_anything(weights, photos, tmp_path, capsys):
   assert sorted(entry['image'] for entry in json.loads(text)) == found
   code, text, _ = run(weights, tmp_path, '--csv', '--top=1', capsys=capsys)
   images = [row['image'] for row in csv.DictReader(io.StringIO(text))]
-  assert images[0] == str(tmp_path / 'new\nline, "comma".png')
+  assert images[0] == str(tmp_path / 'new\\nline, "comma".png')
+  assert len(text.splitlines()) == 1 + 3
   code, text, _ = run(weights, tmp_path, '--top=1', capsys=capsys)
   assert len(text.splitlines()) == 2 * 3
   assert main([str(weights), str(tmp_path), '--output', str(tmp_path / 'out.csv')]) == 0
+
+
+def test_names_of_classes_may_be_anything(weights, photos, tmp_path, capsys):
+  names = (
+    '\x1b[2Jx',
+    'a\nwarning: forged',
+    "=cmd|' /C calc'!A0",
+    '+1',
+    '-1',
+    '@SUM(A1)',
+    '\t=1',
+    '\r=1',
+    'a,"b"',
+    '\ud800',
+  )
+  loaded = load(weights, Options())[0]
+  write_weights(dataclasses.replace(loaded, class_names=names), tmp_path / 'hostile.safetensors')
+  arguments = (tmp_path / 'hostile.safetensors', photos / 'a.jpg', '--top=10')
+  entries = json.loads(run(*arguments, '--json', capsys=capsys)[1])
+  order = [guess['label'] for guess in entries[0]['predictions']]
+  assert [guess['name'] for guess in entries[0]['predictions']] == [names[label] for label in order]
+  text = run(*arguments, capsys=capsys)[1]
+  assert text.replace('\n', '').isprintable()
+  assert [line.split(' %  ')[1] for line in text.splitlines()[1:]] == [printable(names[label]) for label in order]
+  table = run(*arguments, '--csv', capsys=capsys)[1]
+  assert table.replace('\n', '').isprintable()
+  rows = list(csv.DictReader(io.StringIO(table)))
+  assert [row['label'] for row in rows] == [str(label) for label in order]
+  assert not any(row['name'].startswith(('=', '+', '-', '@')) for row in rows)
+
+
+def test_an_image_beyond_the_bounds_ends_nothing_else(weights, photos, tmp_path, capsys):
+  shutil.copy(photos / 'a.jpg', tmp_path)
+  Image.new('1', (1, MAX_SIDE + 1)).save(tmp_path / 'long.png')
+  os.mkfifo(tmp_path / 'pipe.png')
+  code, text, errors = run(weights, tmp_path, '--top=1', capsys=capsys)
+  assert (code, len(text.splitlines())) == (1, 2)
+  assert errors.splitlines() == [
+    f'warning: {tmp_path}: 1 are no regular files and left out, such as {tmp_path}/pipe.png',
+    f'warning: {tmp_path}/long.png cannot be read (1 x 1,048,577 px, of at most 1,048,576 on a side)',
+    'warning: 1 of 2 images cannot be read; the others were classified',
+  ]
+
+
+def test_weights_that_give_no_number_are_refused(weights, photos, tmp_path, capsys):
+  loaded = load(weights, Options())[0]
+  arrays = {**loaded.arrays, 'params/head/kernel': np.full_like(loaded.arrays['params/head/kernel'], 3e38)}
+  write_weights(dataclasses.replace(loaded, arrays=arrays), tmp_path / 'huge.safetensors')
+  for tool, more in ((main, ()), (visualize.main, (f'--output={tmp_path}/out.png',))):
+    assert tool([str(tmp_path / 'huge.safetensors'), str(photos / 'a.jpg'), *more]) == 2
+    assert capsys.readouterr().err == (
+      'error: the weights give no finite probabilities: they are damaged, or not those of a trained model\n'
+    )
+
+
+def test_warnings_of_pillow_take_one_line(weights, photos, tmp_path, capsys):
+  exif = b'Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\0\0\0\xff\0\0\0'  # whose text lies beyond its end
+  Image.open(photos / 'a.jpg').save(tmp_path / 'exif.jpg', exif=exif)
+  with warnings.catch_warnings():
+    warnings.simplefilter('once')
+    code, _, errors = run(weights, tmp_path, '--top=1', capsys=capsys)
+  assert code == 0
+  assert 'orrupt EXIF' in errors
+  assert all(line.startswith('warning: ') for line in errors.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -195,15 +266,21 @@ def test_names_of_files_may_be_anything(weights, photos, tmp_path, capsys):
     (['{weights}', '{photos}/nothing'], 'there is no file or folder'),
     (['{weights}', '{folder}/empty'], 'empty has no images'),
     (['{folder}/missing', '{photos}'], 'missing: no such file'),
+    (['{folder}/pipe', '{photos}'], 'pipe: is no regular file'),
+    (['{weights}', '{folder}/pipe'], 'pipe is no regular file'),
     (['{photos}/a.jpg', '{photos}'], 'a.jpg: is neither a PyTorch checkpoint nor a safetensors file'),
     (['{folder}/headless', '{photos}'], 'headless: holds no model with a head'),
-    (['{folder}/other_crop', '{photos}'], 'other_crop: cannot be used: crop_fraction is 0'),
+    (
+      ['{folder}/other_crop', '{photos}'],
+      'other_crop: data.crop_fraction in its metadata is 0: it must be a number from',
+    ),
     (['{weights}', '{photos}', '--output={folder}/there.csv'], 'there.csv: exists already; --force overwrites it'),
     (['{weights}', '{photos}', '--output={folder}/no/out.csv'], 'its folder does not exist'),
   ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(arguments, says, weights, photos, tmp_path, capsys):
   (tmp_path / 'empty').mkdir()
+  os.mkfifo(tmp_path / 'pipe')
   (tmp_path / 'there.csv').write_text('before')
   convert(weights, tmp_path / 'headless', Options(num_classes=0))
   with safetensors.safe_open(weights, framework='np') as file:

@@ -170,6 +170,7 @@ def test_the_command_writes_what_the_ending_says(weights, photo, tmp_path, capsy
     (['{weights}', '{photo}', '--output={folder}/no/out.png'], 'its folder does not exist'),
     (['{weights}', '{folder}/none.png', '--output={folder}/out.png'], 'none.png: cannot be read: No such file'),
     (['{weights}', '{folder}', '--output={folder}/out.png'], 'cannot be read: Is a directory'),
+    (['{weights}', '/dev/zero', '--output={folder}/out.png'], '/dev/zero: is no regular file'),
     (['{weights}', '{folder}/there.png', '--output={folder}/out.png'], 'there.png: cannot be read: no image file'),
     (['{photo}', '{photo}', '--output={folder}/out.png'], 'is neither a PyTorch checkpoint'),
     (['{folder}/headless', '{photo}', '--output={folder}/out.png'], 'holds no model with a head'),

@@ -25,7 +25,7 @@ from t2t_vit_jax.conversion.weight_format import (
   sides,
   write_weights,
 )
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.layers import Dense
 from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.models.preprocessing import for_channels
@@ -92,7 +92,8 @@ def load_pretrained(
 def log_notes(path: PathLike, notes: Iterable[str]) -> None:
   """Logs the notes of `load`; changes of the weights are warnings."""
   for note in notes:
-    logging.log(logging.WARNING if note.startswith(_CHANGES) else logging.INFO, '%s: %s', path, note)
+    level = logging.WARNING if note.startswith(_CHANGES) else logging.INFO
+    logging.log(level, '%s', printable(f'{path}: {note}'))
 
 
 def convert(
@@ -178,7 +179,7 @@ def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[We
     UserError: as `load`, or the model cannot classify such images.
   """
   weights, notes = load(path, Options(image_size=image_size), only_converted=True)
-  lengths = {len(weights.data.get(field, ())) for field in ('mean', 'std')}
+  lengths = {len(weights.data[field]) for field in ('mean', 'std')}
   if weights.channels not in (1, 3) or lengths != {weights.channels} or not weights.arguments['num_classes']:
     raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB or grey images')
   return weights, notes

@@ -46,7 +46,7 @@ def file_format(path: Path) -> Format:
     if path.is_dir():
       raise UserError('is a directory; give the weight file itself')
     if not path.is_file():
-      raise UserError('no such file')
+      raise UserError('is no regular file' if path.exists() else 'no such file')
     with path.open('rb') as file:
       start = file.read(512)
   if not start:

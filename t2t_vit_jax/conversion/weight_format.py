@@ -1,10 +1,10 @@
 """The weight files of this package: safetensors, with a header that holds all that is needed to use the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -15,11 +15,78 @@ import safetensors.numpy
 from t2t_vit_jax.conversion import files
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.soft_split import token_grid
-from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.models.t2t_vit import CHOICES, T2TViT
 
 ImageSize = int | tuple[int, int]
 
 METADATA_KEY = 't2t_vit_jax'  # in the header of a file; its value is JSON
+
+
+class _Kind(NamedTuple):
+  """Values that a field of the header may have."""
+
+  words: str
+  includes: Callable[[Any], bool]
+
+
+def _whole(least: int, most: int = 2**24) -> _Kind:
+  return _Kind(f'a whole number from {least} to {most}', lambda x: type(x) is int and least <= x <= most)
+
+
+def _number(least: float, most: float) -> _Kind:
+  # Wide limits: far beyond them, float32 has no finite result.
+  return _Kind(f'a number from {least:g} to {most:g}', lambda x: type(x) in (int, float) and least <= x <= most)
+
+
+def _one_of(values: Collection[str]) -> _Kind:
+  return _Kind(' or '.join(map(repr, values)), lambda x: isinstance(x, str) and x in values)
+
+
+def _or_none(kind: _Kind) -> _Kind:
+  return _Kind(f'{kind.words}, or null', lambda x: x is None or kind.includes(x))
+
+
+def _list(kind: _Kind, lengths: Collection[int] | None = None) -> _Kind:
+  count = '' if lengths is None else f' of {" or ".join(map(str, lengths))}'
+  return _Kind(
+    f'a list{count}, each {kind.words}',
+    lambda x: isinstance(x, tuple) and (lengths is None or len(x) in lengths) and all(map(kind.includes, x)),
+  )
+
+
+_TEXT, _OBJECT = _Kind('text', lambda x: isinstance(x, str)), _Kind('an object', lambda x: isinstance(x, dict))
+_SIDE, _COLOURS = _whole(1, 2**16), (1, 3)
+_SIZE = _Kind('a number of px, or two', lambda x: _SIDE.includes(x) or _list(_SIDE, (2,)).includes(x))
+# What the header must hold. `arguments` has no more fields than these; `data` and `source` may have others.
+_SCHEMA = {
+  'model': _or_none(_TEXT),
+  'channels': _whole(1, 2**10),
+  'class_names': _or_none(_list(_TEXT)),
+  'arguments': _OBJECT,
+  'arguments.num_classes': _whole(0),
+  'arguments.image_size': _SIZE,
+  'arguments.tokens_type': _one_of(CHOICES['tokens_type']),
+  'arguments.embed_dim': _whole(1),
+  'arguments.depth': _whole(1),
+  'arguments.num_heads': _whole(1),
+  'arguments.mlp_ratio': _number(1e-3, 1e3),
+  'arguments.qkv_bias': _Kind('true or false', lambda x: isinstance(x, bool)),
+  'arguments.qk_scale': _or_none(_number(1e-6, 1e6)),
+  'arguments.token_dim': _whole(1),
+  'arguments.block_type': _one_of(CHOICES['block_type']),
+  'arguments.dense_stages': _list(_whole(1)),
+  'arguments.growth_rate': _whole(1),
+  'data': _OBJECT,
+  'data.crop_fraction': _number(1e-2, 1),
+  'data.interpolation': _one_of(('bilinear', 'bicubic')),
+  'data.mean': _list(_number(-1e3, 1e3), _COLOURS),
+  'data.std': _list(_number(1e-3, 1e3), _COLOURS),
+  'data.orientation': _one_of(('upright', 'ignored')),
+  'source': _OBJECT,
+  'source.weights': _or_none(_one_of(('ema', 'raw'))),
+  'source.step': _whole(0, 2**53),
+}
+_OPTIONAL = ('arguments.dense_stages', 'arguments.growth_rate', 'data.orientation', 'source.step')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +128,13 @@ def read_header(file: BinaryIO) -> dict[str, Any] | None:
   """Reads the header of an open file that `write_weights` wrote: the fields of `Weights.metadata`, and `version`.
 
   Returns:
-    None for any other file.
+    None for any other file, and for a header that `read_weights` refuses.
   """
   try:
     length = int.from_bytes(file.read(8), 'little')
     header = json.loads(file.read(min(length, files.MAX_SAFETENSORS_HEADER)))
-    return dict(_from_json(json.loads(header['__metadata__'][METADATA_KEY])))
-  except (ValueError, KeyError, TypeError):
+    return _parse(header['__metadata__'][METADATA_KEY])
+  except (ValueError, KeyError, TypeError, RecursionError):
     return None
 
 
@@ -78,9 +145,9 @@ def read_weights(path: Path) -> Weights:
     UserError: its header or its tensors describe no model; the message lists every tensor at fault.
   """
   arrays = files.read_safetensors(path)
+  metadata = _parse(files.read_metadata(path)[METADATA_KEY])
+  metadata.pop('version', None)
   try:
-    metadata = _from_json(json.loads(files.read_metadata(path)[METADATA_KEY]))
-    metadata.pop('version')
     weights = Weights(arrays=arrays, **metadata)
     # Shapes of an absurdly large model would take forever, so first its size must be one that the file can hold.
     height, width = token_grid(sides(weights.arguments['image_size']))
@@ -95,6 +162,42 @@ def read_weights(path: Path) -> Weights:
     raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
   check_tensors(arrays, expected)
   return weights
+
+
+def _parse(text: str) -> dict[str, Any]:
+  """The metadata of a header, JSON, with tuples in place of lists; every field is as `_SCHEMA` says.
+
+  Raises:
+    UserError: it is no JSON, or a field is missing, unknown or of another kind; the message names it.
+  """
+  try:
+    metadata = _from_json(json.loads(text))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'its metadata cannot be read: {type(error).__name__}') from error
+  if not isinstance(metadata, dict):
+    raise UserError('its metadata must be an object')
+  for path, kind in _SCHEMA.items():
+    group, _, field = path.rpartition('.')
+    fields = metadata[group] if group else metadata
+    if field not in fields and path not in _OPTIONAL:
+      raise UserError(f'its metadata lack {path}: it must be {kind.words}')
+    if field in fields:
+      check_field(path, fields[field], f'{path} in its metadata')
+  known = {path.removeprefix('arguments.') for path in _SCHEMA if path.startswith('arguments.')}
+  unknown = [*metadata.keys() - _SCHEMA.keys() - {'version'}, *metadata['arguments'].keys() - known]
+  if unknown:
+    raise UserError(f'its metadata have unknown fields, as of a newer version: {", ".join(sorted(unknown))[:100]}')
+  names, number = metadata['class_names'], metadata['arguments']['num_classes']
+  if names is not None and len(names) != number:
+    raise UserError(f'class_names in its metadata are {len(names)}, of {number} classes')
+  return metadata
+
+
+def check_field(path: str, value: Any, name: str) -> None:
+  """Raises a UserError, which calls it `name`, if a header may not hold `value` as its field `path`."""
+  kind = _SCHEMA.get(path)
+  if kind and not kind.includes(value):
+    raise UserError(f'{name} is {repr(value)[:100]}: it must be {kind.words}')
 
 
 def expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:

@@ -7,12 +7,17 @@ import io
 import math
 import struct
 from typing import Any, NamedTuple
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 ORIENTATIONS = {'upright': True, 'ignored': False}  # whether images are turned as their EXIF data says
 JPEG_END = b'\xff\xd9'
+# px. Longer images need far more memory than their pixels, since Pillow keeps an address for each row.
+MAX_SIDE = 2**20
+# Of an image that is larger than most, but below the number of pixels that Pillow refuses.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in px
 
@@ -73,6 +78,8 @@ def _pillow_errors() -> Iterator[None]:
     raise
   except UnidentifiedImageError as error:
     raise BadImage('no image file') from error
+  except Image.DecompressionBombError as error:
+    raise BadImage(f'more pixels than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}') from error
   except Exception as error:
     raise BadImage(f'{type(error).__name__}: {error}') from error
 
@@ -103,6 +110,8 @@ class EncodedImage:
     """
     with _pillow_errors():
       self._image = Image.open(io.BytesIO(encoded))
+      if max(self._image.size) > MAX_SIDE:
+        raise BadImage(f'{self._image.width:,} x {self._image.height:,} px, of at most {MAX_SIDE:,} on a side')
       if self._image.format == 'PNG':
         self._image.load()  # EXIF data may come last
       turn = _turn(self._image)

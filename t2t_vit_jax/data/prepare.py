@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, printable
 
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
 # Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
@@ -189,6 +189,9 @@ def _require_tensorflow() -> None:
 
 def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:
   """Raises UserError unless there is as much free space as `files` take: array_record files take the same."""
+  files = list(files)
+  if others := [path for path in files if not os.path.isfile(path)]:
+    raise UserError(f'{others[0]} is missing, or no regular file')
   needed = 1.01 * sum(os.stat(path).st_size for path in files)
   free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.exists())).free
   if free < needed:
@@ -281,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
       info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.allow_partial)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(printable(f'error: {error}'), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('interrupted: only downloads are kept; start again with the same command', file=sys.stderr)

@@ -338,10 +338,10 @@ def find_images(paths: Iterable[str | os.PathLike[str]], note: Callable[[str], N
       files += [os.fspath(path / os.fsdecode(name)) for name in names]
       for line in scan.notes(path):
         note(line)
-    elif path.exists():
+    elif path.is_file():
       files.append(os.fspath(path))
     else:
-      raise UserError(f'there is no file or folder {path}')
+      raise UserError(f'{path} is no regular file' if path.exists() else f'there is no file or folder {path}')
   return files
 
 
@@ -364,6 +364,7 @@ class _Scan:
     self._folders: dict[tuple[int, int], str] = {}  # (device, inode) -> path
     self._skipped: collections.Counter[str] = collections.Counter()  # by suffix
     self._broken: list[str] = []  # links that lead nowhere
+    self._special: list[str] = []  # devices, pipes and sockets with the name of an image, which may never end
 
   def images(self, folder: Path, subfolder: str = '') -> Iterator[bytes]:
     """Names of the image files in a folder or its subfolder and below, relative to `folder`; hidden ones are left out.
@@ -381,19 +382,22 @@ class _Scan:
       raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
     for entry in visible:
       name, suffix = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
-      is_folder = entry.is_dir(follow_symlinks=False)
+      is_folder, is_file = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False)
       if entry.is_symlink():
         try:
-          is_folder = stat.S_ISDIR(entry.stat().st_mode)
+          mode = entry.stat().st_mode
         except OSError:  # it leads nowhere, or to itself
           self._broken.append(entry.path)
           continue
+        is_folder, is_file = stat.S_ISDIR(mode), stat.S_ISREG(mode)
       if is_folder:
         yield from self.images(folder, name)
-      elif suffix in IMAGE_SUFFIXES:
+      elif suffix not in IMAGE_SUFFIXES:
+        self._skipped[suffix or 'no suffix'] += 1
+      elif is_file:
         yield os.fsencode(name)
       else:
-        self._skipped[suffix or 'no suffix'] += 1
+        self._special.append(entry.path)
 
   def _is_known(self, path: str) -> bool:
     """Whether a folder was read before, by another path."""
@@ -412,8 +416,9 @@ class _Scan:
       by_count = sorted(self._skipped.items(), key=lambda item: (-item[1], item[0]))
       kinds = ', '.join(f'{count:,} {suffix}' for suffix, count in by_count[:5])
       lines.append(f'{folder}: files that are no images by their names were left out: {printable(kinds)}')
-    if self._broken:
-      lines.append(f'{folder}: {len(self._broken):,} links lead nowhere, such as {printable(self._broken[0])}')
+    for paths, what in ((self._broken, 'links lead nowhere'), (self._special, 'are no regular files and left out')):
+      if paths:
+        lines.append(f'{folder}: {len(paths):,} {what}, such as {printable(paths[0])}')
     return tuple(lines)
 
 

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Iterable
 import contextlib
-import csv
 import dataclasses
-import io
 import itertools
 from typing import Any, Self
 
@@ -16,7 +14,7 @@ from t2t_vit_jax.data.faults import Faults, Remarks
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
-from t2t_vit_jax.errors import printable
+from t2t_vit_jax.errors import csv_line, printable
 from t2t_vit_jax.recipe.sharding import to_devices
 
 # Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
@@ -79,13 +77,11 @@ class Accuracy:
 
   def class_csv(self) -> str:
     """A table for programs, in the order of the labels: label, class, images, correct, top1."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(('label', 'class', 'images', 'correct', 'top1'))
+    lines = [csv_line('label', 'class', 'images', 'correct', 'top1')]
     rows = zip(self.class_names, self.class_correct, self.class_count, strict=True)
     for label, (name, correct, count) in enumerate(rows):
-      writer.writerow((label, printable(name), count, correct, f'{correct / count:.4f}' if count else ''))
-    return text.getvalue()
+      lines.append(csv_line(label, name, count, correct, f'{correct / count:.4f}' if count else ''))
+    return ''.join(lines)
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> Self:

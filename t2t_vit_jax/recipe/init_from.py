@@ -128,9 +128,12 @@ def check_channels(configured: int, channels: int, origin: Any) -> None:
 
 def weights_header(path: str | None) -> dict[str, Any]:
   """The header of a weight file of this package; empty if there is none."""
+  file = Path(os.path.expanduser(path or ''))
   try:
-    with open(os.path.expanduser(path or ''), 'rb') as file:
-      return read_header(file) or {}
+    if not file.is_file():  # a pipe would never end
+      return {}
+    with file.open('rb') as stream:
+      return read_header(stream) or {}
   except OSError:  # whether the file is needed at all is not known here
     return {}
 

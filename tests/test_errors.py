@@ -1,0 +1,37 @@
+"""Names that are shown: one line each, without commands to a terminal and formulas of a spreadsheet."""
+
+import csv
+import io
+
+import pytest
+
+from t2t_vit_jax.errors import csv_line, printable
+
+# Screens cleared, titles set, lines forged, text turned round; bytes that are no UTF-8.
+NAMES = (
+  '\x1b[2J\x1b[31mred',
+  '\x1b]0;title\x07',
+  'a\nwarning: forged',
+  'a\rb',
+  'exe\u202egpj',
+  '\u2028',
+  '\udcff',
+  '\x9b1m',
+)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_any_name_is_one_printable_line(name):
+  assert printable(name).isprintable()
+  assert printable(printable(name)) == printable(name)
+  assert printable('ü 犬, "x"') == 'ü 犬, "x"'
+
+
+@pytest.mark.parametrize('start', ['=', '+', '-', '@', '\t=', '\r@', ' =', '\uff1d', '\uff0b', '\uff0d', '\uff20'])
+def test_no_name_is_a_formula(start):
+  name = f"{start}cmd|' /C calc'!A0"
+  line = csv_line('a, "b"\nc', name, 0.5, '')
+  (row,) = csv.reader(io.StringIO(line))
+  assert row == ['a, "b"\\nc', *row[1:2], '0.5', '']
+  assert row[1][0] in "'\\"  # text to every spreadsheet: the second where the name begins with an escaped character
+  assert row[1].endswith(printable(name))
