@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import check_and_quiet, print_error, refusing_bad_flags, with_home
+from t2t_vit_jax.command_line import check_and_quiet, print_error, print_message, refusing_bad_flags, with_home
 from t2t_vit_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -64,10 +64,10 @@ def main(argv: list[str]) -> None:
     print_error(error)
     processes.leave(2, lost=isinstance(error, processes.LostProcessError))
   except Stopped as stopped:
-    print(stopped, file=sys.stderr)
+    print_message(stopped)
     sys.exit(stopped.exit_code)
   except KeyboardInterrupt:
-    print('interrupted; nothing since the last checkpoint is saved', file=sys.stderr)
+    print_message('interrupted; nothing since the last checkpoint is saved')
     processes.leave(130)
   except Exception as error:
     if lost := processes.lost_process(error):

@@ -31,6 +31,13 @@ class Parser(argparse.ArgumentParser):
     raise UserError(message)
 
 
+def open_standard_streams() -> None:
+  """Puts the null device in place of standard streams that were closed before the program started."""
+  for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
+
+
 def with_home(argv: Sequence[str]) -> list[str]:
   """Replaces ~ at the start of arguments and of flags' values by the home folder, which shells do not in --flag=~/x."""
   return [re.sub(r'^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + os.path.expanduser('~'), x) for x in argv]
@@ -38,6 +45,7 @@ def with_home(argv: Sequence[str]) -> list[str]:
 
 def run_tool(tool: Callable[[], int]) -> int:
   """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
+  open_standard_streams()
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
   show_warnings_as_lines()
@@ -102,11 +110,12 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
   if file is None:
     fail('which run? Give --config=FILE, such as --config=configs/t2t_vit_14.py')
   if not Path(file).is_file():
-    fail(f'there is no config file {file}')
+    fail(f'there is no config file {file}' + (f': did you mean {file}.py?' if Path(f'{file}.py').is_file() else ''))
 
 
 def check_and_quiet(argv: list[str]) -> None:
   """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
+  open_standard_streams()
   show_warnings_as_lines()
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
@@ -138,7 +147,13 @@ def fail(message: str) -> NoReturn:
 
 def print_error(error: object) -> None:
   """Prints a line on standard error, whatever names the message contains."""
-  print(printable(f'error: {error}'), file=sys.stderr, flush=True)
+  print_message(f'error: {error}')
+
+
+def print_message(message: object) -> None:
+  """Prints a line on standard error, unless that is gone."""
+  with contextlib.suppress(OSError):
+    print(printable(str(message)), file=sys.stderr, flush=True)
 
 
 def show_warnings_as_lines() -> None:

@@ -2,11 +2,12 @@
 
 import json
 import os
-from pathlib import Path
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 
 import jax
 import numpy as np
@@ -15,9 +16,8 @@ from safetensors.numpy import load_file
 
 from tests.image_folder import write_image_folder
 from tests.imagenet_tars import write_imagenet_tars
-from tests.processes import start_process
+from tests.processes import ROOT, start_process
 
-ROOT = Path(__file__).parents[1]
 TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.tokens_type=convolution']
 
 
@@ -76,6 +76,29 @@ def test_the_imagenet_config_says_how_to_prepare_the_data(tmp_path):
   )
 
 
+def hang_up(cwd, sign, *arguments):
+  """Trains in a terminal of its own, which is closed after it has shown `sign`: SIGHUP, and nowhere to print to."""
+  ours, terminal = pty.openpty()
+  termios.tcsetwinsize(ours, (24, 100))
+  take_terminal = (
+    'import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+    'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', take_terminal, ROOT / 'train.py', *arguments],
+    **dict.fromkeys(('stdin', 'stdout', 'stderr'), terminal),
+    cwd=cwd,
+    env=environment(),
+    start_new_session=True,
+  )
+  os.close(terminal)
+  shown = b''
+  while not re.search(sign, shown):
+    shown += os.read(ours, 4096)
+  os.close(ours)
+  assert process.wait(timeout=120) == 128 + signal.SIGHUP
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path, data_dir):
   arguments = [
@@ -97,6 +120,7 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
     assert 'and saved; the same command continues from there' in errors
     assert 'top-1' not in rest
 
+  hang_up(tmp_path, rb'[23]\d/40', '--workdir=stopped', *arguments)
   code, output, errors = run(tmp_path, '--export=stopped')  # with another config, and no data
   assert code == 0, errors
   assert re.fullmatch(

@@ -7,6 +7,7 @@ import filecmp
 import hashlib
 import os
 from pathlib import Path
+import re
 import shlex
 import stat
 from typing import Any, NamedTuple, Protocol
@@ -341,7 +342,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]], note: Callable[[str], N
     elif path.is_file():
       files.append(os.fspath(path))
     else:
-      raise UserError(f'{path} is no regular file' if path.exists() else f'there is no file or folder {path}')
+      hint = ': download the image first' if re.match('https?:/', os.fspath(path)) else ''
+      raise UserError(f'{path} is no regular file' if path.exists() else f'there is no file or folder {path}{hint}')
   return files
 
 

@@ -52,7 +52,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
   Raises:
     UserError: config, data, devices and workdir don't fit together and nothing was changed; or something failed later,
       which the message names.
-    Stopped: SIGINT or SIGTERM arrived; the state was saved.
+    Stopped: SIGINT, SIGTERM or SIGHUP arrived; the state was saved.
   """
   check_place(workdir)
   run = build_run(config)

@@ -1,4 +1,4 @@
-"""Requests to stop early: Ctrl-C, a scheduler's SIGTERM, the notice before a machine is taken away."""
+"""Requests to stop early: Ctrl-C, a scheduler's SIGTERM, a terminal that closes, a machine that is taken away."""
 
 from collections.abc import Iterator
 import contextlib
@@ -31,26 +31,31 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-  """Records a first SIGINT or SIGTERM, so that a step is finished before the run stops; a second one ends it."""
+  """Records a first SIGINT, SIGTERM or SIGHUP, so that a step is finished before the run stops; a second one ends it.
+
+  A SIGHUP that is ignored, as under nohup, stays ignored.
+  """
   request = StopRequest()
   if threading.current_thread() is not threading.main_thread():
     yield request  # Python delivers signals to the main thread only
     return
   # With several processes JAX handles SIGTERM, since it has to tell the others.
-  numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-  previous = {number: signal.getsignal(number) for number in numbers}
+  numbers = [signal.SIGINT, signal.SIGHUP] + ([signal.SIGTERM] if jax.process_count() == 1 else [])
+  previous = {number: handler for number in numbers if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
   def handle(number: int, frame: Any) -> None:
     del frame
     for each, handler in previous.items():
-      signal.signal(each, handler)
+      # A terminal that closes may send SIGHUP twice.
+      signal.signal(each, signal.SIG_IGN if each == number == signal.SIGHUP else handler)
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       request.signal = number
-    print('\nfinishing this step, then saving; a second signal ends the run at once', file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+      print('\nfinishing this step, then saving; a second signal ends the run at once', file=sys.stderr)
 
-  for number in numbers:
+  for number in previous:
     signal.signal(number, handle)
   try:
     yield request
