@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import errno
 import io
 import os
 from pathlib import Path
@@ -63,6 +64,8 @@ def run_tool(tool: Callable[[], int]) -> int:
   except OSError as error:  # such as a full disk
     _drop_output()
     message = str(error)
+    if error.errno == errno.ENOSPC and not error.filename:
+      message = f'standard output cannot be written: {error.strerror}'
   except (RuntimeError, AssertionError):
     message = _missing_devices()
     if not message:

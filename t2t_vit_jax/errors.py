@@ -1,10 +1,13 @@
-"""Errors that the user can correct, checks of numbers in a config, and names: shown safely, looked up in a table."""
+"""Errors that the user can correct, full disks, checks of a config's numbers, and names: shown safely, looked up."""
 
 from collections.abc import Iterable, Mapping
 import csv
 import difflib
 import io
 import math
+import os
+from pathlib import Path
+import shutil
 from typing import Any, TypeVar
 
 Key = TypeVar('Key')
@@ -18,6 +21,37 @@ class UserError(ValueError):
 
 class DataError(UserError):
   """Data that fails while a run reads it: what the run has done so far is good."""
+
+
+def writing_problem(error: BaseException, place: str | os.PathLike[str], needed: int = 0) -> str:
+  """A line that says why something could not be written at or below `place`, in the words of whichever library failed.
+
+  Args:
+    error: what that library raised.
+    place: a file or folder, which need not exist.
+    needed: bytes that were to be written, at least; 0 if nobody knows.
+  """
+  if 'No space left on device' in str(error):
+    return full_disk(place, needed)
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:300]
+
+
+def full_disk(place: str | os.PathLike[str], needed: int = 0) -> str:
+  """A phrase that says that the disk of `place` is full, what is free there and how many bytes were `needed`."""
+  path = Path(place).absolute()
+  free = _size(shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free)
+  if needed:
+    return f'the disk is full: at least {_size(needed)} are needed, {free} are free'
+  return f'the disk is full: more is needed than the {free} that are free'
+
+
+def _size(num_bytes: int) -> str:
+  unit, name = next(
+    (unit, name) for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'), (0, 'bytes')) if num_bytes >= unit
+  )
+  return f'{num_bytes / unit:.1f} {name}' if unit else f'{num_bytes} bytes'
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags, with_home
 from t2t_vit_jax.console import say
+from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
@@ -231,7 +232,8 @@ def plan(config: Any, options: Any) -> None:
     for line in report.table(plans, options.markdown):
       say(line)
   if options.output:
-    Path(options.output).write_text(json.dumps(plans if options.compare else plans[0], indent=2) + '\n')
+    text = json.dumps(plans if options.compare else plans[0], indent=2) + '\n'
+    write_file(Path(options.output), lambda temporary: temporary.write_text(text))
 
 
 if __name__ == '__main__':

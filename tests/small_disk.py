@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -17,3 +18,8 @@ def small_disk(folder, options=''):
     yield
   finally:
     subprocess.run(['umount', '-l', folder], check=True)
+
+
+def fill(folder, free):
+  """Leaves `free` bytes of the disk."""
+  (folder / 'filler').write_bytes(bytes(shutil.disk_usage(folder).free - free))

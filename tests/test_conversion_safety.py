@@ -1,7 +1,6 @@
 """Files that are damaged or hostile: one line of error that names them, and nothing written or executed."""
 
 import argparse
-import builtins
 import json
 import pathlib
 import sys
@@ -21,6 +20,7 @@ from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.transforms import INTERPOLATIONS
 from t2t_vit_jax.predict import open_classifier
 from tests import checkpoints, golden, mutate_checkpoints
+from tests.small_disk import fill, small_disk
 
 OPTIONS = Options(settings={'num_heads': 4})
 
@@ -261,16 +261,15 @@ def test_an_output_that_cannot_be_is_refused_first(output, tmp_path):
 
 
 @pytest.mark.parametrize('reverse', [False, True])
-def test_a_failing_write_leaves_nothing_behind(reverse, tmp_path, monkeypatch):
-  checkpoints.save_form('bare', tmp_path / 'file')
-
-  def full(state, path, *args):
-    with builtins.open(path, 'wb') as file:
-      file.write(b'half')
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(safetensors.numpy, 'save_file', full)
-  monkeypatch.setattr(torch, 'save', full)
-  with pytest.raises(UserError, match='No space left'):
-    convert(tmp_path / 'file', tmp_path / 'out', OPTIONS, reverse=reverse)
-  assert [path.name for path in tmp_path.iterdir()] == ['file']
+def test_a_full_disk_keeps_what_was_there_and_one_line_says_what_is_free(reverse, tmp_path):
+  with small_disk(tmp_path):
+    checkpoints.save_form('bare', tmp_path / 'file')
+    output = tmp_path / 'out'
+    output.write_text('before')
+    fill(tmp_path, 20_480)
+    needed = r'more is needed than the' if reverse else r'at least \d+\.\d kB are needed,'
+    with pytest.raises(UserError, match=rf'out: cannot be written: the disk is full: {needed} 20\.5 kB') as caught:
+      convert(tmp_path / 'file', output, OPTIONS, reverse=reverse, force=True)
+    assert '\n' not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'filler', 'out']
+    assert output.read_text() == 'before'

@@ -2,12 +2,16 @@
 
 import collections
 import dataclasses
+import fcntl
 import itertools
 import os
 from pathlib import Path
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import open_tfds
 from tests.parameters import slow_but
+from tests.processes import ROOT, finish, start_command
 
 TRANSFORM = transforms.RandomPaddedCrop(16, padding=2)
 
@@ -159,3 +164,115 @@ def test_batches_that_do_not_fit_are_refused():
   with pytest.raises(UserError, match='cannot be divided among 4 processes'):
     loader.Share(10, 0, 4)
   assert dataclasses.replace(loader.Share(12, 0, 4), process_index=3).global_position(4) == 12 + 9 + 1
+
+
+def shared_memory_of(name):
+  return sorted(path.name for path in loader.SHARED_MEMORY.glob(f'*{name}*'))
+
+
+@pytest.mark.skipif(not loader.SHARED_MEMORY.is_dir(), reason='needs shared memory that is shown as files')
+def test_shared_memory_of_a_process_that_is_gone_is_freed_and_that_of_others_stays():
+  with (
+    tempfile.NamedTemporaryFile(prefix='', suffix=loader.OWNER, dir=loader.SHARED_MEMORY) as alive,
+    tempfile.NamedTemporaryFile(prefix='', suffix=loader.OWNER, dir=loader.SHARED_MEMORY, delete=False) as gone,
+  ):
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    living, dead = (Path(file.name).stem for file in (alive, gone))
+    leftovers = [loader.SHARED_MEMORY / f'{start}{name}1' for name in (living, dead) for start in ('', 'sem.')]
+    for path in leftovers:
+      path.touch()
+    loader._owner.cache_clear()
+    mine = Path(loader._owner().name)
+    assert shared_memory_of(dead) == []
+    assert len(shared_memory_of(living)) == 3
+    assert mine.exists()
+    for path in leftovers[:2]:
+      path.unlink()
+
+
+WITH_WORKERS = """
+import sys
+from t2t_vit_jax import UserError
+from t2t_vit_jax.data import loader, sources, transforms
+
+if __name__ == '__main__':
+  source = sources.open_tfds('digits', 'train', sys.argv[1])
+  order, transform = loader.TrainOrder(len(source), 256, seed=0), transforms.RandomPaddedCrop(64, padding=2)
+  batches = loader.train_batches(
+    source, transform, order, loader.Share(256), loader.Workers(2), first_step=0, last_step=100_000
+  )
+  try:
+    for batch in batches:
+      print(loader._owner().name, flush=True)
+  except UserError as error:
+    sys.exit(f'error: {error}')
+"""
+
+
+@pytest.fixture
+def with_workers(tmp_path, data_dir):
+  """Starts a program that reads batches with two workers, behind a command; gives it and the name of its memory."""
+  (tmp_path / 'program.py').write_text(WITH_WORKERS)
+
+  def start(*before):
+    process = start_command(*before, sys.executable, tmp_path / 'program.py', data_dir, PYTHONPATH=str(ROOT))
+    return process, Path(process.stdout.readline().strip()).stem
+
+  return start
+
+
+def children(process):
+  """Process ids of a program's data workers and of the process with which Python frees shared memory."""
+  tasks = Path(f'/proc/{process.pid}/task').iterdir()
+  return [int(child) for task in tasks for child in (task / 'children').read_text().split()]
+
+
+def alive(pid):
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+  except FileNotFoundError:
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
+def test_workers_and_shared_memory_end_with_the_main_process(with_workers):
+  process, name = with_workers()
+  started = children(process)
+  assert len(started) == 3
+  assert len(shared_memory_of(name)) > 3
+  process.kill()
+  deadline = time.monotonic() + 10
+  while any(map(alive, started)) or shared_memory_of(name):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
+def test_a_killed_worker_is_one_line(with_workers):
+  process, name = with_workers()
+  worker = next(pid for pid in children(process) if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text())
+  os.kill(worker, signal.SIGKILL)
+  ((code, _, errors),) = finish([process])
+  assert code == 1
+  (line,) = errors.splitlines()
+  assert 'a data worker died (Worker process was terminated unexpectedly with exit code -9)' in line
+  assert shared_memory_of(name) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('full', [False, True])
+def test_too_little_shared_memory_is_named_with_what_helps(full, with_workers):
+  mount = 'mount -t tmpfs -o size=2m tmpfs /dev/shm'
+  if os.geteuid() or subprocess.run(['unshare', '-m', 'sh', '-c', mount], check=False).returncode:
+    pytest.skip('needs the right to mount')
+  if full:
+    mount += '; head -c 2m /dev/zero > /dev/shm/filler'
+  process, _ = with_workers('unshare', '-m', 'sh', '-c', f'{mount}; exec "$@"', 'sh')
+  ((code, _, errors),) = finish([process])
+  assert code == 1
+  (line,) = errors.splitlines()
+  assert 'shared memory is full: data workers need about 4.3 MB in /dev/shm, which has 2.1 MB, ' in line
+  assert '--shm-size=' in line
+  assert '--config.data.num_workers=0' in line

@@ -334,7 +334,10 @@ def test_the_reader_may_go_away_and_the_disk_be_full(weights, photos):
     result = subprocess.run(
       [*command[:5], '--json'], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
     )
-  assert (result.returncode, result.stderr) == (2, 'error: [Errno 28] No space left on device\n')
+  assert (result.returncode, result.stderr) == (
+    2,
+    'error: standard output cannot be written: No space left on device\n',
+  )
 
 
 DOCUMENT = (Path(__file__).parents[1] / 'docs' / 'predict.md').read_text()

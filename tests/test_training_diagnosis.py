@@ -15,7 +15,7 @@ import pytest
 from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
-from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer
+from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer, out_of_memory
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from tests.image_folder import encoded, write_image_folder
@@ -159,3 +159,12 @@ def test_too_little_memory_gets_one_line(tmp_path, data_dir):
   last = process.stderr.splitlines()[-1]
   assert last.startswith('error: out of memory with a batch of 256 images of 256 px (')
   assert 'accumulate_steps' in last
+
+
+def test_a_full_disk_is_not_taken_for_a_full_device(data_dir):
+  recipe = build_run(performer_config(data_dir)).recipe
+  words = 'RESOURCE_EXHAUSTED: Error writing local file "x": No space left on device'
+  assert out_of_memory(ValueError(words), recipe) is None  # tensorstore's
+  assert out_of_memory(UserError(f'a checkpoint could not be written ({words})'), recipe) is None
+  device = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')
+  assert 'accumulate_steps' in str(out_of_memory(device, recipe))

@@ -2,7 +2,7 @@
 
 import logging
 import os
-import shutil
+import subprocess
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from t2t_vit_jax.workdir.fingerprints import fingerprint
 from t2t_vit_jax.workdir.folder import open_workdir
 from tests.kill_runs import kill_and_compare
 from tests.processes import start_process
-from tests.small_disk import small_disk
+from tests.small_disk import fill, small_disk
 from tests.test_training_loop import small_config
 
 
@@ -91,16 +91,38 @@ def test_fingerprints_do_not_depend_on_the_sharding(run):
   assert fingerprint([x]) == fingerprint([jax.device_put(x, sharding)])
 
 
-def test_a_disk_without_room_is_said_before_anything_is_written(run, tmp_path):
-  with small_disk(tmp_path):
-    state = run.recipe.make_state(run.recipe.rng)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    checkpoints = Checkpoints(tmp_path / 'checkpoints')
-    checkpoints.save(state, metrics=None, run=description(run))
+@pytest.mark.parametrize(
+  ('room', 'says'),
+  [(0.5, 'the disk is full'), (1.02, 'the disk is full'), (None, 'Read-only file system')],
+  ids=['no room', 'too little, which is seen while it is saved', 'read-only'],
+)
+def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(room, says, run, tmp_path, capfd):
+  rng = np.random.default_rng(0)  # zeros would be compressed
+
+  def random(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.device_put(rng.standard_normal(x.shape).astype(x.dtype), x.sharding) if floating else x
+
+  state = jax.tree.map(random, run.recipe.make_state(run.recipe.rng))
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+  def save(step):
+    checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=description(run))
     checkpoints.wait()
-    (tmp_path / 'filler').write_bytes(bytes(shutil.disk_usage(tmp_path).free - size // 2))
-    with pytest.raises(UserError, match=rf'is full: a checkpoint needs {size / 1e9:.3f} GB, 0\.\d+ GB are free'):
-      checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=description(run))
+
+  with small_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    save(0)
+    if room is None:
+      subprocess.run(['mount', '-o', 'remount,ro', tmp_path], check=True)
+    else:
+      fill(tmp_path, int(room * size))
+      says += f': at least {size / 1e3:.1f} kB are needed, '
+    with pytest.raises(UserError, match=f'could not be written to {tmp_path}/checkpoints.*{says}') as caught:
+      save(5)
+    assert str(caught.value).endswith('earlier checkpoints are intact')
+    assert '\n' not in str(caught.value)
+    assert capfd.readouterr().err == ''  # orbax would log a traceback for each of its threads
     restored, *_, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
     checkpoints._checkpointer.close()
     assert (int(restored.step), set_aside) == (0, [])

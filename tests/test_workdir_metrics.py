@@ -4,18 +4,21 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 from etils import epath
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from t2t_vit_jax import console
+from t2t_vit_jax import UserError, console
 from t2t_vit_jax.recipe.evaluation import Accuracy
-from t2t_vit_jax.workdir.folder import Workdir
+from t2t_vit_jax.workdir.folder import Workdir, open_workdir
 from t2t_vit_jax.workdir.metrics import Reporter
 from tests.processes import ROOT
+from tests.small_disk import fill, small_disk
 
 STEP = {'loss': jnp.float32(2.0), 'gradient_norm': jnp.float32(1.0), 'learning_rate': jnp.float32(0.1), 'applied': True}
 ACCURACY = Accuracy(3, 4, 5, 1.0, class_correct=(3,), class_count=(5,), class_names=('cat',))
@@ -48,11 +51,71 @@ def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capsys):
     assert warning.startswith(f'warning: {tmp_path}/{name} could not be written (')
 
 
-def test_a_workdir_that_became_read_only_gets_one_line(tmp_path):
+def reporter(folder):
+  return Reporter(Workdir(epath.Path(folder), folder), total_steps=9, first_step=0, steps_per_epoch=1, batch_size=1)
+
+
+def report(of, step):
+  of.collect(STEP)
+  of.report(step)
+
+
+def test_a_full_disk_keeps_the_table_and_pictures_that_were_there(tmp_path, capsys):
+  images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
+  files = ('per_class.csv', 'report.png', 'augmented_images.png')
+  with small_disk(tmp_path), reporter(tmp_path) as run:
+    report(run, 1)
+    for name in files:
+      (tmp_path / name).write_text('before')
+    fill(tmp_path, 0)
+    run.classes(ACCURACY, show=False)
+    run.page(images, 'title')
+    run.images(images)
+    report(run, 2)
+    assert [(tmp_path / name).read_text() for name in files] == ['before'] * 3
+    assert not list(tmp_path.glob('.*'))
+  reason = 'the disk is full: more is needed than the 0 bytes that are free'
+  assert capsys.readouterr().err.splitlines() == [
+    f'warning: {tmp_path}/{name} could not be written ({reason}); the run goes on without' for name in files
+  ]
+
+
+def test_a_workdir_that_is_deleted_is_said_once_and_what_comes_then_is_written(tmp_path, capsys):
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  with reporter(folder) as run:
+    report(run, 1)
+    shutil.rmtree(folder)
+    report(run, 2)
+    folder.mkdir()  # as the next checkpoint does
+    report(run, 3)
+    report(run, 4)
+  assert [json.loads(row)['step'] for row in (folder / 'metrics.jsonl').read_text().splitlines()] == [3, 4]
+  first, second = capsys.readouterr().err.splitlines()
+  assert f'{folder}/metrics.jsonl could not be written (FileNotFoundError: ' in first
+  assert f'{folder}/metrics.jsonl was deleted while the run wrote it: its earlier rows are lost' in second
+
+
+def test_tensorboard_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
   (tmp_path / 'tensorboard').write_text('in the way')
-  with pytest.raises(Exception, match='cannot write to workdir') as error:
-    Reporter(Workdir(epath.Path(tmp_path), tmp_path), total_steps=9, first_step=0, steps_per_epoch=1, batch_size=1)
-  assert type(error.value).__name__ == 'UserError'
+  with reporter(tmp_path) as run:
+    report(run, 1)
+  assert json.loads((tmp_path / 'metrics.jsonl').read_text())['step'] == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f'warning: {tmp_path}/tensorboard could not be written (FileExistsError: ')
+
+
+def test_a_workdir_without_room_for_its_lock_is_refused_in_one_line(tmp_path):
+  with small_disk(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    fill(tmp_path, 0)
+    with (
+      pytest.raises(
+        UserError, match=r'cannot write to workdir .*full: at least \d+ bytes are needed, 0 bytes are free'
+      ),
+      open_workdir(tmp_path),
+    ):
+      pass
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])

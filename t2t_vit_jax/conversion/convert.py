@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import io
 import math
 import os
 from pathlib import Path
@@ -263,7 +264,9 @@ def _write_torch(weights: Weights, path: Path) -> None:
   for key, array in weights.arrays.items():
     name, transform = names.to_torch(key, weights.arguments['tokens_type'])
     state[name] = torch.from_numpy(np.array(transform.to_torch(array), order='C'))
-  torch.save(state, path)
+  buffer = io.BytesIO()  # of a full disk, torch would say "unexpected pos 576 vs 534"
+  torch.save(state, buffer)
+  path.write_bytes(buffer.getbuffer())
 
 
 def _check_agreement(weights: Weights, options: Options) -> None:

@@ -21,7 +21,7 @@ import zipfile
 import numpy as np
 import safetensors
 
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.errors import UserError, printable, writing_problem
 
 Format = Literal['zip', 'legacy', 'safetensors']
 
@@ -193,8 +193,13 @@ def check_output(path: Path, *, force: bool) -> None:
     raise problem(path, f'cannot be written: {error.strerror}') from error
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], needed: int = 0) -> None:
   """Calls `write` with a temporary name beside `path`, then renames: nobody ever sees half a file at `path`.
+
+  Args:
+    path: the file.
+    write: writes it at the path that it is called with.
+    needed: its size in bytes, at least; 0 if nobody knows.
 
   Raises:
     UserError: `path` can't be written.
@@ -208,11 +213,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     with temporary.open('rb') as file:
       os.fsync(file.fileno())
     temporary.replace(path)
-  except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError for a full disk
-    raise problem(path, f'cannot be written: {_first_line(error)}') from error
+  except (OSError, safetensors.SafetensorError) as error:
+    _delete(temporary)  # first: the free space that is named is without it
+    raise problem(path, f'cannot be written: {writing_problem(error, path, needed)}') from error
   finally:
-    with contextlib.suppress(OSError):  # on a read-only disk the error above says more
-      temporary.unlink(missing_ok=True)
+    _delete(temporary)
+
+
+def _delete(temporary: Path) -> None:
+  with contextlib.suppress(OSError):  # on a read-only disk another error says more
+    temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

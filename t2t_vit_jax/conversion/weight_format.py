@@ -121,7 +121,8 @@ def write_weights(weights: Weights, path: Path) -> None:
 
   header = {METADATA_KEY: json.dumps({**weights.metadata(), 'version': __version__})}
   arrays = {key: np.ascontiguousarray(array) for key, array in weights.arrays.items()}
-  files.write_file(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary, header))
+  size = sum(array.nbytes for array in arrays.values())
+  files.write_file(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary, header), size)
 
 
 def read_header(file: BinaryIO) -> dict[str, Any] | None:

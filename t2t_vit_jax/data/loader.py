@@ -5,11 +5,21 @@ and what its augmentation draws. So a run that starts again at step s reads noth
 """
 
 from collections.abc import Generator, Sequence
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import gc
 import math
+import multiprocessing
+from multiprocessing import shared_memory
+import os
+from pathlib import Path
+import shutil
 import signal
+import tempfile
+import threading
 from typing import Any
 
 from absl import flags
@@ -32,6 +42,8 @@ MAX_BAD_IN_A_ROW = 100
 # Images that a worker hands over at a time. One by one, each would cost the receiving process half a millisecond, and
 # two open files until its batch is complete; whole batches would take much memory in each worker.
 GROUP_SIZE = 16
+SHARED_MEMORY = Path('/dev/shm')  # where Linux shows it as files
+OWNER = '.t2t_vit_jax'  # ending of a file there whose name begins those of all that one process and its workers make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,20 +185,58 @@ class Workers:
         dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
       )
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
-      dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+      owner = _owner()
+      dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
     batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
       yield from batches
-    except RuntimeError as error:
-      if 'terminated unexpectedly' not in str(error):  # grain has no class of its own for this
-        raise
-      raise DataError(
-        f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
-        '--config.data.num_workers'
-      ) from error
+    except (RuntimeError, OSError) as error:
+      batches.close()
+      _free_what_the_dead_left()
+      died = 'terminated unexpectedly' in str(error)  # grain has no class of its own for this
+      if (died and f'exit code {-signal.SIGBUS}.' in str(error)) or getattr(error, 'errno', None) == errno.ENOSPC:
+        groups_in_workers = 3 * self.num_workers
+        image_bytes = example.map(numbers.start)['image'].nbytes
+        raise DataError(_shortage(image_bytes * (batch_size + groups_in_workers * group_size))) from error
+      if died:
+        raise DataError(
+          f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
+          '--config.data.num_workers'
+        ) from error
+      raise
     finally:
       batches.close()
       _free_shared_memory()
+
+
+def _shortage(num_bytes: int) -> str:
+  """A line that says that there is too little shared memory for `num_bytes`, and what helps."""
+  disk = shutil.disk_usage(SHARED_MEMORY)
+  return (
+    f'shared memory is full: data workers need about {num_bytes / 1e6:.1f} MB in {SHARED_MEMORY}, which has '
+    f'{disk.total / 1e6:.1f} MB, {disk.free / 1e6:.1f} MB of them free. Give the container more, such as --shm-size=2g '
+    'of docker run, or use threads, which need none: --config.data.num_workers=0'
+  )
+
+
+@functools.cache
+def _owner() -> Any:
+  """This process's open file in shared memory, locked as long as it lives; frees what processes left that are gone.
+
+  Python frees the shared memory of a process that was killed, but does so in a process of its own. If that is killed
+  too, as with a whole job, the next run does it here.
+  """
+  if not SHARED_MEMORY.is_dir():  # not Linux
+    return None
+  for path in SHARED_MEMORY.glob(f'*{OWNER}'):
+    with contextlib.suppress(OSError), path.open() as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+      for leftover in SHARED_MEMORY.glob(f'*{path.stem}*'):
+        leftover.unlink()
+  owner = tempfile.NamedTemporaryFile(prefix='', suffix=OWNER, dir=SHARED_MEMORY)  # noqa: SIM115 (open to the end)
+  fcntl.flock(owner, fcntl.LOCK_EX)
+  multiprocessing.current_process()._config['semprefix'] = f'/{Path(owner.name).stem}'  # type: ignore[attr-defined]
+  return owner
 
 
 def _free_shared_memory() -> None:
@@ -197,14 +247,36 @@ def _free_shared_memory() -> None:
     thread.apply(int)
 
 
+def _free_what_the_dead_left() -> None:
+  """Frees what a worker that died has not handed over; no other worker of this process may be at work."""
+  if owner := _owner():
+    for path in SHARED_MEMORY.glob(f'{Path(owner.name).stem}[!.]*'):
+      with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is empty
+        memory = shared_memory.SharedMemory(path.name)
+        memory.close()
+        memory.unlink()
+
+
 def _concatenate(groups: Sequence[Batch]) -> Batch:
   return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
 
 
-def _ignore_interrupts(worker_index: int, worker_count: int) -> None:
-  """Leaves Ctrl-C, which a terminal sends to every process, to the main process, which ends its workers itself."""
+def _start_worker(owner: str | None, worker_index: int, worker_count: int) -> None:
+  """Names the shared memory of a worker process after the file `owner`; ends it when the main process is gone."""
   del worker_index, worker_count
+  # Ctrl-C, which a terminal sends to every process, is left to the main process, which ends its workers itself.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  if owner:
+    shared_memory._SHM_NAME_PREFIX = f'/{Path(owner).stem}'  # type: ignore[attr-defined]  # there is no public way
+
+  def end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+      parent.join()
+    if owner:
+      Path(owner).unlink(missing_ok=True)
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def train_batches(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.errors import UserError, full_disk, printable
 
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
 # Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
@@ -241,7 +241,7 @@ def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
   if not on_terminal:
     threading.Thread(target=report, daemon=True).start()
   try:
-    with _as_user_error(f'cannot write {target}'):
+    with _as_user_error(f'cannot write {target}', target):
       yield
   finally:
     finished.set()
@@ -249,8 +249,13 @@ def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_user_error(problem: str) -> Iterator[None]:
-  """Turns errors of a dataset's code, a damaged file, a full disk or a lost connection into a UserError of one line."""
+def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
+  """Turns errors of a dataset's code, a damaged file, a full disk or a lost connection into a UserError of one line.
+
+  Args:
+    problem: the line's beginning.
+    target: what is written, if anything is.
+  """
   try:
     yield
   except UserError:
@@ -258,7 +263,7 @@ def _as_user_error(problem: str) -> Iterator[None]:
   except Exception as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
     if 'No space left on device' in reason:
-      reason = 'the disk is full'
+      reason = full_disk(target)
     raise UserError(f'{problem}: {reason[:400]}') from error
 
 

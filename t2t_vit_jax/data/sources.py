@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from t2t_vit_jax.data.class_names import comparable, labels_by_name
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.errors import UserError, did_you_mean, printable
+from t2t_vit_jax.errors import UserError, did_you_mean, printable, writing_problem
 
 # What counts as an image in a folder, by its name: torchvision's list, and what else Pillow can read here.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
@@ -493,7 +493,7 @@ def _prepare_digits(builder: Digits) -> Digits:
   except FileExistsError:  # another process was faster
     return Digits(data_dir=builder.data_dir_root, file_format='array_record')
   except OSError as error:
-    raise UserError(f'cannot write to {builder.data_path}: {error.strerror}') from error
+    raise UserError(f'cannot write to {builder.data_path}: {writing_problem(error, builder.data_path)}') from error
   finally:
     tfds.enable_progress_bar()
 

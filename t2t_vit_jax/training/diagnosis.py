@@ -127,8 +127,8 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
 
 
 def out_of_memory(error: Exception, recipe: Recipe) -> UserError | None:
-  """The error to raise if `error` says that a device is out of memory; None if it is another."""
-  if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
+  """The error to raise if `error` says that a device is out of memory; None if it is another, as of a full disk."""
+  if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
     return None
   return UserError(
     f'out of memory with a batch of {recipe.order.batch_size} images of {recipe.model.image_size} px '

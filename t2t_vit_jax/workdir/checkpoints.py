@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, full_disk, writing_problem
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.processes import LostProcessError, in_all_processes, lost_process
 from t2t_vit_jax.recipe.sharding import divided, mesh_of
@@ -29,6 +29,7 @@ from t2t_vit_jax.workdir.folder import is_bucket, move_folder
 from t2t_vit_jax.workdir.provenance import provenance
 
 BEST_METRIC = 'top1'
+INTACT = 'earlier checkpoints are intact'
 policies = ocp.training.preservation_policies
 
 
@@ -72,6 +73,8 @@ class Checkpoints:
     path = epath.Path(folder)
     self.folder = path if is_bucket(path) else path.absolute()
     self._allow_changes = allow_changes
+    self._needed = 0  # bytes of the last checkpoint
+    orbax_errors.silence_background()
     if read_only and not self.folder.is_dir():
       raise UserError(f'there is no checkpoint in {self.folder}')
     best = policies.BestN(
@@ -133,7 +136,8 @@ class Checkpoints:
       return
     saved = serialization.to_state_dict(state)
     with self._writing():
-      in_all_processes(lambda: self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(saved))))
+      self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+      in_all_processes(self._check_room)
       saved['fingerprint'] = fingerprints(saved)
       self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run | {'provenance': provenance()})
 
@@ -148,18 +152,16 @@ class Checkpoints:
       if lost := lost_process(error):
         raise lost from error
       raise UserError(
-        f'a checkpoint could not be written to {self.folder} ({orbax_errors.first_line(error)}); earlier checkpoints '
-        'are intact'
+        f'a checkpoint could not be written to {self.folder} '
+        f'({writing_problem(orbax_errors.cause(error), self.folder, self._needed)}); {INTACT}'
       ) from error
 
-  def _check_room(self, needed: int) -> None:
+  def _check_room(self) -> None:
     if not os.path.isdir(self.folder):  # before the first checkpoint, or in a bucket
       return
-    free = shutil.disk_usage(self.folder).free
-    if free < needed:
+    if shutil.disk_usage(self.folder).free < self._needed:
       raise UserError(
-        f'the disk of {self.folder} is full: a checkpoint needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; '
-        'the checkpoints there are intact'
+        f'a checkpoint could not be written to {self.folder} ({full_disk(self.folder, self._needed)}); {INTACT}'
       )
 
   def restore(self, abstract_state: TrainState, run: dict[str, Any]) -> Restored:

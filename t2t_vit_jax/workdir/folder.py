@@ -16,7 +16,7 @@ import fsspec.config
 import jax
 
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.processes import gather_texts, in_all_processes
 
 # Other processes write to a bucket too: its listings must not be cached.
@@ -109,19 +109,23 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
   try:
     (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
     (folder / 'metrics.jsonl').open('a').close()
-    lock = stack.enter_context((folder / 'lock').open('a+'))
+    lock = stack.enter_context((folder / 'lock').open('ab+', buffering=0))
   except OSError as error:
-    raise UserError(f'cannot write to workdir {root}: {error.strerror}') from error
+    raise UserError(f'cannot write to workdir {root}: {writing_problem(error, root)}') from error
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else it is a file system without locks
       lock.seek(0)
-      raise UserError(f'{root} is used by another run ({lock.read().strip()}): choose another --workdir') from error
-  lock.truncate(0)
-  lock.write(owner)
-  lock.flush()
-  os.fsync(lock.fileno())  # network file systems show it to other hosts now
+      raise UserError(
+        f'{root} is used by another run ({lock.read().decode(errors="replace").strip()}): choose another --workdir'
+      ) from error
+  try:
+    lock.truncate(0)
+    lock.write(owner.encode())
+    os.fsync(lock.fileno())  # network file systems show it to other hosts now
+  except OSError as error:
+    raise UserError(f'cannot write to workdir {root}: {writing_problem(error, root, len(owner))}') from error
   return folder
 
 

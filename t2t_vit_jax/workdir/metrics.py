@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.console import say, warn
+from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, write_report
@@ -42,12 +43,14 @@ class Reporter:
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
     self._failed: set[str] = set()  # files that could not be written
+    self._events: _Events | None = None
     if not self._silent:
       try:
         _drop_rows_after(self._file, first_step)
-        self._events = _Events(workdir.logs / 'tensorboard', first_step)
       except OSError as error:
-        raise UserError(f'cannot write to workdir {workdir.root} ({error.strerror})') from error
+        raise UserError(f'cannot write to workdir {workdir.root}: {writing_problem(error, self._file)}') from error
+      with self._only_logging('tensorboard'):
+        self._events = _Events(workdir.logs / 'tensorboard', first_step)
     self._bar = tqdm(
       total=total_steps,
       initial=first_step,
@@ -64,7 +67,7 @@ class Reporter:
 
   def __exit__(self, *unused: object) -> None:
     self._bar.close()
-    if not self._silent:
+    if self._events:
       with self._only_logging('tensorboard'):
         self._events.close()
 
@@ -73,10 +76,12 @@ class Reporter:
     """Goes on if a file that nothing depends on cannot be written, as on a full disk; warns of the first time."""
     try:
       yield
-    except OSError as error:
+    except (OSError, UserError) as error:
       if name not in self._failed:
         self._failed.add(name)
-        warn(f'{self._workdir.root / name} could not be written ({error.strerror}); the run goes on without')
+        path = self._workdir.root / name
+        reason = writing_problem(error.__cause__ or error, self._workdir.logs)
+        warn(f'{path} could not be written ({reason}); the run goes on without')
 
   def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Passes `batches` on and measures the time that the caller waits for them."""
@@ -100,7 +105,8 @@ class Reporter:
     if not self._silent:
       name = 'augmented_images.png'
       with self._only_logging(name):
-        Image.fromarray(image_grid(images)).save(self._workdir.logs / name)
+        picture = Image.fromarray(image_grid(images))
+        write_file(self._workdir.logs / name, lambda temporary: picture.save(temporary, 'PNG'))
         say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
@@ -176,7 +182,7 @@ class Reporter:
       return
     file = self._workdir.logs / 'per_class.csv'
     with self._only_logging(file.name):
-      file.write_text(accuracy.class_csv(), 'utf-8')
+      write_file(file, lambda temporary: temporary.write_text(accuracy.class_csv(), 'utf-8'))
     if show:
       for line in accuracy.class_table():
         say(line)
@@ -196,8 +202,11 @@ class Reporter:
     if self._silent:
       return
     with self._only_logging(self._file.name):
+      if not self._file.exists():
+        self._file.touch()
+        warn(f'{self._workdir.root / self._file.name} was deleted while the run wrote it: its earlier rows are lost')
       _append_line(self._file, json.dumps({'step': step, 'kind': kind, **values}))
-    if 'tensorboard' in self._failed:
+    if not self._events or 'tensorboard' in self._failed:
       return  # what follows half an event cannot be read
     group = '/'.join(filter(None, (kind, values.get('weights'))))
     with self._only_logging('tensorboard'):
@@ -257,12 +266,9 @@ def _append_line(file: Path, line: str) -> None:
 
 def _drop_rows_after(file: Path, step: int) -> None:
   """Drops the rows of steps after `step`, which are about to be done again."""
-  if not file.exists():
-    return
+  file.touch()
   rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-  rewritten = file.with_suffix('.tmp')
-  rewritten.write_text(''.join(f'{row}\n' for row in rows))
-  rewritten.replace(file)
+  write_file(file, lambda temporary: temporary.write_text(''.join(f'{row}\n' for row in rows)))
 
 
 def _step_of(row: str) -> float:

@@ -25,7 +25,6 @@ def silence() -> Iterator[list[logging.LogRecord]]:
     logged.append(record)
     return False
 
-  _silence_late_failures()
   logger = logging.getLogger('absl')
   logger.addFilter(keep)
   try:
@@ -35,12 +34,12 @@ def silence() -> Iterator[list[logging.LogRecord]]:
 
 
 @functools.cache
-def _silence_late_failures() -> None:
-  """Silences the tracebacks of reads that fail after the first, for the rest of the process.
+def silence_background() -> None:
+  """Silences tracebacks of reads and writes in the background, for the rest of the process: one error is raised anyway.
 
   Orbax reads arrays side by side. For each that fails after the first, asyncio or a thread of the storage, too late for
   its event loop, prints a traceback: more than a pipe holds. A process whose standard error nobody reads at that moment
-  would stand still, and the others of its run wait for it.
+  would stand still, and the others of its run wait for it. When a write fails, each of orbax's threads logs it.
   """
   default_hook = sys.unraisablehook
 
@@ -50,6 +49,7 @@ def _silence_late_failures() -> None:
 
   sys.unraisablehook = pass_on
   asyncio = logging.getLogger('asyncio')
+  logging.getLogger('absl').addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
   asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
 
 

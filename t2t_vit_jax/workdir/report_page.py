@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from t2t_vit_jax.conversion.files import write_file
+
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
@@ -26,7 +28,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
     The file.
 
   Raises:
-    OSError: it can't be written.
+    UserError: it can't be written.
   """
   rows = [json.loads(line) for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
   trained = [row for row in rows if row['kind'] == 'train']
@@ -49,7 +51,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
   axes.set_title('training images as the network saw them', fontsize='medium')
   axes.axis('off')
   file = Path(workdir) / 'report.png'
-  figure.savefig(file, dpi=100)
+  write_file(file, lambda temporary: figure.savefig(temporary, format='png', dpi=100))
   return file
 
 

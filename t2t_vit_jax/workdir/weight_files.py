@@ -16,7 +16,7 @@ import numpy as np
 
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.conversion.weight_format import Weights, read_header, write_weights
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
 from t2t_vit_jax.models.variants import create_model
 from t2t_vit_jax.processes import check_agreement, in_all_processes
@@ -125,10 +125,6 @@ def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, 
   )
 
 
-def _write_text(path: Path, text: str) -> None:
-  path.write_text(text, 'utf-8')
-
-
 def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None:
   if jax.process_index() != 0:
     return
@@ -139,14 +135,14 @@ def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None
       folder.mkdir(exist_ok=True)
       for leftover in folder.glob('.*.tmp'):  # of a process that was killed while it wrote
         leftover.unlink()
-      write_file(folder / CARD, lambda temporary: _write_text(temporary, card))
+      write_file(folder / CARD, lambda temporary: temporary.write_text(card, 'utf-8'))
       write_weights(contents[_main_kind(contents)], folder / MODEL)
       if 'ema' in contents:
         write_weights(contents['raw'], folder / RAW)
       if is_bucket(workdir):
         copy_to_bucket(epath.Path(folder), target)
     except Exception as error:  # of a disk, or of a bucket's client, whichever that is
-      reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'.splitlines()[0]
+      reason = str(error) if isinstance(error, UserError) else writing_problem(error, folder)
       raise UserError(
         f'the weights could not be written ({reason}); the checkpoint is intact, and the same command writes them'
       ) from error
