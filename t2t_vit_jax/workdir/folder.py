@@ -109,7 +109,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
   try:
     (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
     (folder / 'metrics.jsonl').open('a').close()
-    lock = stack.enter_context((folder / 'lock').open('a+'))
+    lock = stack.enter_context((folder / 'lock').open('a+', errors='backslashreplace'))
   except OSError as error:
     raise UserError(f'cannot write to workdir {root}: {error.strerror}') from error
   try:
@@ -117,7 +117,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
   except OSError as error:
     if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else it is a file system without locks
       lock.seek(0)
-      raise UserError(f'{root} is used by another run ({lock.read().strip()}): choose another --workdir') from error
+      raise UserError(f'{root} is used by another run ({lock.read(200).strip()}): choose another --workdir') from error
   lock.truncate(0)
   lock.write(owner)
   lock.flush()
@@ -142,7 +142,7 @@ def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
 def _check_shared(root: epath.Path, owner: str) -> None:
   deadline = time.monotonic() + SHARED_TIMEOUT_S
   while True:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # another run's lock may be there still
       if (root / 'lock').read_text() == owner:
         return
     if time.monotonic() > deadline:

@@ -20,7 +20,7 @@ from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
-from t2t_vit_jax.workdir.report_page import image_grid, write_report
+from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
 
 
 class Reporter:
@@ -259,14 +259,10 @@ def _drop_rows_after(file: Path, step: int) -> None:
   """Drops the rows of steps after `step`, which are about to be done again."""
   if not file.exists():
     return
-  rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+  rows = read_rows(file)
   rewritten = file.with_suffix('.tmp')
-  rewritten.write_text(''.join(f'{row}\n' for row in rows))
+  kept = ''.join(f'{line}\n' for line, row in rows if row and row['step'] <= step)
+  rewritten.write_text(kept, 'utf-8', 'surrogateescape')
   rewritten.replace(file)
-
-
-def _step_of(row: str) -> float:
-  try:
-    return float(json.loads(row)['step'])
-  except (ValueError, TypeError, KeyError):  # the last line of a killed process
-    return float('inf')
+  if broken := sum(row is None for _, row in rows):
+    warn(f'{file}: dropped {broken} line(s) that are no rows of metrics, such as the last one of a killed process')
