@@ -149,8 +149,8 @@ FAULTS = (
   Fault(
     'metrics of steps that are done again stay',
     'workdir/metrics.py',
-    'if _step_of(line) <= step]',
-    'if _step_of(line) >= 0]',
+    "if row and row['step'] <= step",
+    'if row',
   ),
   Fault("a loop's products count once", 'planning/flops.py', "params['length'] if name == 'scan' else 1", '1'),
   Fault(

@@ -11,12 +11,14 @@ import sys
 from etils import epath
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from t2t_vit_jax import UserError, console
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir, open_workdir
 from t2t_vit_jax.workdir.metrics import Reporter
+from t2t_vit_jax.workdir.report_page import write_report
 from tests.processes import ROOT
 from tests.small_disk import fill, small_disk
 
@@ -116,6 +118,47 @@ def test_a_workdir_without_room_for_its_lock_is_refused_in_one_line(tmp_path):
       open_workdir(tmp_path),
     ):
       pass
+
+
+BROKEN_ROWS = (
+  b'{"step": 2, "kind": "tr', b'\xff\xfe', b'[1]', b'null', b'[' * 100_000, b'{"step": 2}', b'{"kind": "train"}',
+  b'{"step": "2", "kind": "train"}', b'{"step": NaN, "kind": "train"}', b'{"step": 2, "kind": ["train"]}',
+  b'{"step": 1e999, "kind": "train"}', b'{"step": 2, "kind": "val", "weights": 7}',
+)  # fmt: skip
+ODD_ROWS = (  # they are rows, and what they hold is not drawn, or not as a formula
+  b'{"step": 2, "kind": "train"}', b'{"step": 2, "kind": "train", "loss": "low", "learning_rate": null}',
+  b'{"step": 2, "kind": "train", "loss": 1e300, "learning_rate": -Infinity}', b'{"step": 2, "kind": "", "weights": ""}',
+  b'{"step": 2, "kind": "train", "loss": ' + b'9' * 400 + b', "learning_rate": NaN}',
+  b'{"step": 2, "kind": "$x^$", "weights": "raw", "loss": [1], "top1": 0.5}',
+  b'{"step": 2, "kind": "\\u001b[2J\xff", "weights": "$\\\\frac$"}',
+)  # fmt: skip
+
+
+def test_lines_that_are_no_rows_are_dropped_and_said(tmp_path, capsys):
+  file, last = tmp_path / 'metrics.jsonl', b'{"step": 9, "kind": "train"}'
+  file.write_bytes(b'\n'.join([*BROKEN_ROWS, *ODD_ROWS, last, BROKEN_ROWS[0]]))
+  with Reporter(Workdir(epath.Path(tmp_path), tmp_path), total_steps=9, first_step=2, steps_per_epoch=1, batch_size=1):
+    pass
+  assert file.read_bytes() == b''.join(row + b'\n' for row in ODD_ROWS)
+  assert capsys.readouterr().err == (
+    f'warning: {file}: dropped {1 + len(BROKEN_ROWS)} line(s) that are no rows of metrics, such as the last one of a '
+    'killed process\n'
+  )
+
+
+def test_a_page_is_drawn_whatever_the_rows_hold(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join((*BROKEN_ROWS, *ODD_ROWS)))
+  page = write_report(tmp_path, np.zeros((2, 4, 4, 3), np.uint8), 'a $x^$ \x1b[2J')
+  with Image.open(page) as image:
+    assert image.size == (1200, 800)
+
+
+def test_a_lock_is_shown_whatever_it_holds(tmp_path):
+  with open_workdir(tmp_path):
+    (tmp_path / 'lock').write_bytes(b'\xff\x1b[2J' + 999 * b'x')
+    with pytest.raises(UserError, match='is used by another run') as error, open_workdir(tmp_path):
+      pass
+  assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])

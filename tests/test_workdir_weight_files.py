@@ -17,6 +17,7 @@ from configs import digits
 from t2t_vit_jax import UserError, create_model, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.weight_format import read_header
+from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from t2t_vit_jax.workdir import weight_files
@@ -193,3 +194,41 @@ def test_a_workdir_without_weights_is_said_to_lack_them(workdir, tmp_path):
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
     assert weight_files.are_written(epath.Path(workdir), checkpoints, with_ema=True)
     assert not weight_files.are_written(epath.Path(tmp_path), checkpoints, with_ema=True)
+
+
+def test_names_in_a_card_are_names_and_nothing_else():
+  parser = pytest.importorskip('markdown_it').MarkdownIt('commonmark', {'html': True})
+  hostile = [
+    '<script>x</script>',
+    '[a](http://b)',
+    '![a](http://b)',
+    '`` ` ``',
+    'a\n# forged',
+    '\x1b[2J',
+    '_c_',
+    '&lt;',
+    '*b*',
+    '',
+  ]
+  config = digits.get_config().to_dict()
+  config['data'] |= {'source': 'folder', 'path': '/a/`x`\n---\nlicense: forged\n---', 'train_split': 'a\n```\n# forged'}
+  config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>'}
+  config['init_from'] = 'runs/<i>/weights/model.safetensors'
+  model = create_model('t2t_vit_tiny', num_classes=10)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  description = {'config': config, 'class_names': hostile, 'eval_part': '10% of each class, held out'}
+  weights = weight_files._weights(description, variables, 'raw', 7, 'run')
+  metrics = {**Accuracy(3, 4, 5, 1.0).as_dict(), 'split': config['data']['eval_split']}
+  card = model_card(weights, description, 7, metrics, None)
+  assert card.replace('\n', '').isprintable()
+  _, header, text = card.split('---\n', 2)
+  assert yaml.safe_load(header).keys() == {'library_name', 'pipeline_tag', 'tags', 'metrics', 'model-index'}
+  assert yaml.safe_load(text.split('```yaml\n')[1].rsplit('```', 1)[0])['data']['train_split'] == 'a\\n```\\n# forged'
+  tokens = [token for block in parser.parse(text) for token in (block, *(block.children or ()))]
+  kinds = [token.type for token in tokens]
+  assert not {'html_block', 'html_inline', 'image', 'em_open'} & set(kinds)
+  assert [token.attrs['href'] for token in tokens if token.type == 'link_open'] == ['https://arxiv.org/abs/2101.11986']
+  assert kinds.count('heading_open') == 6
+  codes = [token.content for token in tokens if token.type == 'code_inline']
+  assert {'<script>x</script>', '[a](http://b)', '`` ` ``', 'a\\n# forged', '\\x1b[2J'} <= set(codes)

@@ -118,7 +118,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
     if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else it is a file system without locks
       lock.seek(0)
       raise UserError(
-        f'{root} is used by another run ({lock.read().decode(errors="replace").strip()}): choose another --workdir'
+        f'{root} is used by another run ({lock.read(200).decode(errors="replace").strip()}): choose another --workdir'
       ) from error
   try:
     lock.truncate(0)
@@ -146,7 +146,7 @@ def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
 def _check_shared(root: epath.Path, owner: str) -> None:
   deadline = time.monotonic() + SHARED_TIMEOUT_S
   while True:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # another run's lock may be there still
       if (root / 'lock').read_text() == owner:
         return
     if time.monotonic() > deadline:

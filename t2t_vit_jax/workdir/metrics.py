@@ -21,7 +21,7 @@ from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
-from t2t_vit_jax.workdir.report_page import image_grid, write_report
+from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
 
 
 class Reporter:
@@ -267,12 +267,8 @@ def _append_line(file: Path, line: str) -> None:
 def _drop_rows_after(file: Path, step: int) -> None:
   """Drops the rows of steps after `step`, which are about to be done again."""
   file.touch()
-  rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-  write_file(file, lambda temporary: temporary.write_text(''.join(f'{row}\n' for row in rows)))
-
-
-def _step_of(row: str) -> float:
-  try:
-    return float(json.loads(row)['step'])
-  except (ValueError, TypeError, KeyError):  # the last line of a killed process
-    return float('inf')
+  rows = read_rows(file)
+  kept = ''.join(f'{line}\n' for line, row in rows if row and row['step'] <= step)
+  write_file(file, lambda temporary: temporary.write_text(kept, 'utf-8', 'surrogateescape'))
+  if broken := sum(row is None for _, row in rows):
+    warn(f'{file}: dropped {broken} line(s) that are no rows of metrics, such as the last one of a killed process')

@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import PurePath
+import re
 from typing import Any
 
 import yaml
@@ -41,7 +42,7 @@ def model_card(
   config = _without_folders(description['config'])
   name = weights.model or 't2t_vit'
   parts = [
-    f'---\n{yaml.safe_dump(_header(name, config, metrics), sort_keys=False, allow_unicode=True)}---',
+    f'---\n{_yaml(_header(name, config, metrics))}---',
     f'# {name}',
     *_model(weights, config),
     '## Accuracy',
@@ -51,7 +52,7 @@ def model_card(
     '## Recipe',
     *_recipe(config, description.get('train_images'), step),
     '## Config',
-    f'```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```',
+    f'```yaml\n{_yaml(config)}```',
     '## Versions',
     *_versions(description.get('provenance')),
   ]
@@ -65,14 +66,33 @@ def _without_folders(config: Config) -> Config:
     if group.get(field) is not None:
       path = PurePath(group[field])
       # The files of all runs have the same names: the run's folder tells them apart.
-      group[field] = printable('/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name or '.']))
+      group[field] = '/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name or '.'])
   return config
 
 
 def _plain(value: Any) -> Any:
   if isinstance(value, dict):
     return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, str):
+    return printable(value)
   return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _yaml(value: Any) -> str:
+  """YAML in which each value takes one line: none of them can end a block of the card."""
+  return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _name(text: str) -> str:
+  """Any name as it is, and as code if Markdown could take it for more than a name."""
+  return text if re.fullmatch(r"([^\W_]|(?<=[^\W_])_(?=[^\W_])|[ \[\]%:,.+'-])*", text) else _code(text)
+
+
+def _code(text: str) -> str:
+  """Any text as Markdown's inline code, within more backticks than it has in a row."""
+  text = printable(text)
+  fence = '`' * (1 + max(map(len, re.findall('`+', text)), default=0))
+  return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
 
 
 def _dataset(config: Config) -> tuple[str, str]:
@@ -126,7 +146,7 @@ logits = model.apply(variables, images)  # (B, {size}, {size}, {weights.channels
   files = '`model.safetensors` holds the ' + KINDS[weights.source['weights']]
   if weights.source['weights'] == 'ema':
     files += f', `model_raw.safetensors` the {KINDS["raw"]}'
-  start = f' Training began with the weights of `{config["init_from"]}`.' if config['init_from'] else ''
+  start = f' Training began with the weights of {_code(config["init_from"])}.' if config['init_from'] else ''
   return [
     f'[T2T-ViT](https://arxiv.org/abs/2101.11986) in JAX and Flax: an image classifier with {trained:,} trained '
     f'parameters and {weights.arguments["num_classes"]} classes, for images of {size} x {size} px.{start}',
@@ -145,13 +165,13 @@ def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[s
       f'| {KINDS[kind]} | {each.top1:.2%} | {each.top5:.2%} | {each.loss:.4f} | {each.count} |'
       for kind, each in accuracies.items()
     ]
-    lines = [f'{Accuracy.from_dict(metrics).last_line(metrics["split"])}, after step {step}, the last.']
+    lines = [f'{Accuracy.from_dict(metrics).last_line(_name(metrics["split"]))}, after step {step}, the last.']
     if rows:
       lines.append('\n'.join(['| weights | top-1 | top-5 | loss | images |', '|---|---|---|---|---|', *rows]))
     if unreadable := metrics.get('unreadable'):
       lines.append(f'{unreadable} of the images could not be read and count as wrong.')
   if best and best[0] != step:
-    best_accuracy = Accuracy.from_dict(best[1]).last_line(best[1]['split'])
+    best_accuracy = Accuracy.from_dict(best[1]).last_line(_name(best[1]['split']))
     lines.append(
       f'The best evaluation of a kept checkpoint: {best_accuracy} after step {best[0]}. These are not its weights: '
       'choosing weights by the evaluated images would make their accuracy on these images too good.'
@@ -162,17 +182,17 @@ def _accuracy(metrics: dict[str, Any] | None, step: int, best: tuple[int, dict[s
 def _data(weights: Weights, config: Config, description: dict[str, Any]) -> list[str]:
   _, dataset = _dataset(config)
   source = config['data']['source']
-  where = {'tfds': 'TensorFlow Datasets', 'folder': 'an image folder'}.get(source, f'source {source}')
+  where = {'tfds': 'TensorFlow Datasets', 'folder': 'an image folder'}.get(source, f'source {_name(source)}')
   count = f', {description["train_images"]:,} images' if 'train_images' in description else ''
-  share = f' ({description["eval_part"]})' if description.get('eval_part') else ''
+  share = f' ({_name(description["eval_part"])})' if description.get('eval_part') else ''
   data, size = weights.data, weights.data['image_size']
   names = weights.class_names or ()
-  shown = ', '.join(printable(name) for name in names[:MAX_CLASSES_NAMED])
+  shown = ', '.join(map(_name, names[:MAX_CLASSES_NAMED]))
   more = f' and {len(names) - MAX_CLASSES_NAMED} more' if len(names) > MAX_CLASSES_NAMED else ''
   return [
-    f'`{dataset}` ({where}): trained on `{config["data"]["train_split"]}`{count}; evaluated on '
-    f'`{config["data"]["eval_split"]}`{share}.',
-    f'Images are resized ({data["interpolation"]}) so that the short side is '
+    f'{_code(dataset)} ({where}): trained on {_code(config["data"]["train_split"])}{count}; evaluated on '
+    f'{_code(config["data"]["eval_split"])}{share}.',
+    f'Images are resized ({_name(data["interpolation"])}) so that the short side is '
     f'{math.floor(size / data["crop_fraction"])} px, cut to {size} x {size} in the middle, scaled to [0, 1] and '
     f'normalised with mean {_numbers(data["mean"])} and deviation {_numbers(data["std"])}.',
     *([f'Classes: {shown}{more}.'] if shown else []),
@@ -199,9 +219,9 @@ def _recipe(config: Config, train_images: int | None, step: int) -> list[str]:
   }
   ema = f'; moving average with decay {config["ema"]["decay"]}' if config['ema']['decay'] else ''
   return [
-    f'{step:,} steps of {batch} images{epochs}, {optimizer["name"]}, weight decay {optimizer["weight_decay"]:g}, peak '
-    f'learning rate {rates}, cosine schedule over {schedule["epochs"]} epochs with {schedule["warmup_epochs"]} of '
-    f'warmup{ema}; computed in {config["model"]["dtype"]}.',
+    f'{step:,} steps of {batch} images{epochs}, {_name(optimizer["name"])}, weight decay '
+    f'{optimizer["weight_decay"]:g}, peak learning rate {rates}, cosine schedule over {schedule["epochs"]} epochs with '
+    f'{schedule["warmup_epochs"]} of warmup{ema}; computed in {_name(config["model"]["dtype"])}.',
     f'Augmentation: {", ".join(name for name, on in used.items() if on) or "none"}.',
   ]
 
@@ -210,9 +230,12 @@ def _versions(provenance: dict[str, Any] | None) -> list[str]:
   lines = [f'Written by t2t_vit_jax {__version__}.']
   if provenance is None:
     return lines
-  commit = f', commit {provenance["commit"]}' if provenance['commit'] else ''
-  versions = ', '.join(f'{name} {version}' for name, version in provenance['versions'].items())
-  return [*lines, f'Trained on {provenance["devices"]} with {versions}; code {provenance["code"]}{commit}.']
+  commit = f', commit {_name(provenance["commit"])}' if provenance['commit'] else ''
+  versions = _name(', '.join(f'{name} {version}' for name, version in provenance['versions'].items()))
+  return [
+    *lines,
+    f'Trained on {_name(provenance["devices"])} with {versions}; code {_name(provenance["code"])}{commit}.',
+  ]
 
 
 def _numbers(values: Any) -> str:

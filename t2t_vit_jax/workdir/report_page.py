@@ -1,6 +1,7 @@
 """`report.png`: a run's curves and some images as the network saw them, on one page."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t2t_vit_jax.conversion.files import write_file
+from t2t_vit_jax.errors import printable
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
 GRID_COLUMNS = 8
+MAX_DRAWN = 1e30  # matplotlib computes with the squares of numbers
+Row = dict[str, Any]
 COLORS = {'raw': 'C1', 'ema': 'C2'}  # of evaluated weights, in every plot
 
 
@@ -30,9 +34,9 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
   Raises:
     UserError: it can't be written.
   """
-  rows = [json.loads(line) for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+  rows = [row for _, row in read_rows(Path(workdir) / 'metrics.jsonl') if row]
   trained = [row for row in rows if row['kind'] == 'train']
-  evaluated: dict[str, list[dict[str, Any]]] = {}
+  evaluated: dict[str, list[Row]] = {}
   for row in rows:
     if 'weights' in row:
       evaluated.setdefault(f'{row["kind"]} {row["weights"]}', []).append(row)
@@ -40,7 +44,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
   from matplotlib.figure import Figure  # late: it takes half a second, and every process of a run would wait for it
 
   figure = Figure(figsize=(12, 8), layout='constrained')  # without pyplot: no display, no global state
-  figure.suptitle(title)
+  figure.suptitle(printable(title), parse_math=False)
   curves, sample = figure.subfigures(2, 1, squeeze=False).flat
   loss, accuracy, rate = curves.subplots(1, 3)
   _curve(loss, 'loss', {'train, with augmentation': trained} | evaluated, 'loss')
@@ -55,17 +59,34 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
   return file
 
 
-def _curve(axes: 'Axes', title: str, series: dict[str, list[dict[str, Any]]], value: str) -> None:
+def read_rows(file: Path) -> list[tuple[str, Row | None]]:
+  """Reads a `metrics.jsonl`: each line with its row; None if it is none, such as the last line of a killed process."""
+  return [(line, _row(line)) for line in file.read_text('utf-8', 'surrogateescape').split('\n') if line]
+
+
+def _row(line: str) -> Row | None:
+  try:
+    row = json.loads(line, parse_int=float)  # an int of many digits is infinity then, and no error later
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or not isinstance(step := row.get('step'), float) or not abs(step) < MAX_DRAWN:
+    return None
+  return row if isinstance(row.get('kind'), str) and isinstance(row.get('weights', ''), str) else None
+
+
+def _curve(axes: 'Axes', title: str, series: dict[str, list[Row]], value: str) -> None:
   for label, rows in series.items():
     steps = [row['step'] for row in rows]
-    color = COLORS.get(label.split()[-1] if label else '', 'C0')
+    color = COLORS.get(label.rpartition(' ')[2], 'C0')
     marker = '.' if len(rows) < 30 else ''
-    axes.plot(steps, [row[value] for row in rows], label=label, color=color, marker=marker)
+    numbers = [x if isinstance(x := row.get(value), float) and abs(x) < MAX_DRAWN else math.nan for row in rows]
+    axes.plot(steps, numbers, label=printable(label), color=color, marker=marker)
   axes.set_title(title, fontsize='medium')
   axes.set_xlabel('step')
   axes.grid(alpha=0.3)
   if any(series):
-    axes.legend(fontsize='small')
+    for text in axes.legend(fontsize='small').get_texts():
+      text.set_parse_math(False)  # names may contain what matplotlib takes for formulas
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:
