@@ -6,6 +6,9 @@ import sys
 import traceback
 from typing import Any
 
+import t2t_vit_jax  # noqa: F401 (first: Ctrl-C ends what imports from here on in one line)
+
+# isort: split
 from absl import app, flags
 from ml_collections import config_flags
 

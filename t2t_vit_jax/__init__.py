@@ -1,5 +1,6 @@
 """T2T-ViT in JAX and Flax: Tokens-to-Token Vision Transformers (arXiv 2101.11986)."""
 
+from t2t_vit_jax import interrupts  # noqa: F401 (first: the rest takes seconds)
 from t2t_vit_jax.conversion import load_pretrained
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import Features, T2TViT

@@ -55,6 +55,7 @@ def run_tool(tool: Callable[[], int]) -> int:
     sys.stdout.flush()
     return code
   except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
     return 130  # the shells' code for Ctrl-C
   except UserError as error:
     message = str(error)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import pytest
 
 import t2t_vit_jax
 from tests import golden
+from tests.processes import start_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +107,46 @@ def test_the_wheel_computes_the_references_logits(installed, tmp_path):
   assert shape == '(2, 5)'
   run(installed, '-m', 't2t_vit_jax.export', 'w.safetensors', '--output=model.npz', cwd=tmp_path)
   assert (tmp_path / 'model.npz').stat().st_size > 100_000
+
+
+@pytest.mark.parametrize('program', [['train.py'], ['convert_torch_weights.py'], ['-m', 't2t_vit_jax.predict']])
+def test_an_interrupt_while_a_program_imports_gets_one_line(program):
+  """As soon as it has loaded a library of numpy, it is in the middle of its imports."""
+  process = start_command(
+    sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, *program, '--help', cwd=ROOT, PYTHONPATH=str(ROOT)
+  )
+  while 'numpy' not in Path(f'/proc/{process.pid}/maps').read_text():
+    assert process.poll() is None, process.communicate()
+  process.send_signal(signal.SIGINT)
+  output, errors = process.communicate(timeout=120)
+  assert (process.returncode, output, errors) == (130, '', 'interrupted\n')
+
+
+# A shell that starts tests in the background lets their processes ignore Ctrl-C.
+SIGINT_AS_USUAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_not_lost():
+  """Python drops what such a callback raises; jax has one."""
+  code = """
+import signal, sys, time
+sys.argv[0] = '-m'
+import t2t_vit_jax
+
+def _xla_gc_callback():
+  signal.raise_signal(signal.SIGINT)
+
+try:
+  _xla_gc_callback()
+except KeyboardInterrupt:
+  sys.exit('too early')
+try:
+  time.sleep(60)
+except KeyboardInterrupt:
+  print('interrupted')
+"""
+  assert run(sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, '-c', code, cwd=ROOT) == 'interrupted\n'

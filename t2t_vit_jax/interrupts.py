@@ -1,0 +1,34 @@
+"""Ends a program of this package with one line if Ctrl-C arrives while it still imports, which takes seconds."""
+
+import os
+from pathlib import Path
+import signal
+import sys
+import threading
+from types import FrameType
+
+IMPORT_SYSTEM = '<frozen importlib._bootstrap>'
+GC_CALLBACK = '_xla_gc_callback'  # jax's: Python drops what is raised in it
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+  """Handles SIGINT: raises KeyboardInterrupt, unless an import is under way, in which that may be swallowed."""
+  if frame is not None and frame.f_code.co_name == GC_CALLBACK:
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # once more, after it
+    return
+  caller = frame
+  while caller is not None and caller.f_code.co_filename != IMPORT_SYSTEM:
+    caller = caller.f_back
+  if caller is None:
+    signal.default_int_handler(number, frame)
+  os.write(2, b'interrupted\n')
+  os._exit(130)  # the shells' code for Ctrl-C
+
+
+def is_program() -> bool:
+  """Whether this process is `python -m t2t_vit_jax.TOOL`, or a script beside the package such as train.py."""
+  return sys.argv[0] == '-m' or Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parents[1]
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and is_program():
+  signal.signal(signal.SIGINT, interrupt)
