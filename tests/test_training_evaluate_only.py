@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import pytest
-import torch
 
 from configs import digits, finetune
 from t2t_vit_jax import UserError, load_pretrained
@@ -203,6 +202,8 @@ def test_what_a_checkpoint_does_not_show_the_config_tells(data_dir):
 
 
 def test_weights_for_grey_images_get_one_line(data_dir, tmp_path):
+  import torch
+
   state = golden.load_state_dict('performer')
   state = {name: grey(name, tensor) for name, tensor in state.items()}
   torch.save(state, tmp_path / 'grey.pth')

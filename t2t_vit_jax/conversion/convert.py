@@ -11,6 +11,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from t2t_vit_jax.conversion import files, infer, names
 from t2t_vit_jax.conversion.checkpoint import WeightsKind, read_checkpoint
@@ -61,7 +62,7 @@ class Options:
 def load_pretrained(
   path: PathLike, num_classes: int | None = None, image_size: ImageSize | None = None, **options: Any
 ) -> tuple[T2TViT, dict[str, Any]]:
-  """Model and variables of a converted file, or of a checkpoint that is then converted in memory (needs torch).
+  """Model and variables of a converted file, or of a checkpoint, which is then converted in memory.
 
   >>> model, variables = load_pretrained('weights.safetensors')
   >>> logits = model.apply(variables, images)  # (B, H, W, 3) -> (B, num_classes)
@@ -94,8 +95,8 @@ def convert(
 ) -> list[str]:
   """Writes the weights of any file that `load` reads as a safetensors file of this package.
 
-  With `reverse` it writes a PyTorch file instead: a plain state dict under the reference's names. An existing
-  `output` is an error unless `force` is set.
+  With `reverse` it writes a plain state dict under the reference's names instead: a safetensors file if `output` ends
+  so, else a PyTorch file, which needs torch. An existing `output` is an error unless `force` is set.
 
   Returns:
     Lines for the user: what was found, chosen, dropped and written.
@@ -107,7 +108,7 @@ def convert(
   files.check_output(output, force=force)
   weights, notes = load(Path(path), options)
   if reverse:
-    files.write_file(output, lambda temporary: _write_torch(weights, temporary))
+    _write_state_dict(weights, output)
   else:
     write_weights(weights, output)
   numbers = sum(array.size for array in weights.arrays.values())
@@ -247,13 +248,23 @@ def _data_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {field: arguments[field] for field in ('image_size', 'num_classes')}
 
 
-def _write_torch(weights: Weights, path: Path) -> None:
-  torch = files.import_torch()
+def _write_state_dict(weights: Weights, output: Path) -> None:
+  """Writes the weights under the reference's names: as safetensors, or as a PyTorch file with torch's help."""
   state = {}
   for key, array in weights.arrays.items():
     name, transform = names.to_torch(key, weights.arguments['tokens_type'])
-    state[name] = torch.from_numpy(np.array(transform.to_torch(array), order='C'))
-  torch.save(state, path)
+    state[name] = np.array(transform.to_torch(array), order='C')
+  if output.suffix == '.safetensors':
+    files.write_file(output, lambda temporary: safetensors.numpy.save_file(state, temporary, {'format': 'pt'}))
+    return
+  try:
+    import torch
+  except ImportError as error:
+    raise files.problem(
+      output, "needs torch to be written: pip install 't2t-vit-jax[torch]', or give --output=FILE.safetensors"
+    ) from error
+  tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+  files.write_file(output, lambda temporary: torch.save(tensors, temporary))
 
 
 def _check_agreement(weights: Weights, options: Options) -> None:
