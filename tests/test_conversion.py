@@ -202,7 +202,7 @@ def test_shards_that_do_not_fit_their_index_are_refused(shards, tmp_path):
   refused({**weight_map, 'more': 3}, 'no index of shards')
   refused({}, 'no index of shards')
   (tmp_path / 'copy').write_bytes((tmp_path / first).read_bytes())
-  refused({**weight_map, 'cls_token': 'copy'}, 'its shards hold')
+  refused({**weight_map, min(weight_map): 'copy'}, f'its shards hold {min(weight_map)}')
   (tmp_path / second).write_bytes((tmp_path / second).read_bytes()[:-9])
   refused(weight_map, f'its shard {second}: damaged')
   (tmp_path / second).unlink()

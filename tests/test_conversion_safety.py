@@ -192,7 +192,7 @@ def test_a_failing_write_leaves_nothing_behind(reverse, tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(safetensors.numpy, 'save_file', full)
-  monkeypatch.setattr(torch, 'save', full)
+  monkeypatch.setattr('torch.save', full)
   with pytest.raises(UserError, match='No space left'):
     convert(tmp_path / 'file', tmp_path / 'out', OPTIONS, reverse=reverse)
   assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -170,10 +170,10 @@ STEPS = {
   'bytearray': (call('__builtin__ bytearray', number(8 << 30)), 'asks for 8,589,934,592 bytes'),
   'method of a list': (
     call('__builtin__ getattr', b'c__builtin__\nlist\n', text(b'__mul__')) + b'(' + number(8 << 30) + b'tR',
-    'it calls a builtins.getattr',
+    'wants to call builtins.getattr',
   ),
-  'tensor type': (call('torch FloatTensor', number(8 << 30)), 'call torch.FloatTensor'),
-  'function of another package': (call('pip main', text(b'install')), 'call pip.main'),
+  'tensor type': (call('torch FloatTensor', number(8 << 30)), 'wants to call torch.FloatTensor'),
+  'function of another package': (call('pip main', text(b'install')), 'wants to call pip.main'),
   'eval': (call('__builtin__ eval', text(b'1')), 'import builtins.eval'),
   'import': (call('__builtin__ __import__', text(b'os')), 'import builtins.__import__'),
   'place in the memo': (b'Nr' + struct.pack('<I', 1 << 31), None),
@@ -185,10 +185,10 @@ STEPS = {
   'deep tuples': (b')' + N * b'\x85', None),
   'deep lists': (N // 5 * b']' + b']' + N // 5 * b'a', None),
   'deep dicts': (N // 5 * b'}N' + b'}' + N // 5 * b's', None),
-  'deep key': (b'})' + N * b'\x85' + b'Ns', None),
+  'deep key': (b'})' + 2 * N * b'\x85' + b'Ns', None),  # hashing it ends Python with a segmentation fault
   'key of 2 ** 100 parts': (b'})' + 100 * b'q\x00h\x00\x86' + b'Ns', None),
   'keys with the same hash': (b'}(' + b''.join(number(i * (2**61 - 1)) + b'N' for i in range(1, N // 5)) + b'u', None),
-  'many arguments': (b'ccollections\nCounter\n(' + N * b'N' + b'tR', 'calls a collections.Counter with a tuple'),
+  'many arguments': (b'ccollections\nCounter\n(' + N * b'N' + b'tR', 'calls collections.Counter with too much'),
   'dict of a list': (b'ccollections\nOrderedDict\n](' + N * b']' + b'e\x85R', 'positional arguments'),
   'storage of a list': (b'](' + N * b'N' + b'eQ', 'positional arguments'),
   'calls in calls': (

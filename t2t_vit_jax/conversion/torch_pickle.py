@@ -135,11 +135,12 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 
 
 def _call(called: Any, arguments: Any) -> Any:
-  if not isinstance(called, _Global) or not isinstance(arguments, tuple) or len(arguments) > 100:
-    raise ValueError(f'it calls a {type_name(called)} with a {type_name(arguments)}')
-  if not called.build:
-    raise UserError(f'refused: it wants to import and call {called.name}, which no file of tensors needs')
-  return called.build(*arguments)
+  build = called.build if isinstance(called, _Global) else None
+  if not build:
+    raise UserError(f'refused: it wants to call {type_name(called)}, which no file of tensors needs')
+  if not isinstance(arguments, tuple) or len(arguments) > 100:
+    raise ValueError(f'it calls {type_name(called)} with too much')
+  return build(*arguments)
 
 
 def _add(container: Any, items: list[Any], *, in_pairs: bool) -> None:
