@@ -1,6 +1,11 @@
 """Checkpoints in every form that goes around, good and bad, made from the golden performer and transformer."""
 
 import argparse
+import collections
+import datetime
+import enum
+import importlib
+import operator
 import os
 import pathlib
 import re
@@ -8,10 +13,19 @@ import tarfile
 import warnings
 import zipfile
 
-import torch
+import numpy as np
 
-from t2t_vit_jax import conversion
 from tests import golden
+
+
+class LazyTorch:
+  """The module torch, imported by the first test that makes a file with it; the others run without it."""
+
+  def __getattr__(self, name):
+    return getattr(importlib.import_module('torch'), name)
+
+
+torch = LazyTorch()
 
 
 def state_dict(name='performer'):
@@ -56,6 +70,54 @@ def mmpretrain_flat(state):
   raw = {f'ema_{name.replace(".", "_")}': tensor for name, tensor in shifted(average).items()}
   del raw['ema_backbone_pos_embed']
   return {**average, **raw}
+
+
+NAMESPACE = [argparse.Namespace]  # what torch must be told to read timm's checkpoints
+
+
+class Phase(enum.Enum):
+  TRAINING = 1
+
+
+class Settings(dict):
+  """A dict with attributes, as libraries for configs have it."""
+
+
+class History:
+  """A record of a training loop, with methods among its attributes, as mmengine saves it; rebuilding it fails."""
+
+  def __init__(self):
+    self.values, self.methods = np.arange(3.0), {'mean': History.mean}
+
+  def mean(self):
+    return self.values.mean()
+
+  def __setstate__(self, state):
+    raise AssertionError('was built')
+
+
+def metadata():
+  """Objects that training scripts save beside the weights."""
+  return {
+    'metric': np.float64(81.5),
+    'best': [np.float32(1), np.int64(3), np.bool_(True), np.str_('x'), np.arange(3), np.array(['a', 'bc'])],
+    'random': [np.random.default_rng(3), np.random.RandomState(3).get_state(), np.random.RandomState(3)],
+    'args': argparse.Namespace(output=pathlib.Path('runs/x'), function=without, dtype=torch.float16),
+    'message_hub': {'log_scalars': collections.OrderedDict(loss=History(), lr=History())},
+    'config': Settings(model=Settings(name='x'), phase=Phase.TRAINING),
+    'time': [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(1)],
+    'containers': [collections.defaultdict(list, a=[1]), collections.Counter('aab'), {1, 2}, frozenset({1}), 1j],
+    'more': [range(3), slice(1, 2), b'abc', b'', bytearray(b'abc'), bytearray(), 2**70, -1, float('nan'), (1, (2,))],
+    'keys': {(1, 2): 3, None: 4, True: 5, 1.5: 6, Phase.TRAINING: 7, 2**70: 8, b'x': 9},
+    'tensors': [torch.ones(3).to_sparse(), torch.ones(3, device='meta'), torch.ones(2, dtype=torch.float8_e4m3fn)],
+    'torch': [
+      torch.device('cpu'),
+      torch.Size([1, 2]),
+      torch.get_rng_state(),
+      torch.ones(2, dtype=torch.complex64).conj(),
+    ],
+    'model': torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()),
+  }
 
 
 # form -> (golden model, what is saved, options of torch.save)
@@ -109,6 +171,12 @@ FORMS = {
     },
     {},
   ),
+  'metadata': ('performer', lambda state: {**metadata(), 'state_dict': state}, {}),
+  'metadata non-zip': (
+    'performer',
+    lambda state: {**metadata(), 'state_dict': state},
+    dict(_use_new_zipfile_serialization=False),
+  ),
   'mmpretrain flat': (
     'transformer',
     lambda state: {'meta': {}, 'state_dict': mmpretrain_flat(state)},
@@ -124,14 +192,14 @@ def save_form(form, path):
   return name
 
 
-class Command:
-  """Unpickling it runs a shell command that leaves a file behind."""
+class Call:
+  """Unpickling it calls a function."""
 
-  def __init__(self, witness):
-    self.witness = witness
+  def __init__(self, function, *arguments):
+    self.function, self.arguments = function, arguments
 
   def __reduce__(self):
-    return os.system, (f'touch {self.witness}',)
+    return self.function, self.arguments
 
 
 def edit_zip(path, name, change):
@@ -214,8 +282,13 @@ def _replace(name, value):
   return _edited(lambda state: state.update({name: value(state[name])}))
 
 
+def _calls(function, *arguments, **options):
+  return lambda path: _saved(path, lambda state: {'state_dict': state, 'x': Call(function(), *arguments)}, **options)
+
+
 def _command(**options):
-  return lambda path: torch.save({'state_dict': state_dict(), 'x': Command(f'{path}.executed')}, path, **options)
+  """Unpickling it runs a shell command that leaves a file behind."""
+  return lambda path: _calls(lambda: os.system, f'touch {path}.executed', **options)(path)
 
 
 def _quantised(tensor):
@@ -268,9 +341,23 @@ BAD = {
   'pickle that runs a command': (_command(), 'wants to import'),
   'non-zip pickle that runs a command': (_command(_use_new_zipfile_serialization=False), 'wants to import'),
   'class of its own': (
-    _edited(lambda state: {'state_dict': state, 'x': pathlib.PurePosixPath('a')}),
-    'pathlib.PurePosixPath',
+    _edited(lambda state: {'state_dict': {**state, 'x': pathlib.PurePosixPath('a')}}),
+    'x is of type pathlib.PurePosixPath, not a tensor',
   ),
+  'whole model': (
+    lambda path: torch.save(torch.nn.GELU(), path),
+    'holds a torch.nn.modules.activation.GELU, not a state',
+  ),
+  'function that makes a tensor': (_calls(lambda: torch.zeros, 1 << 40), 'wants to call builtins.getattr'),
+  'storage that is made': (_calls(lambda: torch.FloatStorage, 1 << 40), 'wants to call torch.FloatStorage'),
+  'repetition': (_calls(lambda: operator.mul, 'x', 1 << 40), 'wants to import _operator.mul'),
+  'bytes of 1 TB': (_calls(lambda: bytes, 1 << 40), 'refused: it asks for 1,099,511,627,776 bytes of memory'),
+  'bytearray of 1 TB': (_calls(lambda: bytearray, 1 << 40), 'refused: it asks for 1,099,511,627,776 bytes of memory'),
+  'bytearray of 1 TB, non-zip': (
+    _calls(lambda: bytearray, 1 << 40, _use_new_zipfile_serialization=False),
+    'refused: it asks for 1,099,511,627,776 bytes of memory',
+  ),
+  'negated view': (_replace('head.weight', lambda x: torch._neg_view(x)), 'head.weight is negated'),
 }
 
 
@@ -281,15 +368,3 @@ def save_bad(damage, path):
     warnings.simplefilter('ignore')  # sparse, quantised and scripted tensors are beta or deprecated
     make(path)
   return says
-
-
-def converted(name, folder, **options):
-  """A golden model as a file of this package; `options` are those of `conversion.Options`."""
-  settings = {
-    key: golden.TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in golden.TINY_MODELS[name]
-  }
-  path = folder / f'{name}.safetensors'
-  conversion.convert(
-    golden.DATA / f'official_tiny_{name}.pth.tar', path, conversion.Options(settings=settings, **options)
-  )
-  return path

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from t2t_vit_jax import conversion
 from t2t_vit_jax.conversion import names
 
 DATA = Path(__file__).parent / 'data'
@@ -99,6 +100,14 @@ def load_variables(name):
   """The same as variables `{'params': ..., 'frozen': ...}` of `T2TViT`."""
   with zipfile.ZipFile(DATA / f'official_tiny_{name}.pth.tar') as archive:
     return to_variables(_ArrayReader(archive).load()['state_dict_ema'])
+
+
+def converted(name, folder, **options):
+  """A golden model as a file of this package; `options` are those of `conversion.Options`."""
+  settings = {key: TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in TINY_MODELS[name]}
+  path = folder / f'{name}.safetensors'
+  conversion.convert(DATA / f'official_tiny_{name}.pth.tar', path, conversion.Options(settings=settings, **options))
+  return path
 
 
 def to_variables(tensors):

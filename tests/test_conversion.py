@@ -1,6 +1,7 @@
 """Conversion of good files: every form, both ways, against the reference's numbers."""
 
 import json
+import sys
 
 from absl import logging
 from flax.traverse_util import flatten_dict
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 import t2t_vit_jax
 from t2t_vit_jax import T2TViT, UserError, load_pretrained
-from t2t_vit_jax.conversion import Options, convert, infer, names
+from t2t_vit_jax.conversion import Options, convert, files, infer, names
 from t2t_vit_jax.models import positions
 from t2t_vit_jax.models.variants import VARIANTS
 from tests import checkpoints, golden
+from tests.checkpoints import torch
 
 LOGITS_ATOL = 1e-5
 HEADS = {'num_heads': 4}
@@ -93,6 +94,8 @@ def test_a_file_that_does_not_say_which_weights_it_holds_is_not_taken_for_either
 
 
 def test_safetensors_of_torch_names_and_half_precision(tmp_path):
+  import safetensors.torch
+
   numbers = golden.load_numbers('tiny_performer')
   state = checkpoints.state_dict()
   safetensors.torch.save_file(state, tmp_path / 'torch.safetensors')
@@ -115,6 +118,95 @@ def test_torch_to_here_to_torch_is_bit_exact(name, tmp_path):
   assert back.keys() == state.keys()
   assert all(back[key].numpy().tobytes() == state[key].numpy().tobytes() for key in state)
   assert all(back[key].shape == state[key].shape and back[key].is_contiguous() for key in state)
+
+
+@pytest.mark.parametrize('name', golden.TINY_MODELS)
+def test_torchs_names_without_torch_are_bit_exact(name, tmp_path, monkeypatch):
+  """`--reverse` to safetensors, and what is read of both formats, with no torch to import."""
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  convert_to(golden_file(name), tmp_path / 'weights.safetensors')
+  convert(tmp_path / 'weights.safetensors', tmp_path / 'back.safetensors', Options(), reverse=True)
+  with safetensors.safe_open(tmp_path / 'back.safetensors', framework='np') as file:
+    assert file.metadata() == {'format': 'pt'}  # which other readers of such files look for
+  path = golden_file(name)
+  state = {key: tensor.read() for key, tensor in files.read_torch(path, 'zip')['state_dict_ema'].items()}
+  back = safetensors.numpy.load_file(tmp_path / 'back.safetensors')
+  assert back.keys() == state.keys()
+  assert all(back[key].tobytes() == state[key].tobytes() and back[key].shape == state[key].shape for key in state)
+  expected = golden.load_variables(name)
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / 'weights.safetensors')[1], expected)
+
+
+def test_a_torch_file_needs_torch_to_be_written(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  convert_to(golden_file('performer'), tmp_path / 'weights.safetensors')
+  with pytest.raises(
+    UserError, match=r"back\.pth: needs torch .* 't2t-vit-jax\[torch\]', or give --output=FILE.safete"
+  ):
+    convert(tmp_path / 'weights.safetensors', tmp_path / 'back.pth', Options(), reverse=True)
+  assert not (tmp_path / 'back.pth').exists()
+
+
+@pytest.fixture
+def shards(tmp_path):
+  """An index, and the golden performer in two shards beside it, as Hugging Face's libraries save them."""
+
+  def make(suffix):
+    with safetensors.safe_open(reversed_golden(tmp_path), framework='np') as file:
+      state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    weight_map = {}
+    for number, names_of_shard in enumerate((list(state)[:20], list(state)[20:])):
+      shard = tmp_path / f'model-0000{number + 1}-of-00002.{suffix}'
+      part = {name: state[name] for name in names_of_shard}
+      if suffix == 'bin':
+        torch.save({name: torch.from_numpy(array) for name, array in part.items()}, shard)
+      else:
+        safetensors.numpy.save_file(part, shard)
+      weight_map.update(dict.fromkeys(part, shard.name))
+    index = tmp_path / f'model.{suffix}.index.json'
+    index.write_text(json.dumps({'metadata': {'total_size': 1}, 'weight_map': weight_map}))
+    return index, weight_map
+
+  return make
+
+
+def reversed_golden(folder):
+  """The golden performer under torch's names."""
+  convert_to(golden_file('performer'), folder / 'here.safetensors')
+  convert(folder / 'here.safetensors', folder / 'there.safetensors', Options(), reverse=True)
+  return folder / 'there.safetensors'
+
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
+def test_an_index_is_read_with_its_shards(suffix, shards):
+  index, _ = shards(suffix)
+  variables = load_pretrained(index, settings=HEADS)[1]
+  jax.tree.map(np.testing.assert_array_equal, variables, golden.load_variables('performer'))
+
+
+def test_shards_that_do_not_fit_their_index_are_refused(shards, tmp_path):
+  index, weight_map = shards('safetensors')
+  first, second = sorted(set(weight_map.values()))
+
+  def refused(change, says):
+    index.write_text(json.dumps({'weight_map': change}))
+    with pytest.raises(UserError) as caught:
+      load_pretrained(index, settings=HEADS)
+    assert str(caught.value).startswith(f'{index}: ')
+    assert says in str(caught.value)
+
+  refused({**weight_map, 'more': first}, f'its shard {first}: lacks more, which the index promises')
+  refused({**weight_map, 'more': 'third'}, 'its shard third is missing: put all 3 shards beside it')
+  refused({**weight_map, 'more': f'../{tmp_path.name}/{first}'}, 'does not lie beside it')
+  refused({**weight_map, 'more': index.name}, 'is an index of shards, not a shard')
+  refused({**weight_map, 'more': 3}, 'no index of shards')
+  refused({}, 'no index of shards')
+  (tmp_path / 'copy').write_bytes((tmp_path / first).read_bytes())
+  refused({**weight_map, min(weight_map): 'copy'}, f'its shards hold {min(weight_map)}')
+  (tmp_path / second).write_bytes((tmp_path / second).read_bytes()[:-9])
+  refused(weight_map, f'its shard {second}: damaged')
+  (tmp_path / second).unlink()
+  refused(weight_map, f'its shard {second} is missing')
 
 
 def test_metadata(tmp_path):
@@ -170,10 +262,10 @@ def test_another_image_size_resizes_the_stored_table(tmp_path):
   # A table that is not square travels too, if its shape is said.
   convert_to(golden_file('performer'), tmp_path / 'wide.safetensors', image_size=(96, 128))
   assert load_pretrained(tmp_path / 'wide.safetensors')[0].image_size == (96, 128)
-  convert(tmp_path / 'wide.safetensors', tmp_path / 'wide.pth', Options(), reverse=True)
+  convert(tmp_path / 'wide.safetensors', tmp_path / 'torch.safetensors', Options(), reverse=True)
   with pytest.raises(UserError, match='image_size=HEIGHTxWIDTH'):
-    load_pretrained(tmp_path / 'wide.pth', settings=HEADS)
-  model, _ = load_pretrained(tmp_path / 'wide.pth', settings={**HEADS, 'image_size': (96, 128)})
+    load_pretrained(tmp_path / 'torch.safetensors', settings=HEADS)
+  model, _ = load_pretrained(tmp_path / 'torch.safetensors', settings={**HEADS, 'image_size': (96, 128)})
   assert model.image_size == (96, 128)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import pathlib
-import sys
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,7 +10,6 @@ import numpy as np
 from PIL import Image
 import pytest
 import safetensors.numpy
-import torch
 
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert, files
@@ -20,6 +18,7 @@ from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.transforms import INTERPOLATIONS
 from t2t_vit_jax.predict import open_classifier
 from tests import checkpoints, golden, mutate_checkpoints
+from tests.checkpoints import torch
 from tests.small_disk import fill, small_disk
 
 OPTIONS = Options(settings={'num_heads': 4})
@@ -102,40 +101,10 @@ def test_random_mutations_convert_or_are_refused(tmp_path):
   assert outcomes['refused'] > 20
 
 
-def test_more_than_one_line_of_torch_advice_becomes_one(tmp_path):
-  checkpoints.save_bad('class of its own', tmp_path / 'file')
-  message = assert_refused(tmp_path / 'file', tmp_path / 'out')
-  assert 'weights_only' not in message  # no advice to switch the safety off
-
-
 def test_what_other_libraries_allow_stays_refused(tmp_path):
   torch.save({'x': pathlib.PurePosixPath('a')}, tmp_path / 'file')
   torch.serialization.add_safe_globals([pathlib.PurePosixPath, argparse.Namespace])
-  allowed = set(torch.serialization.get_safe_globals())
   assert_refused(tmp_path / 'file', tmp_path / 'out', says='pathlib.PurePosixPath')
-  assert set(torch.serialization.get_safe_globals()) == allowed
-
-
-def test_torch_is_asked_to_be_safe_and_new(tmp_path, monkeypatch):
-  checkpoints.save_form('bare', tmp_path / 'file')
-  load, calls = torch.load, []
-  monkeypatch.setattr(torch, 'load', lambda *args, **options: calls.append(options) or load(*args, **options))
-  monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-  files.read_torch(tmp_path / 'file', 'zip')
-  assert [(call['weights_only'], call['mmap']) for call in calls] == [(True, False)]
-  monkeypatch.setattr(torch, '__version__', '2.9.1')
-  assert_refused(tmp_path / 'file', tmp_path / 'out', says='torch 2.9.1 is not safe')
-
-
-def test_missing_torch_is_said(tmp_path, monkeypatch):
-  checkpoints.save_form('bare', tmp_path / 'file')
-  convert(tmp_path / 'file', tmp_path / 'weights.safetensors', OPTIONS)
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  assert_refused(tmp_path / 'file', tmp_path / 'out', says='t2t-vit-jax[torch]')
-  load_pretrained(tmp_path / 'weights.safetensors')  # needs none
-  with pytest.raises(UserError, match='need torch'):
-    convert(tmp_path / 'weights.safetensors', tmp_path / 'back.pth', Options(), reverse=True)
-  assert not (tmp_path / 'back.pth').exists()
 
 
 # ------------------------------------------------------------------ our own files

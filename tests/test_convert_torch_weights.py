@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from t2t_vit_jax import load_pretrained
 from t2t_vit_jax.conversion.__main__ import main
@@ -31,6 +30,8 @@ def assert_error(result, *says):
 
 
 def test_there_and_back(tmp_path):
+  import torch
+
   source = golden.DATA / 'official_tiny_performer_qkbias_qkscale.pth.tar'
   here, back = tmp_path / 'weights.safetensors', tmp_path / 'back.pth'
   result = program(source, f'--output={here}', '--set=num_heads=4,qk_scale=0.17')
@@ -73,7 +74,6 @@ def test_other_classes_and_sizes(tmp_path):
   ],
 )
 def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
-  """In this process: each of its own would load torch."""
   output = tmp_path / 'weights.safetensors'
   source = str(golden.DATA / 'official_tiny_performer.pth.tar')
   command = [source, *(flag.format(output) for flag in flags)]

@@ -20,7 +20,7 @@ from t2t_vit_jax import load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.export import export_weights, main
-from tests import checkpoints
+from tests import checkpoints, golden
 
 ROOT = Path(__file__).parents[1]
 ATOL = 1e-5
@@ -35,7 +35,7 @@ def random_images(batch, height=64, width=64):
 @pytest.fixture(scope='module')
 def performer(tmp_path_factory):
   """The golden performer, converted."""
-  return checkpoints.converted('performer', tmp_path_factory.mktemp('weights'))
+  return golden.converted('performer', tmp_path_factory.mktemp('weights'))
 
 
 def exported(weights, **options):
@@ -64,7 +64,7 @@ def logits_of_model(weights, images, mean=MEAN, std=STD, dtype=jnp.float32, **op
   ],
 )
 def test_logits_equal_the_models_for_any_batch(name, batches, tmp_path):
-  weights = checkpoints.converted(name, tmp_path)
+  weights = golden.converted(name, tmp_path)
   program, arrays, _ = exported(weights)
   images = random_images(8)
   expected = logits_of_model(weights, images)

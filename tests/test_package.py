@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_neither_torch_nor_tensorflow_is_loaded(tmp_path):
-  """By imports, and by a run's report, whose event files come from a library that imports torch where it can."""
+  """By imports, by PyTorch's files, and by a run's report, whose library for event files imports torch where it can."""
   modules = ['t2t_vit_jax', 't2t_vit_jax.export', 't2t_vit_jax.visualize', 't2t_vit_jax.training.loop']
   modules += ['t2t_vit_jax.data.loader', 't2t_vit_jax.data.prepare']
   report = f"""
@@ -29,8 +29,12 @@ with open_workdir({str(tmp_path)!r}) as workdir:
   with Reporter(workdir, total_steps=1, first_step=0, steps_per_epoch=1, batch_size=1):
     pass
 """
+  checkpoint = f"""
+from t2t_vit_jax import load_pretrained
+load_pretrained({str(golden.DATA / 'official_tiny_performer.pth.tar')!r}, settings={{'num_heads': 4}})
+"""
   code = 'import sys\n'
-  for step in [*(f'import {module}' for module in modules), report]:
+  for step in [*(f'import {module}' for module in modules), checkpoint, report]:
     code += f'{step}\nassert not {{"torch", "tensorflow"}} & sys.modules.keys(), {step!r}\n'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ from t2t_vit_jax.data.decoding import MAX_SIDE
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import printable
 from t2t_vit_jax.predict import main, open_classifier, predict
-from tests import checkpoints
+from tests import checkpoints, golden
 from tests.image_folder import encoded, picture
 from tests.processes import ROOT
 
@@ -37,7 +37,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
   """The golden performer, 64 px and 10 classes without names."""
-  return checkpoints.converted('performer', tmp_path_factory.mktemp('weights'))
+  return golden.converted('performer', tmp_path_factory.mktemp('weights'))
 
 
 @pytest.fixture(scope='module')

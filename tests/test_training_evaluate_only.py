@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import pytest
-import torch
 
 from configs import digits, finetune
 from t2t_vit_jax import UserError, load_pretrained
@@ -211,6 +210,8 @@ def grey_weights(tmp_path_factory):
 
 def with_channels(channels, path):
   """The golden checkpoint with its first channels alone, or its first one several times."""
+  import torch
+
   state = golden.load_state_dict('performer')
   for name in ('norm1.weight', 'norm1.bias', 'kqv.weight'):  # of the first stage, which sees 7 x 7 px
     name = f'tokens_to_token.attention1.{name}'

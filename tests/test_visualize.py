@@ -25,14 +25,14 @@ from t2t_vit_jax.visualize import (
   principal_colors,
   stage_layers,
 )
-from tests import checkpoints
+from tests import golden
 from tests.image_folder import picture
 
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
   """The golden performer, 64 px, two blocks with four heads."""
-  return checkpoints.converted('performer', tmp_path_factory.mktemp('weights'))
+  return golden.converted('performer', tmp_path_factory.mktemp('weights'))
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors
-import torch
 import yaml
 
 from configs import digits
@@ -93,6 +92,8 @@ def test_the_header_says_what_the_weights_are(workdir):
 
 
 def test_to_torch_and_back_is_bit_exact(workdir, tmp_path):
+  import torch
+
   path = workdir / 'weights' / 'model.safetensors'
   convert(path, tmp_path / 'model.pth', Options(), reverse=True)
   convert(tmp_path / 'model.pth', tmp_path / 'back', Options(settings={'num_heads': 4, 'image_size': 16}))

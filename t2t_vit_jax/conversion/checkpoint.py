@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from t2t_vit_jax.conversion import files, names
+from t2t_vit_jax.conversion.torch_pickle import type_name
 from t2t_vit_jax.errors import UserError
 
 WeightsKind = Literal['ema', 'raw']
@@ -45,16 +46,17 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
   """Reads a checkpoint with the reference's or mmpretrain's names.
 
   Args:
-    path: the file.
+    path: the file, or an index of shards.
     file_format: result of `files.file_format`.
     weights: the moving average or the raw weights; None takes the average where the file has both.
 
   Raises:
     UserError: the file is damaged or unsafe, or does not hold the weights that are asked for.
   """
-  saved = files.read_safetensors(path) if file_format == 'safetensors' else files.read_torch(path, file_format)
+  shards = files.read_index(path) if file_format == 'index' else {}
+  saved = _joined(shards) if shards else _read(path, file_format)
   if not isinstance(saved, dict):
-    raise UserError(f'holds a {type(saved).__name__}, not a state dict')
+    raise UserError(f'holds a {type_name(saved)}, not a state dict: save its state_dict()')
   sets = _sets_of_weights(saved)
   label = next(iter(sets)) if weights is None else weights
   if label not in sets:
@@ -70,10 +72,35 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
     if dropped:
       notes.append(f'dropped: {", ".join(dropped)} ({reason})')
       state = {name: tensor for name, tensor in state.items() if name not in dropped}
-  if any(str(getattr(tensor, 'dtype', '')) == 'torch.float64' for tensor in state.values()):
+  if any(getattr(tensor, 'dtype', '') == 'float64' for tensor in state.values()):
     notes.append('precision: float64 numbers are rounded to float32')
-  arrays = dict(state) if file_format == 'safetensors' else files.tensors_to_arrays(state, 2 * path.stat().st_size)
+  size = sum(file.stat().st_size for file in shards or (path,))
+  arrays = files.tensors_to_arrays(state, max_bytes=2 * size)
   return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
+
+
+def _read(path: Path, file_format: files.Format) -> Any:
+  if file_format == 'safetensors':
+    return files.read_safetensors(path)
+  if file_format == 'index':
+    raise UserError('is an index of shards, not a shard')
+  return files.read_torch(path, file_format)
+
+
+def _joined(shards: Mapping[Path, Sequence[str]]) -> State:
+  """One state dict of all shards; UserError if a shard lacks one of its tensors."""
+  joined: dict[Any, Any] = {}
+  for shard, tensors in shards.items():
+    try:
+      state = _read(shard, files.file_format(shard))
+      if not isinstance(state, dict) or not state.keys() >= set(tensors):
+        raise UserError(f'lacks {", ".join(name for name in tensors if name not in state)}, which the index promises')
+    except UserError as error:
+      raise UserError(f'its shard {shard.name}: {error}') from error
+    if twice := [str(name) for name in state if name in joined]:
+      raise UserError(f'its shards hold {", ".join(twice)} twice')
+    joined.update(state)
+  return joined
 
 
 def _sets_of_weights(saved: State) -> dict[WeightsKind | None, State]:

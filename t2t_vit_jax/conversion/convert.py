@@ -13,6 +13,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from t2t_vit_jax.conversion import files, infer, names
 from t2t_vit_jax.conversion.checkpoint import WeightsKind, read_checkpoint
@@ -64,7 +65,7 @@ class Options:
 def load_pretrained(
   path: PathLike, num_classes: int | None = None, image_size: ImageSize | None = None, **options: Any
 ) -> tuple[T2TViT, dict[str, Any]]:
-  """Model and variables of a converted file, or of a checkpoint that is then converted in memory (needs torch).
+  """Model and variables of a converted file, or of a checkpoint, which is then converted in memory.
 
   >>> model, variables = load_pretrained('weights.safetensors')
   >>> logits = model.apply(variables, images)  # (B, H, W, 3) -> (B, num_classes)
@@ -102,8 +103,8 @@ def convert(
 ) -> list[str]:
   """Writes the weights of any file that `load` reads as a safetensors file of this package.
 
-  With `reverse` it writes a PyTorch file instead: a plain state dict under the reference's names. An existing
-  `output` is an error unless `force` is set.
+  With `reverse` it writes a plain state dict under the reference's names instead: a safetensors file if `output` ends
+  so, else a PyTorch file, which needs torch. An existing `output` is an error unless `force` is set.
 
   Returns:
     Lines for the user: what was found, chosen, dropped and written.
@@ -115,7 +116,7 @@ def convert(
   files.check_output(output, force=force)
   weights, notes = load(Path(path), options)
   if reverse:
-    files.write_file(output, lambda temporary: _write_torch(weights, temporary))
+    _write_state_dict(weights, output)
   else:
     write_weights(weights, output)
   numbers = sum(array.size for array in weights.arrays.values())
@@ -258,15 +259,25 @@ def _data_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {field: arguments[field] for field in ('image_size', 'num_classes')}
 
 
-def _write_torch(weights: Weights, path: Path) -> None:
-  torch = files.import_torch()
+def _write_state_dict(weights: Weights, output: Path) -> None:
+  """Writes the weights under the reference's names: as safetensors, or as a PyTorch file with torch's help."""
   state = {}
   for key, array in weights.arrays.items():
     name, transform = names.to_torch(key, weights.arguments['tokens_type'])
-    state[name] = torch.from_numpy(np.array(transform.to_torch(array), order='C'))
+    state[name] = np.array(transform.to_torch(array), order='C')
+  if output.suffix == '.safetensors':
+    files.write_file(output, lambda temporary: safetensors.numpy.save_file(state, temporary, {'format': 'pt'}))
+    return
+  try:
+    import torch
+  except ImportError as error:
+    raise files.problem(
+      output, "needs torch to be written: pip install 't2t-vit-jax[torch]', or give --output=FILE.safetensors"
+    ) from error
+  tensors = {name: torch.from_numpy(array) for name, array in state.items()}
   buffer = io.BytesIO()  # of a full disk, torch would say "unexpected pos 576 vs 534"
-  torch.save(state, buffer)
-  path.write_bytes(buffer.getbuffer())
+  torch.save(tensors, buffer)
+  files.write_file(output, lambda temporary: temporary.write_bytes(buffer.getbuffer()), buffer.tell())
 
 
 def _check_agreement(weights: Weights, options: Options) -> None:

@@ -1,29 +1,26 @@
-"""Reads weight files that cannot be trusted, and writes new ones whole or not at all.
+"""Recognises weight files, which cannot be trusted, and writes new ones whole or not at all.
 
-A PyTorch checkpoint is an archive around a pickle, which is a program. So its first bytes decide its format, the sizes
-that it declares may not exceed the file's before anything is unpacked, and torch reads it with the restricted unpickler
-only, from version 2.10 on (older ones could be made to run code or corrupt memory: CVE-2025-32434, CVE-2026-24747).
-A file that needs more is refused; there is no second way. Errors here do not name the file: `problem` adds its name.
+Errors here do not name the file: `problem` adds its name.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import hashlib
+import io
+import json
 import os
 from pathlib import Path
-import re
-import tarfile
 from typing import IO, Any, Literal
-import warnings
 import zipfile
 
 import numpy as np
 import safetensors
 
+from t2t_vit_jax.conversion.torch_pickle import Machine, type_name
+from t2t_vit_jax.conversion.torch_tensors import Tensor, itemsize
 from t2t_vit_jax.errors import UserError, printable, writing_problem
 
-Format = Literal['zip', 'legacy', 'safetensors']
+Format = Literal['zip', 'legacy', 'safetensors', 'index']
 
 _ZIP_START = b'PK\x03\x04'
 _LEGACY_START = bytes.fromhex('80028a0a6cfc9c46f9206aa850192e')  # the pickled number that torch wrote first until 1.5
@@ -42,129 +39,157 @@ def file_format(path: Path) -> Format:
   Raises:
     UserError: the file is of no format that can be read safely; the message says what it is.
   """
-  with _reading():
+  with reading():
     if path.is_dir():
-      raise UserError('is a directory; give the weight file itself')
+      raise UserError('is a directory; give the weight file itself, or the .index.json of its shards')
     if not path.is_file():
       raise UserError('is no regular file' if path.exists() else 'no such file')
     with path.open('rb') as file:
       start = file.read(512)
   if not start:
     raise UserError('is empty')
+  if start[257:262] == b'ustar':
+    raise UserError('is a real tar archive, which .pth.tar files are not: unpack it first')
   if start.startswith(_ZIP_START):
     return 'zip'
   if start.startswith(_LEGACY_START):
     return 'legacy'
   if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= MAX_SAFETENSORS_HEADER:
     return 'safetensors'
-  if start[257:262] == b'ustar':
-    raise UserError('is a real tar archive, which .pth.tar files are not: unpack it first')
+  if start.lstrip().startswith(b'{'):
+    return 'index'
   raise UserError(f'is neither a PyTorch checkpoint nor a safetensors file: it starts with {start[:12]!r}')
 
 
 def sha256(path: Path) -> str:
   """Hexadecimal digest of a file."""
-  with _reading(), path.open('rb') as file:
+  with reading(), path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def import_torch() -> Any:
-  """The module torch, imported on demand; UserError if it is missing or too old to be safe."""
-  try:
-    import torch
-  except ImportError as error:
-    raise UserError("PyTorch files need torch: pip install 't2t-vit-jax[torch]'") from error
-  if torch.torch_version.TorchVersion(torch.__version__) < '2.10':
-    raise UserError(f'torch {torch.__version__} is not safe for reading checkpoints: install 2.10 or newer')
-  return torch
+def read_index(path: Path) -> dict[Path, list[str]]:
+  """Reads an index of shards, as Hugging Face's libraries write it: shard, beside the index -> names of its tensors.
+
+  Raises:
+    UserError: it is no such index, or a shard is missing or lies elsewhere.
+  """
+  with reading():
+    if path.stat().st_size > MAX_SAFETENSORS_HEADER:
+      raise UserError('is too large for an index of shards')
+    weight_map = json.loads(path.read_bytes()).get('weight_map')
+  if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+    raise UserError('is JSON, but no index of shards: it has no weight_map of tensors to files')
+  shards: dict[Path, list[str]] = {}
+  for tensor, name in weight_map.items():
+    if name in ('', '.', '..') or Path(name).name != name:
+      raise UserError(f'refused: its shard {name!r} does not lie beside it')
+    shards.setdefault(path.with_name(name), []).append(tensor)
+  for shard in shards:
+    if not shard.exists():
+      raise UserError(f'its shard {shard.name} is missing: put all {len(shards)} shards beside it')
+  return shards
 
 
 def read_torch(path: Path, file_format: Format) -> Any:
-  """Reads a PyTorch file ('zip' or 'legacy') of containers, numbers, strings and tensors only.
+  """Reads a PyTorch file ('zip' or 'legacy') of containers, numbers, strings and tensors; other objects are `Opaque`.
 
   Raises:
-    UserError: the file is damaged, is no checkpoint, declares more than it holds, or asks for anything but tensors
-      and an `argparse.Namespace`, which timm's training script saves.
+    UserError: the file is damaged, is no checkpoint, declares more than it holds, or asks for what no checkpoint needs.
   """
-  torch = import_torch()
-  with _reading(), path.open('rb') as file:
-    if file_format == 'zip':
-      _check_zip(file)
-    elif tarfile.is_tarfile(file):
-      raise UserError('is a tar archive')
-    file.seek(0)
-    with warnings.catch_warnings(), _only_namespace(torch.serialization):
-      warnings.simplefilter('ignore')
-      return torch.load(file, map_location='cpu', weights_only=True, mmap=False)
+  with reading(), _BoundedReader(io.FileIO(path)) as file:
+    return (_read_zip if file_format == 'zip' else _read_legacy)(file, path)
 
 
-@contextlib.contextmanager
-def _only_namespace(serialization: Any) -> Iterator[None]:
-  """Lets torch build an `argparse.Namespace`, but nothing that other libraries have allowed in this process."""
-  allowed = serialization.get_safe_globals()
-  serialization.clear_safe_globals()
-  try:
-    with serialization.safe_globals([argparse.Namespace]):
-      yield
-  finally:
-    serialization.add_safe_globals(allowed)
+class _BoundedReader(io.BufferedReader):
+  """A file that allocates no more for a read than is left of it, whatever length a pickle declares."""
+
+  def read(self, count: int | None = -1, /) -> bytes:
+    if count is not None and count > 1000:
+      count = max(0, min(count, os.fstat(self.fileno()).st_size - self.tell()))
+    return super().read(count)
 
 
-def _check_zip(file: IO[bytes]) -> None:
-  """Raises UserError unless the directory of a zip file is that of a plain PyTorch checkpoint."""
+def _read_zip(file: IO[bytes], path: Path) -> Any:
   size = os.fstat(file.fileno()).st_size
   with zipfile.ZipFile(file) as archive:
-    members = archive.infolist()
-    if any(member.filename.endswith('/constants.pkl') or '/code/' in member.filename for member in members):
+    members = {member.filename: member for member in archive.infolist()}
+    if any(name.endswith('/constants.pkl') or '/code/' in name for name in members):
       raise UserError('is a TorchScript archive, which is a program: save its state_dict() instead')
-    declared = sum(member.file_size for member in members)
-    if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+    declared = sum(member.file_size for member in archive.infolist())
+    if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
       raise UserError(
         f'refused: unlike PyTorch files it is compressed, or declares {declared:,} bytes in a file of {size:,}'
       )
-    if not any(member.filename.endswith('/data.pkl') for member in members):
+    root = next(iter(members), '').split('/')[0]
+    if f'{root}/data.pkl' not in members:
       raise UserError('is a zip archive but not a PyTorch checkpoint')
+    machine = Machine()
+    saved = machine.run(io.BytesIO(archive.read(f'{root}/data.pkl')))
+    places = {}
+    for key in machine.storages:
+      member = members[f'{root}/data/{key}']
+      file.seek(member.header_offset + 26)  # its own header, of 30 bytes and two fields whose lengths stand here
+      lengths = int.from_bytes(file.read(2), 'little') + int.from_bytes(file.read(2), 'little')
+      places[key] = (member.header_offset + 30 + lengths, member.file_size)
+    big_endian = f'{root}/byteorder' in members and archive.read(f'{root}/byteorder') == b'big'
+    machine.place(places, path, '>' if big_endian else '<')
     if damaged := archive.testzip():
       raise UserError(f'is damaged: wrong checksum of {damaged}')
+  return saved
+
+
+def _read_legacy(file: IO[bytes], path: Path) -> Any:
+  """Reads the format of PyTorch before 1.6: five pickles one after another, then each storage after its length."""
+  if [Machine().run(file) for _ in range(3)][1] != 1001:
+    raise UserError('is of a version of the old PyTorch format that is not known')
+  machine, places = Machine(), {}
+  saved = machine.run(file)
+  for key in map(str, Machine().run(file)):
+    nbytes = int.from_bytes(file.read(8), 'little') * itemsize(machine.storages[key].dtype)
+    places[key] = (file.tell(), nbytes)
+    file.seek(nbytes, os.SEEK_CUR)
+  machine.place(places, path, '<')
+  return saved
 
 
 def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, np.ndarray]:
   """Float32 arrays of a state dict's tensors; float16 and bfloat16 are widened, which is exact, and float64 is rounded.
 
+  Arrays, which a safetensors file has in their place, stay as they are.
+
   Raises:
     UserError: entries are no ordinary floating-point tensors (the message lists them), or together exceed `max_bytes`.
   """
-  torch = import_torch()
-  defects = [f'{name} is {defect}' for name, tensor in tensors.items() if (defect := _defect(name, tensor, torch))]
+  defects = [f'{name} is {defect}' for name, tensor in tensors.items() if (defect := _defect(name, tensor))]
   if defects:
     raise UserError('; '.join(defects))
-  if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > max_bytes:
+  if sum(tensor.nbytes for tensor in tensors.values()) > max_bytes:
     raise UserError('refused: its tensors share their numbers, and together declare far more than the file holds')
-  return {name: tensor.float().numpy(force=True) for name, tensor in tensors.items()}
+  with reading():
+    read = {name: tensor.read() if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()}
+    return {name: array.astype(np.float32, copy=False) for name, array in read.items()}
 
 
-def _defect(name: Any, tensor: Any, torch: Any) -> str | None:
-  """Reason why an entry is not a name with a plain CPU tensor of floating-point numbers; None if it is."""
+def _defect(name: Any, tensor: Any) -> str | None:
+  """Reason why an entry is not a name with a plain tensor of floating-point numbers; None if it is, or is an array."""
   if not isinstance(name, str):
-    return f'a {type(name).__name__}, not a name'
-  if not isinstance(tensor, torch.Tensor):
-    return f'of type {type(tensor).__name__}, not a tensor'
-  if tensor.is_quantized:
-    return 'quantised'
-  if tensor.layout != torch.strided or tensor.is_nested:
-    return 'sparse or nested'
-  if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != 'cpu':
-    return f'no plain tensor with data but a {type(tensor).__name__} on {tensor.device.type}'
-  if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-    return f'of type {str(tensor.dtype).removeprefix("torch.")}, not float32'
-  if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0 repeat numbers
-    return f'{tuple(tensor.shape)}, which is more than its storage holds'
+    return f'a {type_name(name)}, not a name'
+  if isinstance(tensor, np.ndarray):
+    return None
+  if not isinstance(tensor, Tensor):
+    return f'of type {type_name(tensor)}, not a tensor'
+  if tensor.defect:
+    return tensor.defect
+  if tensor.dtype not in ('float64', 'float32', 'float16', 'bfloat16'):
+    return f'of type {tensor.dtype}, not float32'
+  if tensor.nbytes > tensor.storage.nbytes:  # strides of 0 repeat numbers
+    return f'{tensor.shape}, which is more than its storage holds'
   return None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
   """The metadata of a safetensors file."""
-  with _reading(), safetensors.safe_open(path, framework='np') as file:
+  with reading(), safetensors.safe_open(path, framework='np') as file:
     return file.metadata() or {}
 
 
@@ -174,7 +199,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: the file is damaged, or has tensors of other types (the message lists them).
   """
-  with _reading(), safetensors.safe_open(path, framework='np') as file:
+  with reading(), safetensors.safe_open(path, framework='np') as file:
     dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     defects = [f'{name} is of type {x}, not F32' for name, x in dtypes.items() if x not in _SAFETENSORS_FLOATS]
     if defects:
@@ -226,7 +251,7 @@ def _delete(temporary: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
   """Turns every error of the libraries that parse a file into a UserError of one line."""
   try:
     yield
@@ -235,12 +260,8 @@ def _reading() -> Iterator[None]:
   except OSError as error:
     raise UserError(f'cannot be read: {_first_line(error)}') from error
   except Exception as error:
-    if wanted := re.search(r'GLOBAL ([\w.]+)', str(error)):
-      raise UserError(f'refused: it wants to import {wanted[1]}, which no file of tensors needs') from error
     raise UserError(f'damaged or not a weight file: {_first_line(error)}') from error
 
 
 def _first_line(error: Exception) -> str:
-  """The line of an exception that names the cause: torch puts paragraphs of advice before it."""
-  text = re.sub(r'.*WeightsUnpickler error: ', '', str(error), flags=re.DOTALL).strip()
-  return f'{type(error).__name__}: {text}'.splitlines()[0][:300]
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:300]

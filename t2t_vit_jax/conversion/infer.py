@@ -46,7 +46,7 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
     raise UserError(
       f'holds only a part of a T2T-ViT, {len(shapes)} tensors without '
       f'{"encoder blocks" if not blocks["depth"] else "the tokens-to-token module"}: a shard of a checkpoint must be '
-      'joined with the others first'
+      'joined with the others first: give the .index.json that lies beside them'
     )
   return {
     'num_classes': _most_common(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
