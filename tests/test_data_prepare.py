@@ -6,6 +6,7 @@ from pathlib import Path
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from t2t_vit_jax import UserError
+from t2t_vit_jax.data import prepare as prepare_module
 from t2t_vit_jax.data.prepare import _writing, convert, main, prepare
 from t2t_vit_jax.data.sources import open_tfds
 from tests.imagenet_tars import write_imagenet_tars
@@ -333,3 +335,14 @@ def test_a_disk_that_fills_up_gets_one_line(tars, tfrecord, tmp_path):
     assert errors.splitlines()[-1].startswith(f'error: cannot write {tmp_path / VERSION}: ')
     assert 'Traceback' not in errors
     assert not list(tmp_path.glob('imagenet2012/*'))
+
+
+def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(prepare_module, 'PATIENCE_S', 0.2)
+  with socket.create_server(('localhost', 0)) as proxy:
+    monkeypatch.setenv('HTTPS_PROXY', f'http://localhost:{proxy.getsockname()[1]}')
+    assert main(['cifar10', f'--data-dir={tmp_path}']) == 2
+  *_, fetching, error = capfd.readouterr().err.splitlines()
+  assert fetching.startswith('fetching https://www.cs.toronto.edu/')
+  assert error.startswith(f'error: cannot write {tmp_path}/cifar10/')
+  assert 'timed out' in error

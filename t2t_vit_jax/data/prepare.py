@@ -19,8 +19,10 @@ import shutil
 import sys
 import tarfile
 import threading
+from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+import requests
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
 from t2t_vit_jax.errors import UserError, full_disk, printable
 
+PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
 # Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
 IMAGENET_TARS = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}
@@ -68,7 +71,7 @@ def prepare(
       _require_space(target, [*tars, *tars[0].parent.glob('ILSVRC2012_img_test.tar')])
     if not isinstance(builder, Digits):
       _require_tensorflow()
-    with _writing(target):
+    with _writing(target), _impatient_downloads():
       builder.download_and_prepare(
         file_format=ARRAY_RECORD, download_config=tfds.download.DownloadConfig(manual_dir=manual_path)
       )
@@ -246,6 +249,24 @@ def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
   finally:
     finished.set()
     tfds.display_progress_bar(True)
+
+
+@contextlib.contextmanager
+def _impatient_downloads() -> Iterator[None]:
+  """Says what tfds fetches, and gives up on a server or a proxy that does not answer: tfds would try eleven times."""
+  from tensorflow_datasets.core.download import downloader  # has no option for either
+
+  get, tries = requests.Session.get, downloader.MAX_RETRIES
+
+  def get_soon(session: requests.Session, url: str, **options: Any) -> requests.Response:
+    print(f'fetching {url}', file=sys.stderr, flush=True)
+    return get(session, url, **{'timeout': PATIENCE_S, **options})
+
+  requests.Session.get, downloader.MAX_RETRIES = get_soon, 2  # type: ignore[method-assign, assignment]
+  try:
+    yield
+  finally:
+    requests.Session.get, downloader.MAX_RETRIES = get, tries  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
