@@ -102,7 +102,7 @@ import resource
 from t2t_vit_jax.data import loader, sources, transforms
 
 if __name__ == '__main__':
-  resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
   source = sources.open_tfds('digits', 'train', {data_dir!r})
   order, transform = loader.TrainOrder(len(source), 1024, seed=0), transforms.RandomPaddedCrop(64, padding=2)
   batches = loader.train_batches(
@@ -114,7 +114,7 @@ if __name__ == '__main__':
   environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
   done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
   # At exit, Python would name shared memory that is left.
-  assert (done.returncode, done.stdout, done.stderr) == (0, '[1024, 1024, 1024]\n', '')
+  assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, '[1024, 1024, 1024]', '')
 
 
 def test_batches_are_uint8_images_with_labels(source):
@@ -259,6 +259,17 @@ def test_a_killed_worker_is_one_line(with_workers):
   (line,) = errors.splitlines()
   assert 'a data worker died (Worker process was terminated unexpectedly with exit code -9)' in line
   assert shared_memory_of(name) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('option', 'code'), [('-S', -signal.SIGTERM), ('-SH', 1)])
+def test_a_low_limit_of_open_files_is_raised_or_named(option, code, with_workers):
+  process, name = with_workers('bash', '-c', f'ulimit {option} -n 25; exec "$@"', 'sh')
+  if name:  # it has a batch
+    process.terminate()
+  ((ended, _, errors),) = finish([process])
+  assert ended == code, errors
+  assert ('more open files than this process may have' in errors) == (code == 1)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import multiprocessing
 from multiprocessing import shared_memory
 import os
 from pathlib import Path
+import resource
 import shutil
 import signal
 import tempfile
@@ -186,18 +187,24 @@ class Workers:
       )
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
       owner = _owner()
+      _allow_open_files()
       dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
     batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
       yield from batches
     except (RuntimeError, OSError) as error:
-      batches.close()
+      _close(batches)
       _free_what_the_dead_left()
       died = 'terminated unexpectedly' in str(error)  # grain has no class of its own for this
       if (died and f'exit code {-signal.SIGBUS}.' in str(error)) or getattr(error, 'errno', None) == errno.ENOSPC:
         groups_in_workers = 3 * self.num_workers
         image_bytes = example.map(numbers.start)['image'].nbytes
         raise DataError(_shortage(image_bytes * (batch_size + groups_in_workers * group_size))) from error
+      if getattr(error, 'errno', None) == errno.EMFILE:
+        raise DataError(
+          f'{self.num_workers} data workers need more open files than this process may have: raise the limit, such as '
+          '`ulimit -n 4096`, or set a smaller --config.data.num_workers'
+        ) from error
       if died:
         raise DataError(
           f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
@@ -205,8 +212,21 @@ class Workers:
         ) from error
       raise
     finally:
-      batches.close()
+      _close(batches)
       _free_shared_memory()
+
+
+def _close(batches: Any) -> None:
+  with contextlib.suppress(AssertionError):  # grain waits for the end of workers that it could not start
+    batches.close()
+
+
+def _allow_open_files() -> None:
+  """Raises the limit of open files, which some systems set to 256, as far as this process may."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _shortage(num_bytes: int) -> str:
@@ -264,8 +284,9 @@ def _concatenate(groups: Sequence[Batch]) -> Batch:
 def _start_worker(owner: str | None, worker_index: int, worker_count: int) -> None:
   """Names the shared memory of a worker process after the file `owner`; ends it when the main process is gone."""
   del worker_index, worker_count
-  # Ctrl-C, which a terminal sends to every process, is left to the main process, which ends its workers itself.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # Signals to a group of processes, such as a terminal's Ctrl-C, are left to the main process: it needs its workers
+  # until it has saved, and ends them itself.
+  os.setpgid(0, 0)
   if owner:
     shared_memory._SHM_NAME_PREFIX = f'/{Path(owner).stem}'  # type: ignore[attr-defined]  # there is no public way
 
