@@ -26,7 +26,7 @@ from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.export import export_weights
 from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.recipe.init_from import resolve, resolve_for_evaluation, weights_header
-from tests import checkpoints
+from tests import checkpoints, golden
 
 FORMS = ('timm', 'non-zip', 'cifar', 'mmpretrain')
 # Values that no field of a header, or only some of them, may have.
@@ -124,7 +124,7 @@ def use(path, image):
       config.data[field] = None
     resolve(config)
   loaded = load(path, Options())[0]
-  resolve_for_evaluation(digits.get_config(), loaded.data, 'file')
+  resolve_for_evaluation(digits.get_config(), loaded.data, loaded.channels, 'file')
   (prediction,) = predict(open_classifier(path), [str(image)])
   json.dumps(prediction)
   assert np.isfinite([guess.probability for guess in prediction.guesses]).all(), prediction
@@ -139,7 +139,7 @@ def run_headers(folder, count, seed, use=use):
     Exception: of a tool, for which a header must never be a reason.
   """
   rng, outcomes = random.Random(seed), Counter()
-  path = checkpoints.converted('performer', Path(folder))
+  path = golden.converted('performer', Path(folder))
   arrays, metadata = files.read_safetensors(path), json.loads(files.read_metadata(path)['t2t_vit_jax'])
   metadata['class_names'] = [f'name {label}' for label in range(10)]
   Image.new('RGB', (70, 80), 'red').save(Path(folder) / 'image.png')

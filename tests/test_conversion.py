@@ -263,7 +263,7 @@ def test_another_image_size_resizes_the_stored_table(tmp_path):
   convert_to(golden_file('performer'), tmp_path / 'wide.safetensors', image_size=(96, 128))
   assert load_pretrained(tmp_path / 'wide.safetensors')[0].image_size == (96, 128)
   convert(tmp_path / 'wide.safetensors', tmp_path / 'torch.safetensors', Options(), reverse=True)
-  with pytest.raises(UserError, match='image_size=HEIGHTxWIDTH'):
+  with pytest.raises(UserError, match=r"add settings=\{'image_size': \(HEIGHT, WIDTH\)\}"):
     load_pretrained(tmp_path / 'torch.safetensors', settings=HEADS)
   model, _ = load_pretrained(tmp_path / 'torch.safetensors', settings={**HEADS, 'image_size': (96, 128)})
   assert model.image_size == (96, 128)

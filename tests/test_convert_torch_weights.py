@@ -116,4 +116,4 @@ def test_a_read_only_disk_gets_one_line(tmp_path):
     result = program(
       golden.DATA / 'official_tiny_performer.pth.tar', f'--output={tmp_path}/out.safetensors', '--set=num_heads=4'
     )
-    assert_error(result, f'{tmp_path}/out.safetensors: cannot be written: OSError: [Errno 30] Read-only file system')
+    assert_error(result, f'{tmp_path}/out.safetensors: cannot be written: Read-only file system')

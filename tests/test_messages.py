@@ -23,7 +23,15 @@ SHOWN_BY = {
 }
 FLAG = re.compile(r'(?<![\w-])--([a-z][a-z_]*(?:-[a-z]+)*(?:\.[a-z0-9_]+)*)')
 COMMAND = re.compile(r'python -m t2t_vit_jax\.([a-z_.]+)')
-NOT_OURS = {'implicit-dirs', 'always', 'dirty', 'abbrev', 'exclude', 'flag'}  # gcsfuse's, git's, and any flag
+NOT_OURS = {
+  'implicit-dirs',
+  'always',
+  'dirty',
+  'abbrev',
+  'exclude',
+  'flag',
+  'shm-size',
+}  # gcsfuse's, git's, any, docker's
 
 
 def names_of_calls(node):

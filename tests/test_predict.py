@@ -306,7 +306,7 @@ def test_a_full_disk_keeps_what_was_there(weights, photos, tmp_path, capsys):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert code == 2
-  assert 'out.csv: cannot be written: OSError' in errors
+  assert 'out.csv: cannot be written: File too large' in errors
   assert [path.read_text() for path in tmp_path.iterdir()] == ['before']
 
 

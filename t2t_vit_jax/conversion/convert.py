@@ -84,11 +84,16 @@ def load_pretrained(
   """
   try:
     weights, notes = load(Path(path), Options(num_classes=num_classes, image_size=image_size, **options))
-  except UserError as error:  # its advice names flags of convert_torch_weights.py: these are the arguments for them
-    advice = re.sub(r'--(model|weights)=(\w+)', r"\1='\2'", str(error)).replace("model='", "model_name='")
-    raise UserError(re.sub(r'--set=(\w+)=(\w+)', r"settings={'\1': \2}", advice)) from error
+  except UserError as error:
+    raise UserError(_advice_for_python(str(error))) from error
   log_notes(path, notes)
   return weights.build()
+
+
+def _advice_for_python(message: str) -> str:
+  """A message that names arguments of `load_pretrained` in place of flags of convert_torch_weights.py."""
+  message = re.sub(r'--set=(\w+)=(\w+)', r"settings={'\1': \2}", message).replace('HEIGHTxWIDTH', '(HEIGHT, WIDTH)')
+  return re.sub(r'--weights=(\w+)', r"weights='\1'", re.sub(r'--model=(\w+)', r"model_name='\1'", message))
 
 
 def log_notes(path: PathLike, notes: Iterable[str]) -> None:

@@ -22,5 +22,5 @@ class Normalization:
 
 
 def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-  """The mean or std of images of `channels` channels; if it is known for RGB only, its average, as timm does it."""
-  return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+  """The mean or std of images of `channels` channels; for grey ones the average of that of RGB, as timm does it."""
+  return tuple(values) if channels != 1 else (sum(values) / len(values),)
