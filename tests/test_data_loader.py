@@ -94,7 +94,7 @@ def test_worker_processes_change_nothing(source, workers, processes):
 
 
 @pytest.mark.slow
-def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_path, data_dir):
+def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_path, source, data_dir):
   program = tmp_path / 'program.py'
   program.write_text(
     f"""
@@ -210,7 +210,7 @@ if __name__ == '__main__':
 
 
 @pytest.fixture
-def with_workers(tmp_path, data_dir):
+def with_workers(tmp_path, source, data_dir):
   """Starts a program that reads batches with two workers, behind a command; gives it and the name of its memory."""
   (tmp_path / 'program.py').write_text(WITH_WORKERS)
 
@@ -243,9 +243,13 @@ def test_workers_and_shared_memory_end_with_the_main_process(with_workers):
   assert len(shared_memory_of(name)) > 3
   process.kill()
   deadline = time.monotonic() + 10
-  while any(map(alive, started)) or shared_memory_of(name):
+  while any(map(alive, started)):
     assert time.monotonic() < deadline
     time.sleep(0.05)
+  assert len(shared_memory_of(name)) <= 2  # the file that owned it, and at most one that was being made
+  loader._owner.cache_clear()
+  loader._owner()  # the next run
+  assert shared_memory_of(name) == []
 
 
 @pytest.mark.slow
