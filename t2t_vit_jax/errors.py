@@ -48,10 +48,10 @@ def full_disk(place: str | os.PathLike[str], needed: int = 0) -> str:
 
 
 def _size(num_bytes: int) -> str:
-  unit, name = next(
-    (unit, name) for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'), (0, 'bytes')) if num_bytes >= unit
-  )
-  return f'{num_bytes / unit:.1f} {name}' if unit else f'{num_bytes} bytes'
+  for name, unit in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if num_bytes >= unit:
+      return f'{num_bytes / unit:.1f} {name}'
+  return f'{num_bytes} bytes'
 
 
 def printable(text: str) -> str:

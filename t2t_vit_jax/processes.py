@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+from multiprocessing import util
 import os
 from pathlib import Path
 import re
@@ -214,6 +215,9 @@ def leave(exit_code: int, lost: bool = False) -> NoReturn:
       time.sleep(LEAVE_TIMEOUT_S)  # when process 0 ends, JAX aborts the others before they can report an error
   for worker in multiprocessing.active_children():
     worker.kill()
+  with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
+    # What `os._exit` leaves out: Python would report semaphores as leaked.
+    util._run_finalizers(0)  # type: ignore[attr-defined]
   sys.stdout.flush()
   os._exit(exit_code)  # JAX and orbax have threads that would wait for others, or for a save that failed
 

@@ -82,6 +82,17 @@ def end(process):
       os.killpg(process.pid, signal.SIGKILL)
 
 
+def children(process):
+  """Process ids of what a process has started itself, on Linux."""
+  tasks = Path(f'/proc/{process.pid}/task').iterdir()
+  return [int(child) for task in tasks for child in (task / 'children').read_text().split()]
+
+
+def data_workers(process):
+  """Process ids of the data workers of a process, on Linux."""
+  return [pid for pid in children(process) if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text()]
+
+
 def run(count, *flags, **options):
   """Runs to the end, which must be a good one; returns the standard output of the first process."""
   results = finish(start(count, *flags, **options))

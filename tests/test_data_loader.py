@@ -20,7 +20,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.sources import open_tfds
 from tests.parameters import slow_but
-from tests.processes import ROOT, finish, start_command
+from tests.processes import ROOT, children, data_workers, finish, start_command
 
 TRANSFORM = transforms.RandomPaddedCrop(16, padding=2)
 
@@ -94,7 +94,7 @@ def test_worker_processes_change_nothing(source, workers, processes):
 
 
 @pytest.mark.slow
-def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_path, data_dir):
+def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_path, source, data_dir):
   program = tmp_path / 'program.py'
   program.write_text(
     f"""
@@ -210,7 +210,7 @@ if __name__ == '__main__':
 
 
 @pytest.fixture
-def with_workers(tmp_path, data_dir):
+def with_workers(tmp_path, source, data_dir):
   """Starts a program that reads batches with two workers, behind a command; gives it and the name of its memory."""
   (tmp_path / 'program.py').write_text(WITH_WORKERS)
 
@@ -219,12 +219,6 @@ def with_workers(tmp_path, data_dir):
     return process, Path(process.stdout.readline().strip()).stem
 
   return start
-
-
-def children(process):
-  """Process ids of a program's data workers and of the process with which Python frees shared memory."""
-  tasks = Path(f'/proc/{process.pid}/task').iterdir()
-  return [int(child) for task in tasks for child in (task / 'children').read_text().split()]
 
 
 def alive(pid):
@@ -243,17 +237,20 @@ def test_workers_and_shared_memory_end_with_the_main_process(with_workers):
   assert len(shared_memory_of(name)) > 3
   process.kill()
   deadline = time.monotonic() + 10
-  while any(map(alive, started)) or shared_memory_of(name):
+  while any(map(alive, started)):
     assert time.monotonic() < deadline
     time.sleep(0.05)
+  assert len(shared_memory_of(name)) <= 2  # the file that owned it, and at most one that was being made
+  loader._owner.cache_clear()
+  loader._owner()  # the next run
+  assert shared_memory_of(name) == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
 def test_a_killed_worker_is_one_line(with_workers):
   process, name = with_workers()
-  worker = next(pid for pid in children(process) if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text())
-  os.kill(worker, signal.SIGKILL)
+  os.kill(data_workers(process)[0], signal.SIGKILL)
   ((code, _, errors),) = finish([process])
   assert code == 1
   (line,) = errors.splitlines()

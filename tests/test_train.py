@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from tests.image_folder import write_image_folder
 from tests.imagenet_tars import write_imagenet_tars
-from tests.processes import ROOT, start_process
+from tests.processes import ROOT, data_workers, start_process
 
 TINY = ['--config.model.depth=1', '--config.model.embed_dim=32', '--config.model.tokens_type=convolution']
 
@@ -140,6 +140,23 @@ def test_an_interrupted_run_continues_and_ends_like_an_undisturbed_one(tmp_path,
     weights = [load_file(tmp_path / workdir / 'weights' / f'{name}.safetensors') for workdir in ('stopped', 'straight')]
     jax.tree.map(np.testing.assert_array_equal, *weights)
   assert results[0][0].startswith('test top-1 ')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
+def test_a_killed_worker_ends_the_run_in_one_line_and_the_state_is_saved(tmp_path, data_dir):
+  arguments = [f'--config.data.data_dir={data_dir}', '--config.data.num_workers=2', '--config.logging.every_steps=5']
+  process = start(tmp_path, '--workdir=run', *TINY, *arguments)
+  for line in process.stdout:
+    if line.startswith('step 5/'):
+      break
+  os.kill(data_workers(process)[0], signal.SIGKILL)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 2
+  (line,) = errors.splitlines()
+  assert line.startswith('error: a data worker died (')
+  (saved,) = (tmp_path / 'run' / 'checkpoints').iterdir()
+  assert int(saved.name) >= 5
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +97,7 @@ def test_fingerprints_do_not_depend_on_the_sharding(run):
   [(0.5, 'the disk is full'), (1.02, 'the disk is full'), (None, 'Read-only file system')],
   ids=['no room', 'too little, which is seen while it is saved', 'read-only'],
 )
-def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(room, says, run, tmp_path, capfd):
+def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(room, says, run, tmp_path, caplog):
   rng = np.random.default_rng(0)  # zeros would be compressed
 
   def random(x):
@@ -106,26 +107,40 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(room, says, run, t
   state = jax.tree.map(random, run.recipe.make_state(run.recipe.rng))
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-  def save(step):
-    checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=description(run))
-    checkpoints.wait()
+  def save_twice():
+    with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+      checkpoints.save(state, metrics=None, run=description(run))
+      checkpoints.wait()
+      if room is None:
+        subprocess.run(['mount', '-o', 'remount,ro', tmp_path], check=True)
+      else:
+        fill(tmp_path, int(room * size))
+      checkpoints.save(state.replace(step=jnp.int32(5)), metrics=None, run=description(run))
+      checkpoints.wait()
 
+  if room is not None:
+    says += f': at least {size / 1e3:.1f} kB are needed, '
   with small_disk(tmp_path):
-    checkpoints = Checkpoints(tmp_path / 'checkpoints')
-    save(0)
-    if room is None:
-      subprocess.run(['mount', '-o', 'remount,ro', tmp_path], check=True)
-    else:
-      fill(tmp_path, int(room * size))
-      says += f': at least {size / 1e3:.1f} kB are needed, '
     with pytest.raises(UserError, match=f'could not be written to {tmp_path}/checkpoints.*{says}') as caught:
-      save(5)
+      save_twice()
     assert str(caught.value).endswith('earlier checkpoints are intact')
     assert '\n' not in str(caught.value)
-    assert capfd.readouterr().err == ''  # orbax would log a traceback for each of its threads
-    restored, *_, set_aside = checkpoints.restore(run.recipe.abstract_state, description(run))
-    checkpoints._checkpointer.close()
+    # Orbax would log a traceback for each of its threads.
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+    with Checkpoints(tmp_path / 'checkpoints', read_only=True) as later:
+      restored, *_, set_aside = later.restore(run.recipe.abstract_state, description(run))
     assert (int(restored.step), set_aside) == (0, [])
+
+
+def test_a_thousand_saves_would_need_no_more_threads_than_one(run, tmp_path):
+  state = run.recipe.make_state(run.recipe.rng)
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    threads = []
+    for step in range(6):
+      checkpoints.save(state.replace(step=jnp.int32(step)), metrics=None, run=description(run))
+      checkpoints.wait()
+      threads.append(threading.active_count())
+  assert threads[-1] <= threads[0] + 1, threads
 
 
 def train(*arguments):

@@ -24,6 +24,7 @@ from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from t2t_vit_jax.workdir.model_card import model_card
 from tests import golden
+from tests.small_disk import fill, small_disk
 from tests.test_training_loop import small_config
 
 STEPS = 3
@@ -158,23 +159,21 @@ def test_a_checkpoint_is_exported_without_data_and_config(workdir, tmp_path):
     weight_files.export_checkpoint(anything, str(tmp_path))
 
 
-def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp_path, monkeypatch):
-  shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('weights'))
-  before = {path: path.read_bytes() for path in (tmp_path / 'run' / 'checkpoints').rglob('*') if path.is_file()}
-  (tmp_path / 'run' / 'weights').mkdir()
-
-  def full(*unused):
-    raise OSError(28, 'No space left on device')
-
-  with monkeypatch.context() as patch:
-    patch.setattr('safetensors.numpy.save_file', full)
-    with pytest.raises(UserError, match=r'weights could not be written \(.*No space left.*same command') as caught:
+def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp_path):
+  with small_disk(tmp_path):
+    shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('weights'))
+    before = {path: path.read_bytes() for path in (tmp_path / 'run' / 'checkpoints').rglob('*') if path.is_file()}
+    (tmp_path / 'run' / 'weights').mkdir()
+    fill(tmp_path, 40_000)
+    says = r'could not be written \(.*/model\.safetensors.*the disk is full: at least \d.* are needed.*same command'
+    with pytest.raises(UserError, match=says) as caught:
       loop.train(config, tmp_path / 'run')
-  assert '\n' not in str(caught.value)
-  assert before == {path: path.read_bytes() for path in before}
-  assert not list((tmp_path / 'run' / 'weights').glob('*.safetensors'))
-  loop.train(config, tmp_path / 'run')
-  assert (tmp_path / 'run' / 'weights' / 'model.safetensors').exists()
+    assert '\n' not in str(caught.value)
+    assert before == {path: path.read_bytes() for path in before}
+    assert not list((tmp_path / 'run' / 'weights').glob('*.safetensors'))
+    (tmp_path / 'filler').unlink()
+    loop.train(config, tmp_path / 'run')
+    assert (tmp_path / 'run' / 'weights' / 'model.safetensors').exists()
 
 
 def test_named_models_keep_their_names_and_old_checkpoints_have_no_class_names():

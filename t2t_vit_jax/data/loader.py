@@ -243,8 +243,8 @@ def _shortage(num_bytes: int) -> str:
 def _owner() -> Any:
   """This process's open file in shared memory, locked as long as it lives; frees what processes left that are gone.
 
-  Python frees the shared memory of a process that was killed, but does so in a process of its own. If that is killed
-  too, as with a whole job, the next run does it here.
+  Python frees the shared memory of a process that was killed, but misses some if that happens while it is made, and
+  does so in a process of its own. If that is killed too, as with a whole job, the next run frees everything here.
   """
   if not SHARED_MEMORY.is_dir():  # not Linux
     return None
@@ -293,8 +293,6 @@ def _start_worker(owner: str | None, worker_index: int, worker_count: int) -> No
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
       parent.join()
-    if owner:
-      Path(owner).unlink(missing_ok=True)
     os._exit(1)
 
   threading.Thread(target=end_with_parent, daemon=True).start()

@@ -74,6 +74,7 @@ class Checkpoints:
     self.folder = path if is_bucket(path) else path.absolute()
     self._allow_changes = allow_changes
     self._needed = 0  # bytes of the last checkpoint
+    self._save: Any = None  # the last one, under way or done
     orbax_errors.silence_background()
     if read_only and not self.folder.is_dir():
       raise UserError(f'there is no checkpoint in {self.folder}')
@@ -92,6 +93,7 @@ class Checkpoints:
 
   def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
     if kind is None:
+      self.wait()
       with self._writing():
         self._checkpointer.close()
     elif not issubclass(kind, LostProcessError):  # a save that is under way would wait for the lost process
@@ -105,6 +107,7 @@ class Checkpoints:
       UserError: it failed.
     """
     with self._writing():
+      self._finish_save()
       self._checkpointer.wait()
 
   @property
@@ -139,7 +142,16 @@ class Checkpoints:
       self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
       in_all_processes(self._check_room)
       saved['fingerprint'] = fingerprints(saved)
-      self._checkpointer.save_async(step, saved, metrics=metrics, custom_metadata=run | {'provenance': provenance()})
+      self._finish_save()
+      self._save = self._checkpointer.save_async(
+        step, saved, metrics=metrics, custom_metadata=run | {'provenance': provenance()}
+      )
+
+  def _finish_save(self) -> None:
+    """Waits for the last save. Orbax keeps a thread with three open files for each whose result nobody asks for."""
+    last, self._save = self._save, None
+    if last is not None:
+      last.result()
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
