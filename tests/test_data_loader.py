@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data import loader, transforms
+from t2t_vit_jax.data import loader, shared_memory, transforms
 from t2t_vit_jax.data.sources import open_tfds
 from tests.parameters import slow_but
 from tests.processes import ROOT, children, data_workers, finish, start_command
@@ -99,7 +99,7 @@ def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_pat
   program.write_text(
     f"""
 import resource
-from t2t_vit_jax.data import loader, sources, transforms
+from t2t_vit_jax.data import loader, shared_memory, sources, transforms
 
 if __name__ == '__main__':
   resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
@@ -167,22 +167,22 @@ def test_batches_that_do_not_fit_are_refused():
 
 
 def shared_memory_of(name):
-  return sorted(path.name for path in loader.SHARED_MEMORY.glob(f'*{name}*'))
+  return sorted(path.name for path in shared_memory.FOLDER.glob(f'*{name}*'))
 
 
-@pytest.mark.skipif(not loader.SHARED_MEMORY.is_dir(), reason='needs shared memory that is shown as files')
+@pytest.mark.skipif(not shared_memory.FOLDER.is_dir(), reason='needs shared memory that is shown as files')
 def test_shared_memory_of_a_process_that_is_gone_is_freed_and_that_of_others_stays():
   with (
-    tempfile.NamedTemporaryFile(prefix='', suffix=loader.OWNER, dir=loader.SHARED_MEMORY) as alive,
-    tempfile.NamedTemporaryFile(prefix='', suffix=loader.OWNER, dir=loader.SHARED_MEMORY, delete=False) as gone,
+    tempfile.NamedTemporaryFile(prefix='', suffix=shared_memory.OWNER, dir=shared_memory.FOLDER) as alive,
+    tempfile.NamedTemporaryFile(prefix='', suffix=shared_memory.OWNER, dir=shared_memory.FOLDER, delete=False) as gone,
   ):
     fcntl.flock(alive, fcntl.LOCK_EX)
     living, dead = (Path(file.name).stem for file in (alive, gone))
-    leftovers = [loader.SHARED_MEMORY / f'{start}{name}1' for name in (living, dead) for start in ('', 'sem.')]
+    leftovers = [shared_memory.FOLDER / f'{start}{name}1' for name in (living, dead) for start in ('', 'sem.')]
     for path in leftovers:
       path.touch()
-    loader._owner.cache_clear()
-    mine = Path(loader._owner().name)
+    shared_memory.owner.cache_clear()
+    mine = Path(shared_memory.owner().name)
     assert shared_memory_of(dead) == []
     assert len(shared_memory_of(living)) == 3
     assert mine.exists()
@@ -193,7 +193,7 @@ def test_shared_memory_of_a_process_that_is_gone_is_freed_and_that_of_others_sta
 WITH_WORKERS = """
 import sys
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data import loader, sources, transforms
+from t2t_vit_jax.data import loader, shared_memory, sources, transforms
 
 if __name__ == '__main__':
   source = sources.open_tfds('digits', 'train', sys.argv[1])
@@ -203,7 +203,7 @@ if __name__ == '__main__':
   )
   try:
     for batch in batches:
-      print(loader._owner().name, flush=True)
+      print(shared_memory.owner().name, flush=True)
   except UserError as error:
     sys.exit(f'error: {error}')
 """
@@ -241,8 +241,8 @@ def test_workers_and_shared_memory_end_with_the_main_process(with_workers):
     assert time.monotonic() < deadline
     time.sleep(0.05)
   assert len(shared_memory_of(name)) <= 2  # the file that owned it, and at most one that was being made
-  loader._owner.cache_clear()
-  loader._owner()  # the next run
+  shared_memory.owner.cache_clear()
+  shared_memory.owner()  # the next run
   assert shared_memory_of(name) == []
 
 

@@ -8,18 +8,13 @@ from collections.abc import Generator, Sequence
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import gc
 import math
 import multiprocessing
-from multiprocessing import shared_memory
 import os
-from pathlib import Path
 import resource
-import shutil
 import signal
-import tempfile
 import threading
 from typing import Any
 
@@ -28,6 +23,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from t2t_vit_jax.data import shared_memory
 from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, pixels_of
@@ -43,8 +39,6 @@ MAX_BAD_IN_A_ROW = 100
 # Images that a worker hands over at a time. One by one, each would cost the receiving process half a millisecond, and
 # two open files until its batch is complete; whole batches would take much memory in each worker.
 GROUP_SIZE = 16
-SHARED_MEMORY = Path('/dev/shm')  # where Linux shows it as files
-OWNER = '.t2t_vit_jax'  # ending of a file there whose name begins those of all that one process and its workers make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +180,7 @@ class Workers:
         dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
       )
       options = grain.MultiprocessingOptions(num_workers=self.num_workers)
-      owner = _owner()
+      owner = shared_memory.owner()
       _allow_open_files()
       dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
     batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
@@ -194,26 +188,37 @@ class Workers:
       yield from batches
     except (RuntimeError, OSError) as error:
       _close(batches)
-      _free_what_the_dead_left()
-      died = 'terminated unexpectedly' in str(error)  # grain has no class of its own for this
-      if (died and f'exit code {-signal.SIGBUS}.' in str(error)) or getattr(error, 'errno', None) == errno.ENOSPC:
-        groups_in_workers = 3 * self.num_workers
-        image_bytes = example.map(numbers.start)['image'].nbytes
-        raise DataError(_shortage(image_bytes * (batch_size + groups_in_workers * group_size))) from error
-      if getattr(error, 'errno', None) == errno.EMFILE:
-        raise DataError(
-          f'{self.num_workers} data workers need more open files than this process may have: raise the limit, such as '
-          '`ulimit -n 4096`, or set a smaller --config.data.num_workers'
-        ) from error
-      if died:
-        raise DataError(
-          f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
-          '--config.data.num_workers'
-        ) from error
+      shared_memory.free_what_the_dead_left()
+      image_bytes = example.map(numbers.start)['image'].nbytes
+      if problem := self._problem(error, image_bytes * (batch_size + 3 * self.num_workers * group_size)):
+        raise DataError(problem) from error
       raise
     finally:
       _close(batches)
       _free_shared_memory()
+
+  def _problem(self, error: Exception, num_bytes: int) -> str:
+    """A line about a worker that died, or what its processes lack; empty for other errors.
+
+    Args:
+      error: of grain.
+      num_bytes: of the images that are in shared memory at a time.
+    """
+    number = getattr(error, 'errno', None)
+    died = 'terminated unexpectedly' in str(error)  # grain has no class of its own for this
+    if number == errno.ENOSPC or (died and f'exit code {-signal.SIGBUS}.' in str(error)):
+      return shared_memory.shortage(num_bytes)
+    if number == errno.EMFILE:
+      return (
+        f'{self.num_workers} data workers need more open files than this process may have: raise the limit, such as '
+        '`ulimit -n 4096`, or set a smaller --config.data.num_workers'
+      )
+    if died:
+      return (
+        f'a data worker died ({str(error).split(".")[0]}); if it was killed for lack of memory, set a smaller '
+        '--config.data.num_workers'
+      )
+    return ''
 
 
 def _close(batches: Any) -> None:
@@ -229,52 +234,12 @@ def _allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _shortage(num_bytes: int) -> str:
-  """A line that says that there is too little shared memory for `num_bytes`, and what helps."""
-  disk = shutil.disk_usage(SHARED_MEMORY)
-  return (
-    f'shared memory is full: data workers need about {num_bytes / 1e6:.1f} MB in {SHARED_MEMORY}, which has '
-    f'{disk.total / 1e6:.1f} MB, {disk.free / 1e6:.1f} MB of them free. Give the container more, such as --shm-size=2g '
-    'of docker run, or use threads, which need none: --config.data.num_workers=0'
-  )
-
-
-@functools.cache
-def _owner() -> Any:
-  """This process's open file in shared memory, locked as long as it lives; frees what processes left that are gone.
-
-  Python frees the shared memory of a process that was killed, but misses some if that happens while it is made, and
-  does so in a process of its own. If that is killed too, as with a whole job, the next run frees everything here.
-  """
-  if not SHARED_MEMORY.is_dir():  # not Linux
-    return None
-  for path in SHARED_MEMORY.glob(f'*{OWNER}'):
-    with contextlib.suppress(OSError), path.open() as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
-      for leftover in SHARED_MEMORY.glob(f'*{path.stem}*'):
-        leftover.unlink()
-  owner = tempfile.NamedTemporaryFile(prefix='', suffix=OWNER, dir=SHARED_MEMORY)  # noqa: SIM115 (open to the end)
-  fcntl.flock(owner, fcntl.LOCK_EX)
-  multiprocessing.current_process()._config['semprefix'] = f'/{Path(owner.name).stem}'  # type: ignore[attr-defined]
-  return owner
-
-
 def _free_shared_memory() -> None:
   """Frees what workers handed over last, which Python would otherwise report as leaked at exit."""
   gc.collect()  # grain leaves the last groups in a reference cycle
   # grain frees memory in a background thread, which may not finish before exit. There is no public way to wait for it.
   if thread := getattr(grain.multiprocessing.SharedMemoryArray, '_del_thread_pool', None):
     thread.apply(int)
-
-
-def _free_what_the_dead_left() -> None:
-  """Frees what a worker that died has not handed over; no other worker of this process may be at work."""
-  if owner := _owner():
-    for path in SHARED_MEMORY.glob(f'{Path(owner.name).stem}[!.]*'):
-      with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is empty
-        memory = shared_memory.SharedMemory(path.name)
-        memory.close()
-        memory.unlink()
 
 
 def _concatenate(groups: Sequence[Batch]) -> Batch:
@@ -287,8 +252,7 @@ def _start_worker(owner: str | None, worker_index: int, worker_count: int) -> No
   # Signals to a group of processes, such as a terminal's Ctrl-C, are left to the main process: it needs its workers
   # until it has saved, and ends them itself.
   os.setpgid(0, 0)
-  if owner:
-    shared_memory._SHM_NAME_PREFIX = f'/{Path(owner).stem}'  # type: ignore[attr-defined]  # there is no public way
+  shared_memory.name_after(owner)
 
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
