@@ -61,10 +61,14 @@ def file_format(path: Path) -> Format:
   raise UserError(f'is neither a PyTorch checkpoint nor a safetensors file: it starts with {start[:12]!r}')
 
 
-def sha256(path: Path) -> str:
-  """Hexadecimal digest of a file."""
-  with reading(), path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+def sha256(*paths: Path) -> str:
+  """Hexadecimal digest of a file, or of several one after another."""
+  digest = hashlib.sha256()
+  with reading():
+    for path in paths:
+      with path.open('rb') as file:
+        hashlib.file_digest(file, lambda: digest)
+  return digest.hexdigest()
 
 
 def read_index(path: Path) -> dict[Path, list[str]]:
