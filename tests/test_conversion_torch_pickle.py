@@ -95,7 +95,7 @@ def saved_objects(draw, types):
 
 
 @pytest.mark.parametrize('file_format', FORMATS)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_torch_writes_is_read_as_torch_reads_it(file_format, tmp_path, data):
   unreadable = (torch.uint16, torch.uint32, torch.uint64) if file_format == 'legacy' else ()  # by torch itself
