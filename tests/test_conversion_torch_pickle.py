@@ -256,6 +256,16 @@ def test_views_that_leave_their_storage_are_refused(view, tmp_path):
     files.read_torch(tmp_path / 'file', 'zip')
 
 
+def test_names_of_storages_are_strings(tmp_path):
+  """Else this one's would be a text of 2 ** 100 parts."""
+  write_pickle(tmp_path / 'file', 'legacy', b'N')
+  start, end, _ = (tmp_path / 'file').read_bytes().rpartition(pickle.dumps([], protocol=2))
+  assert end
+  (tmp_path / 'file').write_bytes(start + b'\x80\x02])' + 100 * b'q\x00h\x00\x86' + b'a.')
+  with pytest.raises(UserError, match='a storage has no name'):
+    files.read_torch(tmp_path / 'file', 'legacy')
+
+
 def test_storages_are_as_large_as_declared(tmp_path):
   torch.save([torch.zeros(90)], tmp_path / 'file')
   for change, says in (
