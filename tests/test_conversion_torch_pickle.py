@@ -182,14 +182,14 @@ STEPS = {
   'bytearray of protocol 5': (b'\x96' + struct.pack('<Q', 1 << 33), 'expected 8589934592 bytes'),
   'long number': (b'\x8b' + struct.pack('<i', (1 << 31) - 1), 'not enough data'),
   'frame': (b'\x95' + struct.pack('<Q', 1 << 40), 'unsupported step FRAME'),
-  'deep tuples': (b')' + N * b'\x85', None),
+  'deep tuples': (b')' + N // 5 * b'\x85', None),
   'deep lists': (N // 5 * b']' + b']' + N // 5 * b'a', None),
   'deep dicts': (N // 5 * b'}N' + b'}' + N // 5 * b's', None),
   'deep key': (b'})' + 2 * N * b'\x85' + b'Ns', None),  # hashing it ends Python with a segmentation fault
   'key of 2 ** 100 parts': (b'})' + 100 * b'q\x00h\x00\x86' + b'Ns', None),
   'keys with the same hash': (b'}(' + b''.join(number(i * (2**61 - 1)) + b'N' for i in range(1, N // 5)) + b'u', None),
   'many arguments': (b'ccollections\nCounter\n(' + N * b'N' + b'tR', 'calls collections.Counter with too much'),
-  'dict of a list': (b'ccollections\nOrderedDict\n](' + N * b']' + b'e\x85R', 'positional arguments'),
+  'dict of a list': (b'ccollections\nOrderedDict\n](' + N // 5 * b']' + b'e\x85R', 'positional arguments'),
   'storage of a list': (b'](' + N * b'N' + b'eQ', 'positional arguments'),
   'calls in calls': (
     5000 * b'ctorch._tensor\n_rebuild_from_type_v2\nctorch\nTensor\n' + b')' + 5000 * b'N\x87R', 'damaged'
