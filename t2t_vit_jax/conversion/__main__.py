@@ -1,7 +1,8 @@
 """Converts PyTorch weights: python -m t2t_vit_jax.conversion CHECKPOINT --output=weights.safetensors.
 
 The checkpoint may come from the reference, from mmpretrain, or from a training script that saves a state
-dict; nothing in it is executed. With --reverse, a converted file becomes a PyTorch state dict.
+dict; nothing in it is executed, and PyTorch is not needed. With --reverse, a converted file becomes a
+PyTorch state dict.
 """
 
 import argparse
@@ -61,10 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     epilog='For example: python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors',
   )
   parser.add_argument(
-    'checkpoint', metavar='CHECKPOINT', type=Path, help="of the reference, mmpretrain or timm's script"
+    'checkpoint',
+    metavar='CHECKPOINT',
+    type=Path,
+    help="of the reference, mmpretrain or timm's script, or the index of its shards",
   )
   parser.add_argument(
-    '--output', metavar='FILE', type=Path, help='the file to write: .safetensors, or .pth with --reverse'
+    '--output', metavar='FILE', type=Path, help='the file to write: .safetensors; with --reverse also .pth'
   )
   parser.add_argument('--model', metavar='NAME', help='name of the model, if the tensors fit more than one')
   parser.add_argument(
@@ -79,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--image_size', metavar='SIZE', help='another image size, SIDE or HEIGHTxWIDTH: resizes the position table'
   )
-  parser.add_argument('--reverse', action='store_true', help='write a PyTorch state dict')
+  parser.add_argument(
+    '--reverse', action='store_true', help="write a state dict under PyTorch's names; a .pth needs torch"
+  )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))
 

@@ -40,6 +40,7 @@ class Checkpoint:
   cifar: bool  # saved by the reference's CIFAR transfer
   class_names: tuple[str, ...] | None
   notes: tuple[str, ...]  # what was chosen and dropped, for the user
+  files: tuple[Path, ...]  # the file, or the index and its shards
 
 
 def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind | None) -> Checkpoint:
@@ -74,9 +75,9 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
       state = {name: tensor for name, tensor in state.items() if name not in dropped}
   if any(getattr(tensor, 'dtype', '') == 'float64' for tensor in state.values()):
     notes.append('precision: float64 numbers are rounded to float32')
-  size = sum(file.stat().st_size for file in shards or (path,))
-  arrays = files.tensors_to_arrays(state, max_bytes=2 * size)
-  return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes))
+  paths = (path, *shards)
+  arrays = files.tensors_to_arrays(state, max_bytes=2 * sum(file.stat().st_size for file in paths))
+  return Checkpoint(arrays, label, isinstance(saved.get('net'), dict), _class_names(saved), tuple(notes), paths)
 
 
 def _read(path: Path, file_format: files.Format) -> Any:

@@ -216,7 +216,7 @@ def _import_checkpoint(path: Path, file_format: files.Format, options: Options) 
     channels=channels,
     data=data,
     class_names=class_names if class_names and len(class_names) == arguments['num_classes'] else None,
-    source=dict(file=path.name, sha256=files.sha256(path), weights=checkpoint.weights),
+    source=dict(file=path.name, sha256=files.sha256(*checkpoint.files), weights=checkpoint.weights),
   )
   shown = ', '.join(f'{field}={value}' for field, value in arguments.items())
   return weights, [*checkpoint.notes, f'model: {model or "unnamed"} ({shown})', _origins(model, options)]

@@ -61,10 +61,14 @@ def file_format(path: Path) -> Format:
   raise UserError(f'is neither a PyTorch checkpoint nor a safetensors file: it starts with {start[:12]!r}')
 
 
-def sha256(path: Path) -> str:
-  """Hexadecimal digest of a file."""
-  with reading(), path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+def sha256(*paths: Path) -> str:
+  """Hexadecimal digest of a file, or of several one after another."""
+  digest = hashlib.sha256()
+  with reading():
+    for path in paths:
+      with path.open('rb') as file:
+        hashlib.file_digest(file, lambda: digest)
+  return digest.hexdigest()
 
 
 def read_index(path: Path) -> dict[Path, list[str]]:
@@ -144,7 +148,9 @@ def _read_legacy(file: IO[bytes], path: Path) -> Any:
     raise UserError('is of a version of the old PyTorch format that is not known')
   machine, places = Machine(), {}
   saved = machine.run(file)
-  for key in map(str, Machine().run(file)):
+  for key in Machine().run(file):
+    if type(key) is not str:
+      raise ValueError('a storage has no name')
     nbytes = int.from_bytes(file.read(8), 'little') * itemsize(machine.storages[key].dtype)
     places[key] = (file.tell(), nbytes)
     file.seek(nbytes, os.SEEK_CUR)
@@ -166,8 +172,10 @@ def tensors_to_arrays(tensors: Mapping[Any, Any], max_bytes: int) -> dict[str, n
   if sum(tensor.nbytes for tensor in tensors.values()) > max_bytes:
     raise UserError('refused: its tensors share their numbers, and together declare far more than the file holds')
   with reading():
-    read = {name: tensor.read() if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()}
-    return {name: array.astype(np.float32, copy=False) for name, array in read.items()}
+    return {
+      name: (tensor.read() if isinstance(tensor, Tensor) else tensor).astype(np.float32, copy=False)
+      for name, tensor in tensors.items()
+    }
 
 
 def _defect(name: Any, tensor: Any) -> str | None:
