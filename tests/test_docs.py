@@ -21,7 +21,8 @@ from sklearn.datasets import load_sample_image
 
 import t2t_vit_jax
 from t2t_vit_jax.conversion.weight_format import Weights, write_weights
-from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
+from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
+from t2t_vit_jax.models.variants import DataDefaults
 from tests.image_folder import write_image_folder
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,8 @@ def write_random_weights(name, path, image_size):
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
   data = {**dataclasses.asdict(DataDefaults()), 'image_size': image_size}
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
-  arguments = {**VARIANTS[name].arguments, 'image_size': image_size, 'num_classes': 1000}
+  arguments = {field: getattr(model, field) for field in ARCHITECTURE}
+  arguments |= {'image_size': image_size, 'num_classes': 1000}
   write_weights(Weights(arrays, name, arguments, 3, data, None, {'weights': None}), path)
 
 

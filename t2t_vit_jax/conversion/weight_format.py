@@ -80,12 +80,13 @@ _SCHEMA = {
   'data.crop_fraction': _number(1e-2, 1),
   'data.interpolation': _one_of(('bilinear', 'bicubic')),
   'data.mean': _list(_number(-1e3, 1e3), _COLOURS),
-  'data.std': _list(_number(1e-3, 1e3), _COLOURS),
+  'data.std': _list(_number(1e-38, 1e3), _COLOURS),
   'data.orientation': _one_of(('upright', 'ignored')),
   'source': _OBJECT,
   'source.weights': _or_none(_one_of(('ema', 'raw'))),
   'source.step': _whole(0, 2**53),
 }
+HEADER_FIELDS = tuple(_SCHEMA)
 _OPTIONAL = ('arguments.dense_stages', 'arguments.growth_rate', 'data.orientation', 'source.step')
 
 

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from t2t_vit_jax.conversion.weight_format import check_field
+from t2t_vit_jax.conversion.weight_format import HEADER_FIELDS, check_field
 from t2t_vit_jax.data.transforms import MODES
 from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share, choose
 
@@ -67,10 +67,11 @@ def check_ranges(config: Any) -> None:
         check(path, value)
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
-  for group, part in (('data', 'data'), ('model', 'arguments')):
-    for field, value in config[group].items():
-      if value is not None:  # a run must be able to open the weight file that it writes
-        check_field(f'{part}.{field}', tuple(value) if isinstance(value, list) else value, f'{group}.{field}')
+  for path in HEADER_FIELDS:  # a run must be able to open the weight file that it writes
+    part, _, field = path.rpartition('.')
+    group = {'arguments': 'model', 'data': 'data'}.get(part)
+    if group and (value := getattr(config[group], field, None)) is not None:
+      check_field(path, tuple(value) if isinstance(value, list) else value, f'{group}.{field}')
   choose(MODES, 'data.channels', config.data.channels)
   lengths = {len(config.data.mean), len(config.data.std)}
   if lengths != {config.data.channels} or min(config.data.std) <= 0:

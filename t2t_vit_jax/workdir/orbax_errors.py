@@ -6,6 +6,7 @@ import functools
 import logging
 import sys
 from typing import Any
+import warnings
 
 # Parts of messages about trouble that leaves the checkpoint itself good.
 NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
@@ -50,6 +51,7 @@ def silence_background() -> None:
   sys.unraisablehook = pass_on
   asyncio = logging.getLogger('asyncio')
   logging.getLogger('absl').addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')  # of a write that failed
   asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
 
 
