@@ -193,7 +193,7 @@ def check_output(path: Path, *, force: bool) -> None:
     raise problem(path, f'cannot be written: {error.strerror}') from error
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
   """Calls `write` with a temporary name beside `path`, then renames: nobody ever sees half a file at `path`.
 
   Raises:

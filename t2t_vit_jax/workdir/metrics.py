@@ -32,9 +32,19 @@ class Reporter:
     first_step: steps done before; rows of later steps, from an interrupted run, are dropped.
     steps_per_epoch: to show epochs.
     batch_size: images a step.
+    evaluated: whether the evaluation of `first_step` is done; if not, its rows are dropped.
   """
 
-  def __init__(self, workdir: Workdir, *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int):
+  def __init__(
+    self,
+    workdir: Workdir,
+    *,
+    total_steps: int,
+    first_step: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    evaluated: bool = True,
+  ):
     self._silent = jax.process_index() != 0
     self._workdir = workdir
     self._file = workdir.logs / 'metrics.jsonl'
@@ -44,7 +54,7 @@ class Reporter:
     self._failed: set[str] = set()  # files that could not be written
     if not self._silent:
       try:
-        _drop_rows_after(self._file, first_step)
+        _drop_rows_after(self._file, first_step, evaluated=evaluated)
         self._events = _Events(workdir.logs / 'tensorboard', first_step)
       except OSError as error:
         raise UserError(f'cannot write to workdir {workdir.root} ({error.strerror})') from error
@@ -255,11 +265,13 @@ def _append_line(file: Path, line: str) -> None:
       raise
 
 
-def _drop_rows_after(file: Path, step: int) -> None:
-  """Drops the rows of steps after `step`, which are about to be done again."""
+def _drop_rows_after(file: Path, step: int, *, evaluated: bool) -> None:
+  """Drops the rows of what is about to be done again: of steps after `step`, and its evaluation unless `evaluated`."""
   if not file.exists():
     return
   rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+  if not evaluated:
+    rows = [row for row in rows if _step_of(row) < step or 'weights' not in json.loads(row)]
   rewritten = file.with_suffix('.tmp')
   rewritten.write_text(''.join(f'{row}\n' for row in rows))
   rewritten.replace(file)

@@ -6,9 +6,11 @@ import functools
 import logging
 import sys
 from typing import Any
+import warnings
 
 # Parts of messages about trouble that leaves the checkpoint itself good.
 NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+LATE = ('Event loop is closed', 'Encountered error while reading array')  # starts of what follows a failed read
 
 
 def leaves_checkpoint_good(error: BaseException) -> bool:
@@ -45,10 +47,11 @@ def _silence_late_failures() -> None:
   default_hook = sys.unraisablehook
 
   def pass_on(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    if not str(unraisable.exc_value).startswith(LATE):
       default_hook(unraisable)
 
   sys.unraisablehook = pass_on
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
   asyncio = logging.getLogger('asyncio')
   asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
 
