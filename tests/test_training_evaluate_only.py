@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -64,7 +65,7 @@ def test_several_processes_evaluate_a_weight_file_alike(data_dir, tmp_path):
   assert alone['count'] == 41
 
 
-def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path):
+def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path, capsys):
   changes = {'schedule.max_steps': 3, 'data.eval_split': 'test[:40]'}
   loop.train(small_config(data_dir, **changes), tmp_path)
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
@@ -76,6 +77,14 @@ def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path):
     assert (found[weights].correct, found[weights].count) == (row['correct'], 40)
     assert found[weights].loss_sum == pytest.approx(row['loss_sum'], rel=1e-6)
   assert sorted(tmp_path.rglob('*')) == files
+
+  shutil.copytree(tmp_path / 'checkpoints' / '3', tmp_path / 'checkpoints' / '9')
+  (tmp_path / 'checkpoints' / '9' / '_CHECKPOINT_METADATA').write_text('{}')
+  capsys.readouterr()
+  assert evaluate_only(config_of(data_dir, **{'data.image_size': 16}), tmp_path) == found
+  damage, taken = capsys.readouterr().err.splitlines()
+  assert damage.startswith(f'warning: The checkpoint {tmp_path}/checkpoints/9 is damaged (')
+  assert taken == 'warning: The checkpoint of step 3 was taken.'
 
 
 def test_what_cannot_be_evaluated_gets_one_line(data_dir, tmp_path):

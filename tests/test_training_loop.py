@@ -314,7 +314,9 @@ def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, caps
   assert 'seed was 0 and is 7' in output
 
 
-def test_a_signal_during_the_last_evaluation_stops_the_run_as_often_as_it_comes(data_dir, tmp_path, monkeypatch):
+def test_a_signal_during_the_last_evaluation_stops_the_run_as_often_as_it_comes(
+  data_dir, tmp_path, monkeypatch, capsys
+):
   config = small_config(data_dir, **{'schedule.max_steps': 2})
 
   def interrupted(*arguments):
@@ -328,8 +330,52 @@ def test_a_signal_during_the_last_evaluation_stops_the_run_as_often_as_it_comes(
         loop.train(config, tmp_path / 'run')
       assert stopped.value.exit_code == 128 + signal.SIGINT
       assert not (tmp_path / 'run' / 'weights').exists()
-  accuracy = loop.train(config, tmp_path / 'run')
-  assert accuracy == loop.train(config, tmp_path / 'straight')
+  loop.train(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'report.png').exists()
+  accuracy = loop.train(config, tmp_path / 'straight')
+  assert untimed_rows(tmp_path / 'run') == untimed_rows(tmp_path / 'straight')
+  capsys.readouterr()
+  assert accuracy == loop.train(config, tmp_path / 'run')  # not evaluated once more
+  assert capsys.readouterr().out.startswith('This run is complete: 2 steps in ')
+
+
+def untimed_rows(workdir):
+  rows = [json.loads(row) for row in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{name: x for name, x in row.items() if name not in ('images_per_second', 'data_wait')} for row in rows]
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_by_the_next_start(data_dir, tmp_path, monkeypatch, capsys):
+  """Two steps an epoch; learning so fast that the accuracy after the first epoch is the best one."""
+  changes = {
+    'data.train_split': 'train[:128]',
+    'data.eval_split': 'test[:60]',
+    'checkpoint.every_epochs': 1,
+    'schedule.max_steps': 4,
+    'logging.every_steps': 1,
+  }
+  config = small_config(data_dir, **changes)
+  loop.train(config, tmp_path / 'straight')
+  evaluate = loop.Trainer.evaluate
+  evaluated = []
+
+  def interrupted(self, stop):
+    evaluated.append(self.step)
+    if len(evaluated) < 3:  # that of step 2, and again when the next run starts with it
+      signal.raise_signal(signal.SIGTERM)
+    return evaluate(self, stop)
+
+  monkeypatch.setattr(loop.Trainer, 'evaluate', interrupted)
+  for _ in range(2):
+    with pytest.raises(loop.Stopped, match='stopped at step 2 and saved') as stopped:
+      loop.train(config, tmp_path / 'run')
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+  capsys.readouterr()
+  loop.train(config, tmp_path / 'run')
+  assert 'step 2 was not evaluated; that comes first' in capsys.readouterr().out
+  assert evaluated == [2, 2, 2, 4]
+  assert untimed_rows(tmp_path / 'run') == untimed_rows(tmp_path / 'straight')
+  metrics = [path.parent.parent.name for path in (tmp_path / 'run').glob('checkpoints/*/metrics/metrics')]
+  assert sorted(metrics) == sorted(path.name for path in (tmp_path / 'straight' / 'checkpoints').iterdir())
 
 
 def test_a_signal_after_the_last_evaluation_is_too_late_to_stop_the_run(data_dir, tmp_path, monkeypatch):
@@ -416,7 +462,7 @@ def test_a_run_from_before_orientation_was_a_field_goes_on_without_it(data_dir, 
   loop.train(config(1, 'ignored'), tmp_path / 'run')
   (metadata,) = (tmp_path / 'run' / 'checkpoints').glob('*/_CHECKPOINT_METADATA')
   stored = json.loads(metadata.read_text())
-  del stored['custom_metadata']['config']['data']['orientation']
+  del stored['custom_metadata']['config']['data']['orientation'], stored['custom_metadata']['checksum']
   metadata.write_text(json.dumps(stored))
   shutil.copytree(tmp_path / 'run', tmp_path / 'turned')
   capsys.readouterr()
@@ -424,8 +470,8 @@ def test_a_run_from_before_orientation_was_a_field_goes_on_without_it(data_dir, 
   loop.train(config(2), tmp_path / 'run')
   assert 'data.orientation' not in capsys.readouterr().out
   with Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True) as checkpoints:
-    description, _ = checkpoints.load_weights(replicated(build_run(config(2)).recipe.mesh))
-  assert description['config']['data']['orientation'] == 'ignored'
+    stored = checkpoints.load_weights(replicated(build_run(config(2)).recipe.mesh)).run
+  assert stored['config']['data']['orientation'] == 'ignored'
   loop.train(config(2, 'ignored'), tmp_path / 'straight')
   rows = [
     [json.loads(row)['loss'] for row in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]

@@ -1,7 +1,9 @@
 """Checkpoints that are damaged, disks that are full, runs that meet in one folder, and kills at any moment."""
 
+import json
 import logging
 import os
+import shutil
 import sys
 import threading
 
@@ -18,6 +20,7 @@ from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from t2t_vit_jax.workdir.fingerprints import fingerprint
 from t2t_vit_jax.workdir.folder import open_workdir
+from tests import damage_checkpoints
 from tests.kill_runs import kill_and_compare
 from tests.processes import ROOT, finish, start_command, start_process
 from tests.small_disk import small_disk
@@ -58,6 +61,67 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_taken(run, two_check
   assert f'{two_checkpoints}/7 is damaged' in line
   assert str(shelf) in line
   assert (shelf / numbers.relative_to(two_checkpoints / '7')).read_bytes() == content
+
+
+@pytest.fixture(scope='module')
+def tiny(data_dir, tmp_path_factory):
+  """A run of few arrays, a folder with two checkpoints of it, and their states by step."""
+  run, folder = build_run(small_config(data_dir, **damage_checkpoints.TINY)), tmp_path_factory.mktemp('tiny')
+  return run, folder, damage_checkpoints.save_two(run, folder)
+
+
+@pytest.mark.parametrize(
+  ('step', 'name', 'damage', 'outcome'),
+  [
+    (7, '_CHECKPOINT_METADATA', lambda data: data.replace(b'"seed": 0', b'"seed": 1'), 'the one before'),
+    (7, '_CHECKPOINT_METADATA', lambda data: data.replace(b'custom_metadata', b'custom_metadatA'), 'the one before'),
+    (7, '_CHECKPOINT_METADATA', lambda data: b'', 'the one before'),
+    (7, '_CHECKPOINT_METADATA', lambda data: b'[' * 100_000, 'the one before'),
+    (7, 'state/_METADATA', lambda data: data.replace(b'"proj"', b'"prok"'), 'the one before'),
+    (7, 'state/_sharding', lambda data: data[:99], 'the one before'),
+    (7, 'metrics/metrics', lambda data: data.replace(b'test', b'tess'), 'the newest, without metrics'),
+    (7, 'metrics/metrics', lambda data: b'[' * 100_000, 'the newest, without metrics'),
+    (7, 'metrics/metrics', lambda data: data.replace(b'{', b'\xff'), 'the newest, without metrics'),
+    (3, 'metrics/metrics', lambda data: b'null', 'the newest'),
+    (3, '_CHECKPOINT_METADATA', lambda data: b'{}', 'the newest'),
+  ],
+)
+def test_a_damaged_small_file_costs_a_checkpoint_at_most(tiny, tmp_path, step, name, damage, outcome):
+  run, folder, states = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  file = tmp_path / 'checkpoints' / str(step) / name
+  content = file.read_bytes()
+  assert damage(content) != content
+  file.write_bytes(damage(content))
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == outcome
+  (aside,) = (tmp_path / 'damaged').iterdir()
+  assert aside.name == ('7-metrics' if outcome.endswith('without metrics') else str(step))
+
+
+def test_metrics_that_come_later_count_for_the_best_checkpoint(tiny, tmp_path):
+  run, folder, _ = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  shutil.rmtree(tmp_path / 'checkpoints' / '7' / 'metrics')
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    assert checkpoints.latest_metrics is None
+    checkpoints.add_metrics({'top1': 2.0})
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    assert checkpoints.best == (7, {'top1': 2.0})
+    state = checkpoints.restore(run.recipe.abstract_state, description(run)).state
+    for later in (8, 9):
+      checkpoints.save(state.replace(step=jnp.int32(later)), metrics={'top1': 1.5}, run=description(run))
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['7', '9']
+
+
+def test_what_an_older_version_saved_without_checksums_is_read(tiny, tmp_path):
+  run, folder, states = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  for name in ('_CHECKPOINT_METADATA', 'metrics/metrics'):
+    file = tmp_path / 'checkpoints' / '7' / name
+    stored = json.loads(file.read_text())
+    del stored.get('custom_metadata', stored)['checksum']
+    file.write_text(json.dumps(stored))
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=False) == 'the newest'
 
 
 def test_one_line_says_why_a_checkpoint_cannot_be_read(run, two_checkpoints, caplog):

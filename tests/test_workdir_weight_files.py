@@ -159,6 +159,21 @@ def test_a_checkpoint_is_exported_without_data_and_config(workdir, tmp_path):
     weight_files.export_checkpoint(anything, str(tmp_path))
 
 
+def test_an_export_takes_the_checkpoint_before_a_damaged_one_and_says_so(workdir, tmp_path):
+  checkpoints = tmp_path / workdir.name / 'checkpoints'
+  for step in (STEPS, 9):
+    shutil.copytree(workdir / 'checkpoints' / str(STEPS), checkpoints / str(step))
+  (checkpoints / '9' / '_CHECKPOINT_METADATA').write_text('')
+  damage, taken, written = weight_files.export_checkpoint(small_config('/nowhere'), str(tmp_path / workdir.name))
+  assert damage == f'The checkpoint {checkpoints}/9 is damaged (ValueError: its description is missing).'
+  assert taken == f'The checkpoint of step {STEPS} was taken.'
+  assert written.startswith(f'weights of step {STEPS} (moving average): ')
+  assert contents(tmp_path / workdir.name / 'weights') == contents(workdir / 'weights')
+  (checkpoints / str(STEPS) / '_CHECKPOINT_METADATA').write_text('')
+  with pytest.raises(UserError, match=r'^no checkpoint can be read\. The checkpoint \S+/9 is damaged \('):
+    weight_files.export_checkpoint(small_config('/nowhere'), str(tmp_path / workdir.name))
+
+
 def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp_path):
   with small_disk(tmp_path):
     shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('weights'))

@@ -1,6 +1,7 @@
 """A recipe with its data, built and checked from a config before anything is written or computed."""
 
 from collections.abc import Callable, Generator
+import contextlib
 import dataclasses
 import math
 from typing import Any, Self
@@ -70,6 +71,11 @@ class Run:
       first_step=first_step,
       last_step=self.recipe.total_steps,
     )
+
+  def batch_of(self, step: int) -> loader.Batch:
+    """Rebuilds this process's part of the batch of step `step`, unchecked."""
+    with contextlib.closing(self.train_batches(step - 1, loader.Workers(num_workers=0))) as batches:
+      return next(batches)
 
   def augmented(self, batch: loader.Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Replays the augmentation of step `step` for `batch`, all or the first images of this process's part.

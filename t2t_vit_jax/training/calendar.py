@@ -8,7 +8,7 @@ class Calendar:
   """Tells what is due after a step; steps count from 1.
 
   Attributes:
-    last_step: where the run ends; it is evaluated.
+    last_step: where the run ends; it is evaluated, as is a step after it, of a run that was to be longer.
     evaluate_every: steps. An evaluated step is saved too.
     save_every: steps.
     report_every: steps. A saved step is reported too, so that a resumed run repeats no row of the metrics.
@@ -20,7 +20,7 @@ class Calendar:
   report_every: int
 
   def evaluates(self, step: int) -> bool:
-    return step == self.last_step or step % self.evaluate_every == 0
+    return step >= self.last_step or (step > 0 and step % self.evaluate_every == 0)
 
   def saves(self, step: int) -> bool:
     return self.evaluates(step) or step % self.save_every == 0

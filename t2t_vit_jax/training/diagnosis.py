@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2t_vit_jax.data import loader
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
@@ -74,9 +73,7 @@ def explain(run: Run, state: TrainState, step: int) -> str:
 
   The weights are those in `state`, which may be some steps older or younger.
   """
-  batches = run.train_batches(step - 1, loader.Workers(num_workers=0))
-  batch = next(batches)
-  batches.close()
+  batch = run.batch_of(step)
   variables = jax.device_get(gathered(state.variables(), run.recipe.mesh))
   images, rngs = run.augmented(batch, step)
   nonfinite = first_nonfinite_layer(run.recipe.model, variables, images, rngs)

@@ -54,10 +54,12 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   in_all_processes(lambda: _check_exists(folder))
   if folder.is_dir():
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
-      description, weights = checkpoints.load_weights(sharding.replicated(mesh))
+      _, description, weights, _, notes = checkpoints.load_weights(sharding.replicated(mesh))
     num_classes = weights['raw']['params']['head']['bias'].size
     model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
     class_names, channels = description.get('class_names'), data['channels']
+    for line in notes if jax.process_index() == 0 else ():
+      warn(line)
   else:
     loaded = in_all_processes(lambda: _load(path, config))
     (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names

@@ -75,15 +75,17 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       say(f'This run is complete: {int(state.step)} steps in {workdir}. To train again choose another --workdir.')
       written = weight_files.are_written(folder.root, checkpoints, with_ema=bool(run.recipe.ema_decay))
     else:
+      overdue = not metrics and calendar.evaluates(int(state.step))  # a signal or an error came before its evaluation
       nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
-      with _reporter(run, folder, first_step=int(state.step)) as reporter:
+      with _reporter(run, folder, first_step=int(state.step), evaluated=not overdue) as reporter:
         for note in notes:
           say(note)
-        metrics = _run_steps(Trainer(run, state, checkpoints, reporter), calendar, nonfinite, config.log_images)
+        trainer = Trainer(run, state, checkpoints, reporter)
+        metrics = _run_steps(trainer, calendar, nonfinite, overdue=overdue, log_images=config.log_images)
       checkpoints.wait()  # safe now, even if the weight files cannot be written
       written = False
     if not written:  # also if an earlier run was killed before it wrote them
-      for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh, metrics):
+      for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh):
         say(line)
   accuracy = Accuracy.from_dict(metrics)
   say(accuracy.last_line(metrics['split']))
@@ -103,11 +105,12 @@ def _initial_state(config: Any, run: Run, checkpoints: Checkpoints) -> tuple[Run
   return run, restored.state, restored.set_aside + notes
 
 
-def _reporter(run: Run, workdir: Workdir, first_step: int) -> Reporter:
+def _reporter(run: Run, workdir: Workdir, first_step: int, *, evaluated: bool) -> Reporter:
   reporter = Reporter(
     workdir,
     total_steps=run.recipe.total_steps,
     first_step=first_step,
+    evaluated=evaluated,
     steps_per_epoch=run.recipe.order.steps_per_epoch,
     batch_size=run.recipe.order.batch_size,
   )
@@ -169,6 +172,12 @@ class Trainer:
       self.result = result
     return result
 
+  def evaluate_first(self, stop: StopRequest) -> None:
+    """Makes the evaluation that was due when the newest checkpoint was saved, and adds it to that."""
+    say(f'step {self.step} was not evaluated; that comes first')
+    if metrics := self.evaluate(stop):
+      self.checkpoints.add_metrics(metrics)
+
   def save(self, metrics: dict[str, Any] | None = None) -> None:
     """Starts saving a checkpoint, with the metrics of its evaluation if there was one."""
     self.checkpoints.save(self.state, metrics=metrics, run=description(self.run))
@@ -180,8 +189,10 @@ class Trainer:
     self.reporter.report(self.step, self.faults.num_bad)
 
 
-def _run_steps(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, log_images: bool) -> dict[str, Any]:
-  """Computes the steps that are left; returns the metrics of the last step, see `Trainer.evaluate`."""
+def _run_steps(
+  trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, *, overdue: bool, log_images: bool
+) -> dict[str, Any]:
+  """Computes the steps that are left, after an `overdue` evaluation; returns the last step's metrics, see `Trainer`."""
   run, reporter, first_step = trainer.run, trainer.reporter, trainer.first_step
   sample = None
   with (
@@ -189,7 +200,10 @@ def _run_steps(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, 
     stop_request() as stop,
     _saving_if_it_ends_early(trainer, stop),
   ):
-    for step, batch in enumerate(reporter.waiting_for(trainer.faults.check(batches)), start=first_step + 1):
+    if overdue:
+      trainer.evaluate_first(stop)
+    left = () if stop else trainer.faults.check(batches)
+    for step, batch in enumerate(reporter.waiting_for(left), start=first_step + 1):
       if sample is None:
         sample = run.sample(batch)
         if log_images:
@@ -209,10 +223,10 @@ def _run_steps(trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, 
         trainer.save(metrics)
       if metrics:
         reporter.start_clock()
-    if sample is None:  # no step was left: the run was stopped right before its last evaluation
-      trainer.evaluate(stop)
-    elif trainer.result:
-      reporter.page(run.pictures(sample, first_step + 1), title(run, Accuracy.from_dict(trainer.result)))
+    if trainer.result:
+      page_step = min(first_step + 1, run.recipe.total_steps)  # the last one if none was left
+      sample = sample or run.sample(run.batch_of(page_step))
+      reporter.page(run.pictures(sample, page_step), title(run, Accuracy.from_dict(trainer.result)))
   assert trainer.result is not None
   return trainer.result
 

@@ -25,10 +25,8 @@ SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # except o
 ADDED_DATA_FIELDS = {'orientation': 'ignored', 'channels': 3}
 
 
-def with_added_fields(run: dict[str, Any] | None) -> dict[str, Any]:
+def with_added_fields(run: dict[str, Any]) -> dict[str, Any]:
   """A stored `description.description`, completed by the fields that an older run lacks."""
-  if not run or 'config' not in run:
-    return run or {}
   config = run['config']
   return {**run, 'config': {**config, 'data': {**ADDED_DATA_FIELDS, **config['data']}}}
 

@@ -1,7 +1,10 @@
-"""Fingerprints, the checksums of a state, saved beside it: reading alone does not notice flipped bits."""
+"""Checksums of a state (fingerprints) and of what is said of it: reading alone does not notice flipped bits."""
 
+import hashlib
+import json
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +33,31 @@ def verified(restored: dict[str, Any]) -> dict[str, Any]:
   if any((saved[name] != computed[name]).any() for name in computed):
     raise ValueError('its numbers do not match their checksums')
   return restored
+
+
+def sealed(values: dict[str, Any], state: dict[str, Any] | None = None) -> dict[str, Any]:
+  """JSON with a checksum of it, and of the names, shapes and dtypes in `state`."""
+  return {**values, 'checksum': _digest(values, state)}
+
+
+def unsealed(stored: Any, state: dict[str, Any] | None = None) -> dict[str, Any]:
+  """The JSON that `sealed` got. What older versions wrote has no checksum and passes.
+
+  Raises:
+    ValueError: the JSON or the state has changed.
+  """
+  if not isinstance(stored, dict) or not stored:
+    raise ValueError('its description is missing')
+  values = {name: value for name, value in stored.items() if name != 'checksum'}
+  if stored.get('checksum', _digest(values, state)) != _digest(values, state):
+    raise ValueError('its description does not match its checksum')
+  return values
+
+
+def _digest(values: dict[str, Any], state: dict[str, Any] | None) -> str:
+  arrays = traverse_util.flatten_dict(state or {}, sep='/')
+  shapes = {name: (*array.shape, str(array.dtype)) for name, array in arrays.items()}
+  return hashlib.sha256(json.dumps([values, shapes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @jax.jit

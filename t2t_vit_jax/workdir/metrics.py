@@ -33,9 +33,19 @@ class Reporter:
     first_step: steps done before; rows of later steps, from an interrupted run, are dropped.
     steps_per_epoch: to show epochs.
     batch_size: images a step.
+    evaluated: whether the evaluation of `first_step` is done; if not, its rows are dropped.
   """
 
-  def __init__(self, workdir: Workdir, *, total_steps: int, first_step: int, steps_per_epoch: int, batch_size: int):
+  def __init__(
+    self,
+    workdir: Workdir,
+    *,
+    total_steps: int,
+    first_step: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    evaluated: bool = True,
+  ):
     self._silent = jax.process_index() != 0
     self._workdir = workdir
     self._file = workdir.logs / 'metrics.jsonl'
@@ -46,7 +56,7 @@ class Reporter:
     self._events: _Events | None = None
     if not self._silent:
       try:
-        _drop_rows_after(self._file, first_step)
+        _drop_rows_after(self._file, first_step, evaluated=evaluated)
       except OSError as error:
         raise UserError(f'cannot write to workdir {workdir.root}: {writing_problem(error, self._file)}') from error
       with self._only_logging('tensorboard'):
@@ -264,11 +274,13 @@ def _append_line(file: Path, line: str) -> None:
       raise
 
 
-def _drop_rows_after(file: Path, step: int) -> None:
-  """Drops the rows of steps after `step`, which are about to be done again."""
+def _drop_rows_after(file: Path, step: int, *, evaluated: bool) -> None:
+  """Drops the rows of what is about to be done again: of steps after `step`, and its evaluation unless `evaluated`."""
   file.touch()
   rows = read_rows(file)
-  kept = ''.join(f'{line}\n' for line, row in rows if row and row['step'] <= step)
-  write_file(file, lambda temporary: temporary.write_text(kept, 'utf-8', 'surrogateescape'))
+  last = step if evaluated else step - 1  # the last step whose evaluation is kept
+  kept = [line for line, row in rows if row and row['step'] <= (last if 'weights' in row else step)]
+  text = ''.join(f'{line}\n' for line in kept)
+  write_file(file, lambda temporary: temporary.write_text(text, 'utf-8', 'surrogateescape'))
   if broken := sum(row is None for _, row in rows):
     warn(f'{file}: dropped {broken} line(s) that are no rows of metrics, such as the last one of a killed process')

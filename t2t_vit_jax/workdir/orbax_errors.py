@@ -10,6 +10,7 @@ import warnings
 
 # Parts of messages about trouble that leaves the checkpoint itself good.
 NOT_DAMAGE = ('PERMISSION_DENIED', 'Permission denied', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+LATE = ('Event loop is closed', 'Encountered error while reading array')  # starts of what follows a failed read
 
 
 def leaves_checkpoint_good(error: BaseException) -> bool:
@@ -45,13 +46,13 @@ def silence_background() -> None:
   default_hook = sys.unraisablehook
 
   def pass_on(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    if not str(unraisable.exc_value).startswith(LATE):
       default_hook(unraisable)
 
   sys.unraisablehook = pass_on
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
   asyncio = logging.getLogger('asyncio')
   logging.getLogger('absl').addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
-  warnings.filterwarnings('ignore', 'coroutine .* was never awaited')  # of a write that failed
   asyncio.addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
 
 

@@ -47,12 +47,10 @@ def export_checkpoint(config: Any, workdir: str) -> list[str]:
   check_agreement(config)
   folder = epath.Path(os.path.expanduser(workdir))
   with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
-    return write_weight_files(folder, checkpoints, sharding.make_mesh(config.mesh), checkpoints.latest_metrics)
+    return write_weight_files(folder, checkpoints, sharding.make_mesh(config.mesh))
 
 
-def write_weight_files(
-  workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh, metrics: dict[str, Any] | None
-) -> list[str]:
+def write_weight_files(workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh) -> list[str]:
   """Writes the weights of the newest checkpoint into the workdir's folder `weights`; all processes call this.
 
   `model.safetensors` has the weights that count: the moving average if the run keeps one, and then the raw weights are
@@ -62,7 +60,6 @@ def write_weight_files(
     workdir: on a disk or in a bucket.
     checkpoints: of the run.
     mesh: devices, each of which holds all weights for a moment.
-    metrics: of the checkpoint's evaluation, see `loop.Trainer.evaluate`; None without one.
 
   Returns:
     Lines for the user.
@@ -70,15 +67,13 @@ def write_weight_files(
   Raises:
     UserError: the checkpoint can't be read, or the files can't be written.
   """
-  description, weights = checkpoints.load_weights(sharding.replicated(mesh))
-  step = checkpoints.latest_step
-  assert step is not None
+  step, description, weights, metrics, notes = checkpoints.load_weights(sharding.replicated(mesh))
   run = checkpoints.folder.parent.name
   contents = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
   card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
   in_all_processes(lambda: _write(workdir, contents, card))
   average = 'moving average' if 'ema' in weights else 'no moving average'
-  return [f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
+  return [*notes, f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
 
 
 def are_written(workdir: epath.Path, checkpoints: Checkpoints, *, with_ema: bool) -> bool:
