@@ -149,7 +149,7 @@ FAULTS = (
   Fault(
     'metrics of steps that are done again stay',
     'workdir/metrics.py',
-    "if row and row['step'] <= step",
+    "if row and row['step'] <= (last if 'weights' in row else step)",
     'if row',
   ),
   Fault("a loop's products count once", 'planning/flops.py', "params['length'] if name == 'scan' else 1", '1'),

@@ -210,7 +210,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, tmp_path):
     ('seed', -1, 'seed must lie between'),
     ('model.num_heads', 0, r'model\.num_heads must be positive'),
     ('schedule.cooldown_epochs', -3, r'cooldown_epochs must not be negative'),
-    ('data.std', (0.1, 0.0, 0.1), r'data\.std must'),
+    ('data.std', (0.1, 0.0, 0.1), r'data\.std is .* must be a list'),
     ('data.eval_split', 'test[:abc]', r"no split 'test\[:abc\]'"),
   ],
 )
