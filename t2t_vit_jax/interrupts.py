@@ -30,5 +30,6 @@ def is_program() -> bool:
   return sys.argv[0] == '-m' or Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parents[1]
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler and is_program():
+in_main_thread = threading.current_thread() is threading.main_thread()  # only there Python takes a handler
+if in_main_thread and is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, interrupt)
