@@ -140,20 +140,25 @@ def weights_header(path: str | None) -> dict[str, Any]:
 
 def _load_init_from(config: Any) -> Weights:
   try:
-    return load_as_configured(config.init_from, config)
+    return load_as_configured(config.init_from, config, config.model.name)
   except UserError as error:
     raise UserError(f'init_from: {error}') from error
 
 
-def load_as_configured(path: str, config: Any) -> Weights:
+def load_as_configured(path: str, config: Any, model_name: str | None) -> Weights:
   """Loads a weight file; what a PyTorch checkpoint does not show of its model, `config.model` tells.
 
+  Args:
+    path: the file.
+    config: of the run; of `config.model` only what tensors do not show is used.
+    model_name: the named model that the file must hold; None if it is the only one that fits, or has no name.
+
   Raises:
-    UserError: the file can't be read, or `config.model` leaves it open which model it holds.
+    UserError: the file can't be read, or it stays open which model it holds.
   """
   settings = {field: config.model[field] for field in ('num_heads', 'qk_scale') if config.model[field] is not None}
   try:
-    return load(Path(path), Options(model_name=config.model.name, settings=settings))[0]
+    return load(Path(path), Options(model_name=model_name, settings=settings))[0]
   except UserError as error:
     # The message names flags of convert_torch_weights.py: these are the config's fields for them.
     advice = str(error).replace('--model=', '--config.model.name=').replace('--set=', '--config.model.')

@@ -1,6 +1,7 @@
 """Evaluates weights without training: of a weight file, or of a run's newest checkpoint."""
 
 from collections.abc import Sequence
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def _load(path: str, config: Any) -> Weights:
   except UserError:
     if weights_header(path):
       raise
-    return load_as_configured(path, config)  # a checkpoint may fit several models, or hide its number of heads
+  try:  # a checkpoint hides its number of heads, or fits several named models
+    return load_as_configured(path, config, model_name=None)
+  except UserError as error:
+    with contextlib.suppress(UserError):
+      return load_as_configured(path, config, model_name=config.model.name)
+    raise error
 
 
 def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | None) -> Source:
