@@ -16,6 +16,7 @@ import warnings
 from absl import flags, logging
 
 from t2t_vit_jax.errors import UserError, did_you_mean, printable
+from t2t_vit_jax.interrupts import imports_are_done
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +33,9 @@ class Parser(argparse.ArgumentParser):
     raise UserError(message)
 
 
-def open_standard_streams() -> None:
-  """Puts the null device in place of standard streams that were closed before the program started."""
+def start_program() -> None:
+  """Lets Ctrl-C clean up from now on, and puts the null device in place of standard streams that were closed."""
+  imports_are_done()
   for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
     if getattr(sys, name) is None:
       setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
@@ -46,7 +48,7 @@ def with_home(argv: Sequence[str]) -> list[str]:
 
 def run_tool(tool: Callable[[], int]) -> int:
   """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
-  open_standard_streams()
+  start_program()
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
   show_warnings_as_lines()
@@ -119,7 +121,7 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 
 def check_and_quiet(argv: list[str]) -> None:
   """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
-  open_standard_streams()
+  start_program()
   show_warnings_as_lines()
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')

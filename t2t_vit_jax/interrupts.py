@@ -8,15 +8,16 @@ import threading
 from types import FrameType
 
 IMPORT_SYSTEM = '<frozen importlib._bootstrap>'
+_importing = True
 GC_CALLBACK = '_xla_gc_callback'  # jax's: Python drops what is raised in it
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-  """Handles SIGINT: raises KeyboardInterrupt, unless an import is under way, in which that may be swallowed."""
+  """Handles SIGINT: raises KeyboardInterrupt, but ends the program if it still imports, where that may be swallowed."""
   if frame is not None and frame.f_code.co_name == GC_CALLBACK:
     threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # once more, after it
     return
-  caller = frame
+  caller = frame if _importing else None
   while caller is not None and caller.f_code.co_filename != IMPORT_SYSTEM:
     caller = caller.f_back
   if caller is None:
@@ -25,9 +26,16 @@ def interrupt(number: int, frame: FrameType | None) -> None:
   os._exit(130)  # the shells' code for Ctrl-C
 
 
+def imports_are_done() -> None:
+  """Has Ctrl-C raise KeyboardInterrupt in later imports too: they may be part of work that must be cleaned up."""
+  global _importing
+  _importing = False
+
+
 def is_program() -> bool:
   """Whether this process is `python -m t2t_vit_jax.TOOL`, or a script beside the package such as train.py."""
-  return sys.argv[0] == '-m' or Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parents[1]
+  script = Path(sys.argv[0]).absolute()
+  return sys.argv[0] == '-m' or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
 
 
 in_main_thread = threading.current_thread() is threading.main_thread()  # only there Python takes a handler

@@ -10,10 +10,10 @@ MAY_IMPORT = {
   'interrupts': set(),
   'errors': set(),
   'console': {'errors'},
-  'command_line': {'errors', 'processes'},
+  'command_line': {'errors', 'interrupts', 'processes'},
   'processes': {'errors'},
   'models': {'errors'},
-  'data': {'errors'},
+  'data': {'errors', 'interrupts'},
   'conversion': {'errors', 'models'},
   'planning': {'errors'},
 }

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
 from t2t_vit_jax.errors import UserError, full_disk, printable
+from t2t_vit_jax.interrupts import imports_are_done
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
@@ -290,6 +291,7 @@ def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
+  imports_are_done()
   parser = argparse.ArgumentParser(prog='python -m t2t_vit_jax.data.prepare', description=__doc__.split('\n\n')[0])
   parser.add_argument('dataset', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
   parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
