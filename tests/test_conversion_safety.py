@@ -145,7 +145,7 @@ def set_argument(field, value):
     (set_argument('qkv_bias', 'false'), "arguments.qkv_bias in its metadata is 'false': it must be true or false"),
     (set_argument('qk_scale', np.nan), 'arguments.qk_scale in its metadata is nan: it must be a number from'),
     (set_argument('mlp_ratio', 1e308), 'arguments.mlp_ratio in its metadata is 1e+308'),
-    (set_argument('norm_layer', 'eval'), 'unknown fields, as of a newer version: norm_layer'),
+    (set_argument('norm_layer', 'eval'), 'unknown fields, as of a newer version: arguments.norm_layer'),
     (set_argument('dtype', 'bfloat16'), 'unknown fields'),
     (set_argument('tokens_type', 'other'), 'tokens_type'),
     (lambda arrays, metadata: metadata['arguments'].pop('num_heads'), 'lack arguments.num_heads'),

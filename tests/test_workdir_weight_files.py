@@ -19,6 +19,7 @@ from t2t_vit_jax.conversion.weight_format import read_header
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
+from t2t_vit_jax.training.evaluate_only import evaluate_only
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
@@ -193,10 +194,11 @@ def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp
 
 def test_named_models_keep_their_names_and_old_checkpoints_have_no_class_names():
   config = digits.get_config()
+  config.data.orientation = 'ignored'
   model = create_model('t2t_vit_tiny', num_classes=10)
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-  weights = weight_files._weights({'config': config.to_dict()}, variables, 'raw', 7, 'old')
+  weights = weight_files.weights_of_checkpoint({'config': config.to_dict()}, variables, 'raw', 7, 'old')
   assert (weights.model, weights.class_names) == ('t2t_vit_tiny', None)
   assert weights.source == {'run': 'old', 'step': 7, 'weights': 'raw'}
   assert weights.build()[0] == model
@@ -227,13 +229,13 @@ def test_names_in_a_card_are_names_and_nothing_else():
   ]
   config = digits.get_config().to_dict()
   config['data'] |= {'source': 'folder', 'path': '/a/`x`\n---\nlicense: forged\n---', 'train_split': 'a\n```\n# forged'}
-  config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>'}
+  config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>', 'orientation': 'ignored'}
   config['init_from'] = 'runs/<i>/weights/model.safetensors'
   model = create_model('t2t_vit_tiny', num_classes=10)
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   description = {'config': config, 'class_names': hostile, 'eval_part': '10% of each class, held out'}
-  weights = weight_files._weights(description, variables, 'raw', 7, 'run')
+  weights = weight_files.weights_of_checkpoint(description, variables, 'raw', 7, 'run')
   metrics = {**Accuracy(3, 4, 5, 1.0).as_dict(), 'split': config['data']['eval_split']}
   card = model_card(weights, description, 7, metrics, None)
   assert card.replace('\n', '').isprintable()
@@ -247,3 +249,28 @@ def test_names_in_a_card_are_names_and_nothing_else():
   assert kinds.count('heading_open') == 6
   codes = [token.content for token in tokens if token.type == 'code_inline']
   assert {'<script>x</script>', '[a](http://b)', '`` ` ``', 'a\\n# forged', '\\x1b[2J'} <= set(codes)
+
+
+@pytest.mark.parametrize(
+  ('change', 'says', 'only_export'),
+  [
+    (lambda run: run.pop('config'), r"does not describe its run as expected \(KeyError: 'config'\)", False),
+    (lambda run: run.update(class_names=[1] * 10), r'class_names in its metadata is \(1, ', False),
+    (lambda run: run['config']['model'].update(embed_dim=0.5), r'arguments\.embed_dim in its metadata is 0\.5', False),
+    (lambda run: run['config']['data'].update(std=[0, 0, 0]), r'data\.std in its metadata is \(0, 0, 0\)', False),
+    (lambda run: run.update(provenance=[]), r'does not describe its run as expected \(TypeError: ', True),
+    (lambda run: run['config'].update(schedule=7), r'does not describe its run as expected \(TypeError: ', True),
+  ],
+)
+def test_checkpoints_of_others_are_refused_in_one_line(change, says, only_export, config, workdir, tmp_path):
+  shutil.copytree(workdir / 'checkpoints', tmp_path / 'checkpoints')
+  (file,) = tmp_path.glob('checkpoints/*/_CHECKPOINT_METADATA')
+  stored = json.loads(file.read_text())
+  change(stored['custom_metadata'])
+  file.write_text(json.dumps(stored))
+  with pytest.raises(UserError, match=says):
+    weight_files.export_checkpoint(config, str(tmp_path))
+  assert not (tmp_path / 'weights').exists()
+  if not only_export:
+    with pytest.raises(UserError, match=says):
+      evaluate_only(config, tmp_path)

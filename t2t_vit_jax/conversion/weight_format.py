@@ -148,29 +148,35 @@ def read_weights(path: Path) -> Weights:
   """
   arrays = files.read_safetensors(path)
   metadata = _parse(files.read_metadata(path)[METADATA_KEY])
-  metadata.pop('version', None)
-  try:
-    weights = Weights(arrays=arrays, **metadata)
-    # Shapes of an absurdly large model would take forever, so first its size must be one that the file can hold.
-    height, width = token_grid(sides(weights.arguments['image_size']))
-    table, stored = (1, 1 + height * width, weights.arguments['embed_dim']), arrays['frozen/pos_embed'].shape
-    blocks = weights.arguments['depth'] + sum(weights.arguments.get('dense_stages', ()))
-    if stored != table or blocks > len(arrays):
-      raise UserError(f'frozen/pos_embed is {stored}, not {table}, or most of {blocks} blocks are missing')
-    expected = expected_shapes(weights.arguments, weights.channels)
-  except UserError:
-    raise
-  except Exception as error:  # JSON can hold anything
-    raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
-  check_tensors(arrays, expected)
+  weights = Weights(arrays=arrays, **{field: x for field, x in metadata.items() if field != 'version'})
+  check_weights(weights)
   return weights
 
 
+def check_weights(weights: Weights) -> None:
+  """Raises a UserError unless `read_weights` takes what `write_weights` makes of them: every field and every tensor."""
+  _check_metadata(_from_json(weights.metadata()))
+  arguments, arrays = weights.arguments, weights.arrays
+  try:
+    # Shapes of an absurdly large model would take forever, so first its size must be one that the file can hold.
+    height, width = token_grid(sides(arguments['image_size']))
+    table, stored = (1, 1 + height * width, arguments['embed_dim']), arrays['frozen/pos_embed'].shape
+    blocks = arguments['depth'] + sum(arguments.get('dense_stages', ()))
+    if stored != table or blocks > len(arrays):
+      raise UserError(f'frozen/pos_embed is {stored}, not {table}, or most of {blocks} blocks are missing')
+    expected = expected_shapes(arguments, weights.channels)
+  except UserError:
+    raise
+  except Exception as error:  # fields that do not fit together
+    raise UserError(f'its metadata describe no model: {type(error).__name__}: {error}') from error
+  check_tensors(arrays, expected)
+
+
 def _parse(text: str) -> dict[str, Any]:
-  """The metadata of a header, JSON, with tuples in place of lists; every field is as `_SCHEMA` says.
+  """The metadata of a header, JSON, with tuples in place of lists.
 
   Raises:
-    UserError: it is no JSON, or a field is missing, unknown or of another kind; the message names it.
+    UserError: it is no JSON, or a field is not as `_SCHEMA` says.
   """
   try:
     metadata = _from_json(json.loads(text))
@@ -178,6 +184,12 @@ def _parse(text: str) -> dict[str, Any]:
     raise UserError(f'its metadata cannot be read: {type(error).__name__}') from error
   if not isinstance(metadata, dict):
     raise UserError('its metadata must be an object')
+  _check_metadata(metadata)
+  return metadata
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+  """Raises a UserError that names a field which is missing, unknown or of another kind than `_SCHEMA` says."""
   for path, kind in _SCHEMA.items():
     group, _, field = path.rpartition('.')
     fields = metadata[group] if group else metadata
@@ -185,14 +197,12 @@ def _parse(text: str) -> dict[str, Any]:
       raise UserError(f'its metadata lack {path}: it must be {kind.words}')
     if field in fields:
       check_field(path, fields[field], f'{path} in its metadata')
-  known = {path.removeprefix('arguments.') for path in _SCHEMA if path.startswith('arguments.')}
-  unknown = [*metadata.keys() - _SCHEMA.keys() - {'version'}, *metadata['arguments'].keys() - known]
-  if unknown:
+  paths = {*metadata, *(f'arguments.{field}' for field in metadata['arguments'])}
+  if unknown := paths - _SCHEMA.keys() - {'version'} | {path for path in metadata if '.' in path}:
     raise UserError(f'its metadata have unknown fields, as of a newer version: {", ".join(sorted(unknown))[:100]}')
   names, number = metadata['class_names'], metadata['arguments']['num_classes']
   if names is not None and len(names) != number:
     raise UserError(f'class_names in its metadata are {len(names)}, of {number} classes')
-  return metadata
 
 
 def check_field(path: str, value: Any, name: str) -> None:

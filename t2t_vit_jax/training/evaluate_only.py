@@ -30,6 +30,8 @@ from t2t_vit_jax.recipe.init_from import (
 )
 from t2t_vit_jax.recipe.run import make_evaluator
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import reading_description
+from t2t_vit_jax.workdir.weight_files import weights_of_checkpoint
 
 
 def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
@@ -56,21 +58,20 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   if folder.is_dir():
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
       _, description, weights, _, notes = checkpoints.load_weights(sharding.replicated(mesh))
-    num_classes = weights['raw']['params']['head']['bias'].size
-    model, data = build_model(ConfigDict(description['config']), num_classes), description['config']['data']
-    class_names, channels = description.get('class_names'), data['channels']
+    with reading_description(folder):
+      loaded = weights_of_checkpoint(description, weights['raw'], 'raw', 0, folder.name)
+      model = build_model(ConfigDict(description['config']), loaded.arguments['num_classes'])
     for line in notes if jax.process_index() == 0 else ():
       warn(line)
   else:
     loaded = in_all_processes(lambda: _load(path, config))
-    (model, variables), data, class_names = loaded.build(), loaded.data, loaded.class_names
-    channels = loaded.channels
+    model, variables = loaded.build()
     weights = {'weights': jax.device_put(jax.device_get(variables), sharding.replicated(mesh))}
-  config = in_all_processes(lambda: resolve_for_evaluation(config, data, channels, path))
+  config = in_all_processes(lambda: resolve_for_evaluation(config, loaded.data, loaded.channels, path))
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
-  differences = preparation_differences(config, data)
-  source = in_all_processes(lambda: _open_source(config, model.num_classes, class_names))
+  differences = preparation_differences(config, loaded.data)
+  source = in_all_processes(lambda: _open_source(config, model.num_classes, loaded.class_names))
   if jax.process_index() == 0:
     for line in source.notes:
       warn(line)

@@ -1,9 +1,12 @@
 """Describes a run: in words for its user, and as JSON beside each of its checkpoints."""
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 import jax
 
+from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.evaluation import Accuracy
@@ -43,6 +46,18 @@ def description(run: Run) -> dict[str, Any]:
     'eval_part': run.evaluator.source.part,
     'class_names': run.train_source.class_names,
   }
+
+
+@contextlib.contextmanager
+def reading_description(workdir: Any) -> Iterator[None]:
+  """Turns errors of code that uses a stored description, in which anything can stand, into a UserError of one line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+    raise UserError(f'the newest checkpoint of {workdir} does not describe its run as expected ({reason})') from error
 
 
 def _mixing_note(recipe: Recipe) -> list[str]:

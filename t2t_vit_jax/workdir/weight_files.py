@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from t2t_vit_jax.conversion.files import write_file
-from t2t_vit_jax.conversion.weight_format import Weights, read_header, write_weights
+from t2t_vit_jax.conversion.weight_format import Weights, check_weights, read_header, write_weights
 from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
 from t2t_vit_jax.models.variants import create_model
@@ -24,6 +24,7 @@ from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import build_model
 from t2t_vit_jax.recipe.init_from import DATA_FIELDS
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
+from t2t_vit_jax.workdir.description import reading_description
 from t2t_vit_jax.workdir.folder import copy_to_bucket, is_bucket
 from t2t_vit_jax.workdir.model_card import model_card
 
@@ -69,8 +70,11 @@ def write_weight_files(workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh
   """
   step, description, weights, metrics, notes = checkpoints.load_weights(sharding.replicated(mesh))
   run = checkpoints.folder.parent.name
-  contents = {kind: _weights(description, variables, kind, step, run) for kind, variables in weights.items()}
-  card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
+  with reading_description(workdir):
+    contents = {
+      kind: weights_of_checkpoint(description, variables, kind, step, run) for kind, variables in weights.items()
+    }
+    card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
   in_all_processes(lambda: _write(workdir, contents, card))
   average = 'moving average' if 'ema' in weights else 'no moving average'
   return [*notes, f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
@@ -96,8 +100,13 @@ def _main_kind(weights: dict[str, Any]) -> str:
   return 'ema' if 'ema' in weights else 'raw'
 
 
-def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, run: str) -> Weights:
-  """The content of a weight file: variables of a checkpoint, on every device, with facts from its description."""
+def weights_of_checkpoint(description: dict[str, Any], variables: Any, kind: str, step: int, run: str) -> Weights:
+  """The content of a weight file: variables of a checkpoint, on every device, with facts from its description.
+
+  Raises:
+    UserError: they do not fit together.
+    Exception: of any other kind, if the description is of another program.
+  """
   config = ConfigDict(description['config'])
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
   model = build_model(config, arrays['params/head/bias'].size)
@@ -107,7 +116,7 @@ def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, 
   class_names = description.get('class_names')
   provenance = description.get('provenance', {})
   sizes = dict(num_classes=model.num_classes, image_size=model.image_size)
-  return Weights(
+  weights = Weights(
     arrays=arrays,
     model=name if fits_name else None,  # with other widths it is another model
     arguments={**sizes, **{field: getattr(model, field) for field in fields}},
@@ -118,6 +127,8 @@ def _weights(description: dict[str, Any], variables: Any, kind: str, step: int, 
       run=run, step=step, weights=kind, **{name: provenance[name] for name in ('commit', 'code') if name in provenance}
     ),
   )
+  check_weights(weights)
+  return weights
 
 
 def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None:
