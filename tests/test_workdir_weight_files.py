@@ -194,7 +194,7 @@ def test_a_full_disk_gets_one_line_and_the_checkpoint_stays(config, workdir, tmp
 
 def test_named_models_keep_their_names_and_old_checkpoints_have_no_class_names():
   config = digits.get_config()
-  config.data.orientation = 'ignored'
+  config.data.orientation, config.data.channels = 'ignored', 3
   model = create_model('t2t_vit_tiny', num_classes=10)
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -229,7 +229,7 @@ def test_names_in_a_card_are_names_and_nothing_else():
   ]
   config = digits.get_config().to_dict()
   config['data'] |= {'source': 'folder', 'path': '/a/`x`\n---\nlicense: forged\n---', 'train_split': 'a\n```\n# forged'}
-  config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>', 'orientation': 'ignored'}
+  config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>', 'orientation': 'ignored', 'channels': 3}
   config['init_from'] = 'runs/<i>/weights/model.safetensors'
   model = create_model('t2t_vit_tiny', num_classes=10)
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
@@ -254,7 +254,7 @@ def test_names_in_a_card_are_names_and_nothing_else():
 @pytest.mark.parametrize(
   ('change', 'says', 'only_export'),
   [
-    (lambda run: run.pop('config'), r"does not describe its run as expected \(KeyError: 'config'\)", False),
+    (lambda run: run.pop('config'), r'is damaged \(ValueError: its config is missing\)', False),
     (lambda run: run.update(class_names=[1] * 10), r'class_names in its metadata is \(1, ', False),
     (lambda run: run['config']['model'].update(embed_dim=0.5), r'arguments\.embed_dim in its metadata is 0\.5', False),
     (lambda run: run['config']['data'].update(std=[0, 0, 0]), r'data\.std in its metadata is \(0, 0, 0\)', False),
@@ -267,6 +267,7 @@ def test_checkpoints_of_others_are_refused_in_one_line(change, says, only_export
   (file,) = tmp_path.glob('checkpoints/*/_CHECKPOINT_METADATA')
   stored = json.loads(file.read_text())
   change(stored['custom_metadata'])
+  del stored['custom_metadata']['checksum']  # as one who means harm would
   file.write_text(json.dumps(stored))
   with pytest.raises(UserError, match=says):
     weight_files.export_checkpoint(config, str(tmp_path))
