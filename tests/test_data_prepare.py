@@ -280,6 +280,7 @@ def _flip_a_byte(shard: Path) -> None:
     (lambda shard: os.truncate(shard, shard.stat().st_size - 10), 'is damaged'),
     (lambda shard: shard.write_bytes(b''), 'holds 0 images, dataset_info.json says 4'),
     (Path.unlink, 'is missing, or no regular file'),
+    (lambda shard: (shard.unlink(), os.mkfifo(shard)), 'is missing, or no regular file'),
   ],
 )
 def test_damaged_tfrecord_never_becomes_a_dataset(damage, message, tfrecord, tmp_path):

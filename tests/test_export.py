@@ -226,7 +226,7 @@ def refusal(arguments, capsys):
     (['{folder}/text', '--output={output}'], 'text: is neither'),
     (['{folder}/half', '--output={output}'], 'half: damaged'),
     (['{folder}/headless', '--output={output}'], 'headless: holds no model with a head'),
-    (['{folder}/no_mean', '--output={output}'], 'no_mean: its metadata lack data.mean: it must be'),
+    (['{folder}/no_mean', '--output={output}'], 'no_mean: its metadata lack data.mean: it must be a list'),
     (['{folder}/torch.pth', '--output={output}'], 'torch.pth: is no weight file of this package'),
     (['{folder}/other', '--output={output}'], 'other: is no weight file of this package'),
   ],
