@@ -139,31 +139,52 @@ def set_argument(field, value):
     (set_argument('image_size', 2**16), 'frozen/pos_embed'),
     (set_argument('embed_dim', 10**7), 'frozen/pos_embed'),
     (set_argument('num_heads', 3), 'num_heads must divide'),
-    (set_argument('depth', 10**9), 'arguments.depth in its metadata is 1000000000: it must be a whole number from 1'),
-    (set_argument('image_size', 10**6), 'arguments.image_size in its metadata is 1000000: it must be a number of px'),
-    (set_argument('num_heads', 'many'), "arguments.num_heads in its metadata is 'many': it must be a whole number"),
-    (set_argument('qkv_bias', 'false'), "arguments.qkv_bias in its metadata is 'false': it must be true or false"),
-    (set_argument('qk_scale', np.nan), 'arguments.qk_scale in its metadata is nan: it must be a number from'),
-    (set_argument('mlp_ratio', 1e308), 'arguments.mlp_ratio in its metadata is 1e+308'),
+    (
+      set_argument('depth', 10**9),
+      'arguments.depth in its metadata must be a whole number from 1 to 16777216, not 1000000000',
+    ),
+    (
+      set_argument('image_size', 10**6),
+      'arguments.image_size in its metadata must be a number of px, or two, not 1000000',
+    ),
+    (set_argument('num_heads', 'many'), 'arguments.num_heads in its metadata must be a whole number'),
+    (set_argument('qkv_bias', 'false'), "arguments.qkv_bias in its metadata must be true or false, not 'false'"),
+    (set_argument('qk_scale', np.nan), 'arguments.qk_scale in its metadata must be a number from'),
+    (set_argument('mlp_ratio', 1e308), 'arguments.mlp_ratio in its metadata must be a number from'),
     (set_argument('norm_layer', 'eval'), 'unknown fields, as of a newer version: arguments.norm_layer'),
     (set_argument('dtype', 'bfloat16'), 'unknown fields'),
     (set_argument('tokens_type', 'other'), 'tokens_type'),
     (lambda arrays, metadata: metadata['arguments'].pop('num_heads'), 'lack arguments.num_heads'),
     (
       lambda arrays, metadata: metadata['data'].update(std=[1, 0, 1]),
-      'data.std in its metadata is (1, 0, 1): it must be',
+      'data.std in its metadata must be a list of 1 or 3',
     ),
-    (lambda arrays, metadata: metadata['data'].update(mean='grey'), "data.mean in its metadata is 'grey'"),
+    (
+      lambda arrays, metadata: metadata['data'].update(mean='grey'),
+      'data.mean in its metadata must be a list of 1 or 3',
+    ),
     (lambda arrays, metadata: metadata['data'].pop('crop_fraction'), 'lack data.crop_fraction: it must be a number'),
-    (lambda arrays, metadata: metadata['data'].update(interpolation=['x']), "is ('x',): it must be 'bilinear' or 'bic"),
-    (lambda arrays, metadata: metadata['data'].update(orientation=1), 'data.orientation in its metadata is 1'),
+    (
+      lambda arrays, metadata: metadata['data'].update(interpolation=['x']),
+      "must be 'bilinear' or 'bicubic', not ('x',)",
+    ),
+    (
+      lambda arrays, metadata: metadata['data'].update(orientation=1),
+      "data.orientation in its metadata must be 'upright' or 'ignored', not 1",
+    ),
     (
       lambda arrays, metadata: metadata.update(class_names=['a'] * 9),
       'class_names in its metadata are 9, of 10 classes',
     ),
-    (lambda arrays, metadata: metadata.update(class_names=[1] * 10), 'it must be a list, each text, or null'),
-    (lambda arrays, metadata: metadata.update(source='x'), "source in its metadata is 'x': it must be an object"),
-    (lambda arrays, metadata: metadata.update(source={'weights': 7}), "it must be 'ema' or 'raw', or null"),
+    (
+      lambda arrays, metadata: metadata.update(class_names=[1] * 10),
+      'class_names in its metadata must be a list, each text, or null',
+    ),
+    (lambda arrays, metadata: metadata.update(source='x'), "source in its metadata must be an object, not 'x'"),
+    (
+      lambda arrays, metadata: metadata.update(source={'weights': 7}),
+      "source.weights in its metadata must be 'ema' or 'raw', or null, not 7",
+    ),
   ],
 )
 def test_own_files_are_checked_too(change, says, tmp_path):
@@ -196,7 +217,7 @@ def test_words_of_a_header_are_those_of_the_data():
   for field, table in (('interpolation', INTERPOLATIONS), ('orientation', ORIENTATIONS)):
     for word in table:
       check_field(f'data.{field}', word, field)
-    with pytest.raises(UserError, match=f'^{field} is .*: it must be {" or ".join(map(repr, table))}$'):
+    with pytest.raises(UserError, match=f"^{field} must be {' or '.join(map(repr, table))}, not 'other'$"):
       check_field(f'data.{field}', 'other', field)
 
 

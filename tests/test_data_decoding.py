@@ -259,3 +259,11 @@ def test_the_longest_image_is_read():
   file = encoded(Image.new('L', (1, MAX_SIDE), 200), 'PNG')
   crop = transforms.ResizeCenterCrop(32, 0.9)(EncodedImage(file).decode())
   assert crop.getextrema() == ((200, 200),) * 3
+
+
+def test_a_program_in_postscript_is_not_run():
+  """Pillow would start Ghostscript."""
+  program = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n'
+  assert Image.open(io.BytesIO(program)).format == 'EPS'
+  with pytest.raises(BadImage, match='a program in PostScript, which is not run'):
+    EncodedImage(program)

@@ -272,7 +272,7 @@ def test_warnings_of_pillow_take_one_line(weights, photos, tmp_path, capsys):
     (['{folder}/headless', '{photos}'], 'headless: holds no model with a head'),
     (
       ['{folder}/other_crop', '{photos}'],
-      'other_crop: data.crop_fraction in its metadata is 0: it must be a number from',
+      'other_crop: data.crop_fraction in its metadata must be a number from 0.01 to 1, not 0',
     ),
     (['{weights}', '{photos}', '--output={folder}/there.csv'], 'there.csv: exists already; --force overwrites it'),
     (['{weights}', '{photos}', '--output={folder}/no/out.csv'], 'its folder does not exist'),

@@ -201,7 +201,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, tmp_path):
     ('data.image_size', 2, '2 x 2 px is too small'),
     ('data.batch_size', 63, '63 images cannot be divided among 2 devices: set data.batch_size to 62 or 64'),
     ('data.batch_size', 2000, 'more than the 1437 training images'),
-    ('data.interpolation', 'cubic', r"data\.interpolation is 'cubic': it must be 'bilinear' or 'bicubic'"),
+    ('data.interpolation', 'cubic', r"data\.interpolation must be 'bilinear' or 'bicubic'"),
     ('augment.crop', 'random', r"augment\.crop must be 'resized' or 'padded'"),
     ('augment.label_smoothing', 1.5, 'must lie between 0 and 1'),
     ('augment.mixup_alpha', 0.8, 'mixing_group_size 60 does not divide the batch of 64 images'),
@@ -210,7 +210,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(data_dir, tmp_path):
     ('seed', -1, 'seed must lie between'),
     ('model.num_heads', 0, r'model\.num_heads must be positive'),
     ('schedule.cooldown_epochs', -3, r'cooldown_epochs must not be negative'),
-    ('data.std', (0.1, 0.0, 0.1), r'data\.std is .* must be a list'),
+    ('data.std', (0.1, 0.0, 0.1), r'data\.std must'),
     ('data.eval_split', 'test[:abc]', r"no split 'test\[:abc\]'"),
   ],
 )

@@ -255,9 +255,21 @@ def test_names_in_a_card_are_names_and_nothing_else():
   ('change', 'says', 'only_export'),
   [
     (lambda run: run.pop('config'), r'is damaged \(ValueError: its config is missing\)', False),
-    (lambda run: run.update(class_names=[1] * 10), r'class_names in its metadata is \(1, ', False),
-    (lambda run: run['config']['model'].update(embed_dim=0.5), r'arguments\.embed_dim in its metadata is 0\.5', False),
-    (lambda run: run['config']['data'].update(std=[0, 0, 0]), r'data\.std in its metadata is \(0, 0, 0\)', False),
+    (
+      lambda run: run.update(class_names=[1] * 10),
+      r'class_names in its metadata must be a list, each text, or null, not \(1, ',
+      False,
+    ),
+    (
+      lambda run: run['config']['model'].update(embed_dim=0.5),
+      r'arguments\.embed_dim in its metadata must be a whole .*, not 0\.5',
+      False,
+    ),
+    (
+      lambda run: run['config']['data'].update(std=[0, 0, 0]),
+      r'data\.std in its metadata must be .*, not \(0, 0, 0\)',
+      False,
+    ),
     (lambda run: run.update(provenance=[]), r'does not describe its run as expected \(TypeError: ', True),
     (lambda run: run['config'].update(schedule=7), r'does not describe its run as expected \(TypeError: ', True),
   ],

@@ -209,7 +209,7 @@ def check_field(path: str, value: Any, name: str) -> None:
   """Raises a UserError, which calls it `name`, if a header may not hold `value` as its field `path`."""
   kind = _SCHEMA.get(path)
   if kind and not kind.includes(value):
-    raise UserError(f'{name} is {repr(value)[:100]}: it must be {kind.words}')
+    raise UserError(f'{name} must be {kind.words}, not {repr(value)[:100]}')
 
 
 def expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:

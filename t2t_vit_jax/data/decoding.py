@@ -112,6 +112,8 @@ class EncodedImage:
       self._image = Image.open(io.BytesIO(encoded))
       if max(self._image.size) > MAX_SIDE:
         raise BadImage(f'{self._image.width:,} x {self._image.height:,} px, of at most {MAX_SIDE:,} on a side')
+      if self._image.format == 'EPS':
+        raise BadImage('a program in PostScript, which is not run')
       if self._image.format == 'PNG':
         self._image.load()  # EXIF data may come last
       turn = _turn(self._image)

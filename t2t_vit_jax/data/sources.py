@@ -480,9 +480,10 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
   except ImportError as error:
     raise UserError(f"{name} needs TensorFlow: pip install 't2t-vit-jax[prepare]'") from error
   except OSError as error:
-    raise UserError(f'cannot read {data_dir}: {error.strerror or str(error).splitlines()[0]}') from error
+    raise UserError(f'cannot read {data_dir}: {error.strerror or error}') from error
   except Exception as error:  # no such config or version, damaged metadata: tfds raises errors of many kinds
-    raise UserError(f'tfds cannot build {name!r}: {str(error).splitlines()[0]}') from error
+    reason = str(error).strip().partition('\n')[0] or type(error).__name__
+    raise UserError(f'tfds cannot build {name!r}: {reason}') from error
 
 
 def _prepare_digits(builder: Digits) -> Digits:
