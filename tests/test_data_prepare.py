@@ -338,6 +338,7 @@ def test_a_disk_that_fills_up_gets_one_line(tars, tfrecord, tmp_path):
     assert not list(tmp_path.glob('imagenet2012/*'))
 
 
+@pytest.mark.needs('tensorflow')
 def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(prepare_module, 'PATIENCE_S', 0.2)
   with socket.create_server(('localhost', 0)) as proxy:
