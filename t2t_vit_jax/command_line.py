@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def start_program() -> None:
-  """Lets Ctrl-C clean up from now on, and puts the null device in place of standard streams that were closed."""
+  """Lets Ctrl-C clean up from now on, shows warnings as lines, and puts the null device for streams that are closed."""
   imports_are_done()
+  show_warnings_as_lines()
   for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
     if getattr(sys, name) is None:
       setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
@@ -51,13 +52,12 @@ def run_tool(tool: Callable[[], int]) -> int:
   start_program()
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
-  show_warnings_as_lines()
   try:
     code = tool()
     sys.stdout.flush()
     return code
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
+    print_message('interrupted')
     return 130  # the shells' code for Ctrl-C
   except UserError as error:
     message = str(error)
@@ -122,7 +122,6 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 def check_and_quiet(argv: list[str]) -> None:
   """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
   start_program()
-  show_warnings_as_lines()
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:

@@ -201,7 +201,7 @@ def test_metadata_that_is_not_json(tmp_path):
 
 
 def test_damaged_headers_are_refused_or_used(tmp_path):
-  """As far as a classifier of the file: `python -m tests.mutate_checkpoints headers` uses every tool."""
+  """Opens classifiers only: `python -m tests.mutate_checkpoints headers` uses every tool."""
 
   def use(path, image):
     classifier = open_classifier(path)

@@ -115,7 +115,7 @@ def test_the_wheel_computes_the_references_logits(installed, tmp_path):
 
 @pytest.mark.parametrize('program', [['train.py'], ['convert_torch_weights.py'], ['-m', 't2t_vit_jax.predict']])
 def test_an_interrupt_while_a_program_imports_gets_one_line(program):
-  """As soon as it has loaded a library of numpy, it is in the middle of its imports."""
+  """Interrupts it when it has loaded a library of numpy: it is in the middle of its imports then."""
   process = start_command(
     sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, *program, '--help', cwd=ROOT, PYTHONPATH=str(ROOT)
   )

@@ -29,7 +29,7 @@ class Opaque:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Global:
-  """What a name in a pickle stands for."""
+  """A function or class that a pickle names."""
 
   name: str
   build: Callable[..., Any] | None  # from what the pickle calls it with; None: it can't be called
@@ -220,7 +220,7 @@ _OPAQUE = re.compile(
 
 
 def _find(name: str) -> _Global:
-  """What a name in a pickle stands for; functions of other packages can be named, but not called.
+  """Finds what a name in a pickle stands for; functions of other packages can be named, but not called.
 
   Raises:
     UserError: it is a part of Python's own library that no checkpoint needs.

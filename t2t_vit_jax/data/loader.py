@@ -4,7 +4,7 @@ Nothing is carried from step to step: the seed and the step number alone decide 
 and what its augmentation draws. So a run that starts again at step s reads nothing of the steps before.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -189,25 +189,25 @@ class Workers:
     except (RuntimeError, OSError) as error:
       _close(batches)
       shared_memory.free_what_the_dead_left()
-      image_bytes = example.map(numbers.start)['image'].nbytes
-      if problem := self._problem(error, image_bytes * (batch_size + 3 * self.num_workers * group_size)):
+      images_in_memory = batch_size + 3 * self.num_workers * group_size
+      if problem := self._problem(error, lambda: images_in_memory * example.map(numbers.start)['image'].nbytes):
         raise DataError(problem) from error
       raise
     finally:
       _close(batches)
       _free_shared_memory()
 
-  def _problem(self, error: Exception, num_bytes: int) -> str:
+  def _problem(self, error: Exception, num_bytes: Callable[[], int]) -> str:
     """A line about a worker that died, or what its processes lack; empty for other errors.
 
     Args:
       error: of grain.
-      num_bytes: of the images that are in shared memory at a time.
+      num_bytes: computes those of the images that are in shared memory at a time; reads an image.
     """
     number = getattr(error, 'errno', None)
     died = 'terminated unexpectedly' in str(error)  # grain has no class of its own for this
     if number == errno.ENOSPC or (died and f'exit code {-signal.SIGBUS}.' in str(error)):
-      return shared_memory.shortage(num_bytes)
+      return shared_memory.shortage(num_bytes())
     if number == errno.EMFILE:
       return (
         f'{self.num_workers} data workers need more open files than this process may have: raise the limit, such as '
