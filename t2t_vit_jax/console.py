@@ -20,9 +20,14 @@ def say(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def note(text: str) -> None:
+  """Prints a line to standard error, in every process: what a program is busy with."""
+  _print(text, sys.stderr)
+
+
 def warn(text: str) -> None:
   """Prints a line to standard error, in every process."""
-  _print(f'warning: {text}', sys.stderr)
+  note(f'warning: {text}')
 
 
 def _print(text: str, stream: TextIO | None) -> None:

@@ -8,6 +8,7 @@ docs/export.md shows the few lines that load it.
 from collections.abc import Iterator
 import contextlib
 import json
+import os
 from pathlib import Path
 import sys
 from typing import Any, cast
@@ -21,8 +22,7 @@ import numpy as np
 
 from t2t_vit_jax import __version__
 from t2t_vit_jax.command_line import Parser, run_tool
-from t2t_vit_jax.conversion import files, parse_image_size
-from t2t_vit_jax.conversion.convert import load_classifier
+from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
@@ -34,14 +34,19 @@ Array = jax.Array
 
 
 def export_weights(
-  path: Path, output: Path, *, dtype: str = 'float32', image_size: ImageSize | None = None, force: bool = False
+  source: str | os.PathLike[str],
+  output: Path,
+  *,
+  dtype: str = 'float32',
+  image_size: ImageSize | None = None,
+  force: bool = False,
 ) -> list[str]:
-  """Writes the model of a weight file as an .npz file: the program, its weights and a description.
+  """Writes a model with its weights as an .npz file: the program, its weights and a description.
 
   Its arrays are `program`, the serialized `export_forward`; `metadata`, JSON; and the weights, each under its path.
 
   Args:
-    path: the weight file.
+    source: a weight file, a run's folder or a name; see `find_weights`.
     output: the file to write.
     dtype: of the computation, one of `DTYPES`; weights and logits are float32.
     image_size: px, one side or (height, width), if not the weights'.
@@ -54,7 +59,7 @@ def export_weights(
     UserError: one line that names the file at fault. No file was written.
   """
   files.check_output(output, force=force)
-  loaded, notes = load_classifier(path, image_size)
+  loaded, notes = pretrained.load_classifier(source, image_size)
   program = export_forward(loaded, dtype)
   metadata = json.dumps(_metadata(loaded, dtype, program))
   serialized = np.frombuffer(program.serialize(), np.uint8)
@@ -123,9 +128,7 @@ def _no_source_paths() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0])
-  parser.add_argument(
-    'weights', metavar='WEIGHTS', type=Path, help='file of convert_torch_weights.py or of a training run'
-  )
+  parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
   parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz file to write')
   parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
   parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")

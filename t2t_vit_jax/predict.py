@@ -1,4 +1,4 @@
-"""Classifies images with a weight file: python -m t2t_vit_jax.predict WEIGHTS IMAGE_OR_FOLDER ...
+"""Classifies images: python -m t2t_vit_jax.predict WEIGHTS IMAGE_OR_FOLDER ...
 
 docs/predict.md describes what it prints.
 """
@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.conversion import files, parse_image_size
-from t2t_vit_jax.conversion.convert import load_classifier
+from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize
 from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
@@ -63,18 +62,20 @@ class Prediction(NamedTuple):
   error: str | None = None
 
 
-def open_classifier(path: Path, image_size: ImageSize | None = None, orientation: str | None = None) -> Classifier:
-  """Opens a weight file, whose header says how images are prepared.
+def open_classifier(
+  source: str | os.PathLike[str], image_size: ImageSize | None = None, orientation: str | None = None
+) -> Classifier:
+  """Opens weights, whose header says how images are prepared.
 
   Args:
-    path: the file.
+    source: a weight file, a run's folder or a name; see `find_weights`.
     image_size: px; None for the image size of the weights.
     orientation: 'upright' or 'ignored'; None for the weights' own, which is 'upright' if their header does not say it.
 
   Raises:
-    UserError: the file can't be read, or holds no model that classifies pictures.
+    UserError: the weights can't be read, or are of no model that classifies pictures.
   """
-  loaded, _ = load_classifier(path, image_size)
+  loaded, _ = pretrained.load_classifier(source, image_size)
   data = loaded.data
   crop = ResizeCenterCrop(loaded.arguments['image_size'], data['crop_fraction'], data['interpolation'], loaded.channels)
   own = data.get('orientation', 'upright')
@@ -96,7 +97,7 @@ def predict(
 ) -> Iterator[Prediction]:
   """Classifies image files one after the other; threads read the next files while the device computes.
 
-  >>> for prediction in predict(open_classifier(Path('weights.safetensors')), find_images(['photos'])): ...
+  >>> for prediction in predict(open_classifier('t2t_vit_14'), find_images(['photos'])): ...
 
   Args:
     classifier: from `open_classifier`.
@@ -239,10 +240,10 @@ def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
     prog='python -m t2t_vit_jax.predict',
-    description='Classifies images with a weight file.',
+    description='Classifies images.',
     epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if it failed.',
   )
-  parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='.safetensors file of this package')
+  parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
   parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='files or folders, searched recursively')
   forms = parser.add_mutually_exclusive_group()
   for form in ('json', 'csv'):

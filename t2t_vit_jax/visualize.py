@@ -22,7 +22,7 @@ from PIL import Image
 
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.conversion import files, parse_image_size
+from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.faults import REMARKS
 from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop, pixels_of
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     prog='python -m t2t_vit_jax.visualize',
     description='Draws the features of the tokens-to-token stages and the attention of the class token for an image.',
   )
-  parser.add_argument('weights', metavar='WEIGHTS', type=Path, help='.safetensors file of this package')
+  parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
   parser.add_argument('image', metavar='IMAGE', type=Path, help='any picture that Pillow reads')
   parser.add_argument(
     '--output', required=True, metavar='FILE', type=Path, help='the picture to write: .png, .pdf, .svg ...'

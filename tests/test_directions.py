@@ -14,13 +14,19 @@ MAY_IMPORT = {
   'processes': {'errors'},
   'models': {'errors'},
   'data': {'errors', 'interrupts'},
-  'conversion': {'errors', 'models'},
+  'conversion': {'errors', 'console', 'models'},
   'planning': {'errors'},
 }
 MAY_IMPORT['recipe'] = {'errors', 'models', 'data', 'conversion', 'processes'}
 MAY_IMPORT['workdir'] = {'recipe', 'console'} | MAY_IMPORT['recipe']
 MAY_IMPORT['training'] = {'workdir'} | MAY_IMPORT['workdir']
-TOOLS = {'predict', 'visualize', 'export', 'plan'}  # for `python -m`, as is `conversion/__main__.py`: all of the above
+TOOLS = {
+  'predict',
+  'visualize',
+  'export',
+  'plan',
+  'weights',
+}  # for `python -m`, as is `conversion/__main__.py`: all of the above
 FORBIDDEN = {'data': {'jax', 'flax', 'optax'}, 'models': {'tensorflow_datasets', 'grain', 'orbax'}}
 FORBIDDEN['recipe'] = {'orbax', 'tqdm'}  # it writes no file and prints no line
 

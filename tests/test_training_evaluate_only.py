@@ -88,7 +88,7 @@ def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path, capsy
 
 
 def test_what_cannot_be_evaluated_gets_one_line(data_dir, tmp_path):
-  with pytest.raises(UserError, match='there is no weight file and no workdir'):
+  with pytest.raises(UserError, match='no such file'):
     evaluate_only(config_of(data_dir), tmp_path / 'nothing')
   with pytest.raises(UserError, match='there is no checkpoint in'):
     evaluate_only(config_of(data_dir), tmp_path)

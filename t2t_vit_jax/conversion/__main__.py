@@ -37,7 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     image_size=None if arguments.image_size is None else conversion.parse_image_size(arguments.image_size),
   )
   for line in conversion.convert(
-    arguments.checkpoint, arguments.output, options, reverse=arguments.reverse, force=arguments.force
+    conversion.find_weights(arguments.checkpoint),
+    arguments.output,
+    options,
+    reverse=arguments.reverse,
+    force=arguments.force,
   ):
     print(line)
   return 0
@@ -64,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     'checkpoint',
     metavar='CHECKPOINT',
-    type=Path,
-    help="of the reference, mmpretrain or timm's script, or the index of its shards",
+    help="of the reference, mmpretrain or timm's script, the index of its shards, or a name of published weights",
   )
   parser.add_argument(
     '--output', metavar='FILE', type=Path, help='the file to write: .safetensors; with --reverse also .pth'

@@ -6,7 +6,6 @@ import io
 import math
 import os
 from pathlib import Path
-import re
 from typing import Any
 
 from absl import logging
@@ -32,7 +31,6 @@ from t2t_vit_jax.models.layers import Dense
 from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.models.preprocessing import for_channels
 from t2t_vit_jax.models.soft_split import token_grid
-from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS, DataDefaults
 
 PathLike = str | os.PathLike[str]
@@ -60,40 +58,6 @@ class Options:
     numbers = [self.settings.get('num_heads', 1), self.settings.get('qk_scale', 1), 1 + (self.num_classes or 0)]
     if not all(0 < number < math.inf for number in numbers):
       raise UserError(f'num_heads and qk_scale must be positive, num_classes not negative: {self}')
-
-
-def load_pretrained(
-  path: PathLike, num_classes: int | None = None, image_size: ImageSize | None = None, **options: Any
-) -> tuple[T2TViT, dict[str, Any]]:
-  """Model and variables of a converted file, or of a checkpoint, which is then converted in memory.
-
-  >>> model, variables = load_pretrained('weights.safetensors')
-  >>> logits = model.apply(variables, images)  # (B, H, W, 3) -> (B, num_classes)
-
-  Args:
-    path: the file.
-    num_classes: another number than the file's gives a fresh head, to be trained; 0 gives none.
-    image_size: pixels, a side or (height, width); another than the file's resizes the stored position table.
-    **options: further fields of `Options`.
-
-  Returns:
-    The model, float32, and its variables as JAX arrays.
-
-  Raises:
-    UserError: one line that names the file and every tensor at fault.
-  """
-  try:
-    weights, notes = load(Path(path), Options(num_classes=num_classes, image_size=image_size, **options))
-  except UserError as error:
-    raise UserError(_advice_for_python(str(error))) from error
-  log_notes(path, notes)
-  return weights.build()
-
-
-def _advice_for_python(message: str) -> str:
-  """A message that names arguments of `load_pretrained` in place of flags of convert_torch_weights.py."""
-  message = re.sub(r'--set=(\w+)=(\w+)', r"settings={'\1': \2}", message).replace('HEIGHTxWIDTH', '(HEIGHT, WIDTH)')
-  return re.sub(r'--weights=(\w+)', r"weights='\1'", re.sub(r'--model=(\w+)', r"model_name='\1'", message))
 
 
 def log_notes(path: PathLike, notes: Iterable[str]) -> None:
@@ -170,26 +134,6 @@ def load(path: Path, options: Options, *, only_converted: bool = False) -> tuple
   except UserError as error:
     raise files.problem(path, str(error)) from error
   return weights, [*notes, *changes]
-
-
-def load_classifier(path: Path, image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
-  """Reads a converted file of a model that classifies RGB or grey images: it has a head, and their mean and deviation.
-
-  Args:
-    path: the file.
-    image_size: px; None for the image size of the weights.
-
-  Returns:
-    As `load`.
-
-  Raises:
-    UserError: as `load`, or the model cannot classify such images.
-  """
-  weights, notes = load(path, Options(image_size=image_size), only_converted=True)
-  lengths = {len(weights.data[field]) for field in ('mean', 'std')}
-  if weights.channels not in (1, 3) or lengths != {weights.channels} or not weights.arguments['num_classes']:
-    raise files.problem(path, 'holds no model with a head, and the mean and deviation of RGB or grey images')
-  return weights, notes
 
 
 def _import_checkpoint(path: Path, file_format: files.Format, options: Options) -> tuple[Weights, list[str]]:

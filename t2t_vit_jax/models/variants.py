@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.models.published import PUBLISHED
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
 
@@ -61,9 +62,12 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def list_models() -> list[str]:
-  """Names of the paper's models, for `create_model`."""
-  return [name for name, variant in VARIANTS.items() if variant.public]
+def list_models(*, pretrained: bool = False) -> list[str]:
+  """Names of the paper's models, for `create_model`; with `pretrained` of the published weights, for `load_pretrained`.
+
+  A name of a model is that of its weights too, if there are any.
+  """
+  return list(PUBLISHED) if pretrained else [name for name, variant in VARIANTS.items() if variant.public]
 
 
 def get_variant(name: str) -> Variant:
@@ -72,19 +76,30 @@ def get_variant(name: str) -> Variant:
   Raises:
     UserError: there is no such model; the message names the nearest.
   """
+  if name not in VARIANTS and name in PUBLISHED:
+    raise UserError(f'{name} are weights of the model {PUBLISHED[name].model}: load_pretrained({name!r}) returns both')
   if name not in VARIANTS:
     raise UserError(f'unknown model {name!r}: {did_you_mean(name, VARIANTS)}')
   return VARIANTS[name]
 
 
-def create_model(name: str, **overrides: Any) -> T2TViT:
+def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> T2TViT:
   """Builds a named model; keyword arguments replace the variant's, under `T2TViT`'s field names.
 
   >>> model = create_model('t2t_vit_14', num_classes=10, stochastic_depth_rate=0.1)
 
+  Args:
+    name: one of `list_models`.
+    pretrained: must be False, since a linen model holds no weights; `load_pretrained` returns both.
+    **overrides: fields of `T2TViT`.
+
   Raises:
-    UserError: unknown model or argument, or arguments that don't fit together.
+    UserError: unknown model or argument, arguments that don't fit together, or `pretrained` is set.
   """
+  if pretrained:
+    raise UserError(
+      f'create_model builds a model without weights; for both: model, variables = t2t_vit_jax.load_pretrained({name!r})'
+    )
   variant = get_variant(name)
   fields = {field.name for field in dataclasses.fields(T2TViT)} - {'parent', 'name'}
   for argument in overrides:

@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 import copy
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
 
-from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion import Options, find_weights
 from t2t_vit_jax.conversion.convert import load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
 from t2t_vit_jax.data.class_names import comparable, comparable_of_model
@@ -126,15 +124,17 @@ def check_channels(configured: int, channels: int, origin: Any) -> None:
     )
 
 
-def weights_header(path: str | None) -> dict[str, Any]:
-  """The header of a weight file of this package; empty if there is none."""
-  file = Path(os.path.expanduser(path or ''))
+def weights_header(source: str | None) -> dict[str, Any]:
+  """The header of the weights that `find_weights` finds, of the format of this package; empty if there are none."""
+  if source is None:
+    return {}
   try:
+    file = find_weights(source)
     if not file.is_file():  # a pipe would never end
       return {}
     with file.open('rb') as stream:
       return read_header(stream) or {}
-  except OSError:  # whether the file is needed at all is not known here
+  except (OSError, UserError):  # whether the weights are needed at all is not known here
     return {}
 
 
@@ -149,7 +149,7 @@ def load_as_configured(path: str, config: Any, model_name: str | None) -> Weight
   """Loads a weight file; what a PyTorch checkpoint does not show of its model, `config.model` tells.
 
   Args:
-    path: the file.
+    path: a weight file or a name; see `find_weights`.
     config: of the run; of `config.model` only what tensors do not show is used.
     model_name: the named model that the file must hold; None if it is the only one that fits, or has no name.
 
@@ -158,7 +158,7 @@ def load_as_configured(path: str, config: Any, model_name: str | None) -> Weight
   """
   settings = {field: config.model[field] for field in ('num_heads', 'qk_scale') if config.model[field] is not None}
   try:
-    return load(Path(path), Options(model_name=model_name, settings=settings))[0]
+    return load(find_weights(path), Options(model_name=model_name, settings=settings))[0]
   except UserError as error:
     # The message names flags of convert_torch_weights.py: these are the config's fields for them.
     advice = str(error).replace('--model=', '--config.model.name=').replace('--set=', '--config.model.')
@@ -190,7 +190,7 @@ def _plain(value: Any) -> Any:
 def pretrained_variables(
   path: str, model: T2TViT, channels: int, seed: int, class_names: Sequence[str] | None
 ) -> dict[str, Any]:
-  """Variables of the weight file `path` for `model`, fitted to its number of classes and image size.
+  """Variables of the weights `path`, a file or a name, for `model`, fitted to its number of classes and image size.
 
   A new head is made from `seed` if the file's has another number of classes, or other classes than `class_names`.
 
@@ -199,9 +199,10 @@ def pretrained_variables(
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
   options = Options(settings=settings, num_classes=model.num_classes, image_size=model.image_size, seed=seed)
-  weights, notes = load(Path(path), options)
+  file = find_weights(path)
+  weights, notes = load(file, options)
   if weights.class_names and class_names and comparable_of_model(weights.class_names) != comparable(class_names):
-    weights, notes = load(Path(path), dataclasses.replace(options, fresh_head=True))
+    weights, notes = load(file, dataclasses.replace(options, fresh_head=True))
   log_notes(path, notes)
   check_channels(channels, weights.channels, path)
   loaded_model, variables = weights.build()

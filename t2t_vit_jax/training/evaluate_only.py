@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -11,8 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion import Options, find_weights
 from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.pretrained import MODEL, is_name
 from t2t_vit_jax.conversion.weight_format import Weights
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.class_names import comparable, imagenet_names
@@ -34,28 +34,27 @@ from t2t_vit_jax.workdir.description import reading_description
 from t2t_vit_jax.workdir.weight_files import weights_of_checkpoint
 
 
-def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accuracy]:
-  """Evaluates the weights in `path` on the evaluation split of `config.data`, at its image size.
+def evaluate_only(config: Any, source: str | os.PathLike[str]) -> dict[str, Accuracy]:
+  """Evaluates weights on the evaluation split of `config.data`, at its image size.
 
   The weights decide about architecture and number of classes; of `config.model` only `dtype` is used. Images are
   prepared as `config.data` says; fields that are None get the values that belong to the weights.
 
   Args:
     config: a `ConfigDict`; `configs/default.py` explains every field.
-    path: a weight file that `load_pretrained` reads, or the workdir of a run.
+    source: the workdir of a run, whose newest checkpoint is evaluated; else see `find_weights`.
 
   Returns:
-    Accuracies by the name of the weights: 'weights' of a file; 'raw' and, if the run keeps it, 'ema' of a workdir.
+    Accuracies by the kind of the weights: 'raw' and, if the run keeps it, 'ema' of a workdir; else 'weights'.
 
   Raises:
     UserError: weights, config and data don't fit together, or one of them can't be read.
   """
   check_agreement(config)
   mesh = sharding.make_mesh(config.mesh)
-  path = os.path.expanduser(path)
-  folder = epath.Path(path)
-  in_all_processes(lambda: _check_exists(folder))
-  if folder.is_dir():
+  path = os.path.expanduser(source)
+  if in_all_processes(lambda: _is_workdir(path)):
+    folder = epath.Path(path)
     with Checkpoints(folder / 'checkpoints', read_only=True) as checkpoints:
       _, description, weights, _, notes = checkpoints.load_weights(sharding.replicated(mesh))
     with reading_description(folder):
@@ -71,18 +70,18 @@ def evaluate_only(config: Any, path: str | os.PathLike[str]) -> dict[str, Accura
   model = model.clone(dtype=compute_dtype(config))
   eval_step = make_eval_step(config, mesh, model)
   differences = preparation_differences(config, loaded.data)
-  source = in_all_processes(lambda: _open_source(config, model.num_classes, loaded.class_names))
+  images = in_all_processes(lambda: _open_source(config, model.num_classes, loaded.class_names))
   if jax.process_index() == 0:
-    for line in source.notes:
+    for line in images.notes:
       warn(line)
     if differences:
       warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
-  return make_evaluator(config, mesh, model, eval_step, source)(weights, warn)
+  return make_evaluator(config, mesh, model, eval_step, images)(weights, warn)
 
 
 def _load(path: str, config: Any) -> Weights:
   try:
-    return load(Path(path), Options())[0]
+    return load(find_weights(path), Options())[0]
   except UserError:
     if weights_header(path):
       raise
@@ -117,6 +116,6 @@ def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | Non
   return labelled
 
 
-def _check_exists(path: epath.Path) -> None:
-  if not path.exists():
-    raise UserError(f'there is no weight file and no workdir {path}')
+def _is_workdir(path: str) -> bool:
+  """Whether `path` is a folder that may be a run's, on a disk or in a bucket, and not one of weights alone."""
+  return not is_name(path) and epath.Path(path).is_dir() and not (epath.Path(path) / MODEL).exists()

@@ -1,6 +1,7 @@
-"""The README.md beside a run's weights, in Hugging Face's model-card format."""
+"""The README.md and config.json beside a run's weights, as Hugging Face's hub takes them."""
 
 import copy
+import json
 import math
 from pathlib import PurePath
 import re
@@ -9,7 +10,8 @@ from typing import Any
 import yaml
 
 from t2t_vit_jax import __version__
-from t2t_vit_jax.conversion.weight_format import Weights
+from t2t_vit_jax.conversion.pretrained import is_name
+from t2t_vit_jax.conversion.weight_format import Weights, sides
 from t2t_vit_jax.errors import printable
 from t2t_vit_jax.recipe.evaluation import Accuracy
 
@@ -59,11 +61,42 @@ def model_card(
   return '\n\n'.join(parts) + '\n'
 
 
+def hub_config(weights: Weights) -> str:
+  """The config.json of a repository: model and preparation of images under timm's names, classes under transformers'.
+
+  It is for the hub and for readers. `load_pretrained` reads the header of the weight file, which has more.
+  """
+  data, arguments = weights.data, weights.arguments
+  height, width = sides(arguments['image_size'])
+  config: dict[str, Any] = {
+    'architecture': weights.model or 't2t_vit',
+    'num_classes': arguments['num_classes'],
+    'num_features': weights.arrays['params/norm/scale'].size,
+    'model_args': arguments,
+    'pretrained_cfg': {
+      'input_size': [weights.channels, height, width],
+      'fixed_input_size': False,
+      'interpolation': data['interpolation'],
+      'crop_pct': data['crop_fraction'],
+      'crop_mode': 'center',
+      'mean': data['mean'],
+      'std': data['std'],
+      'num_classes': arguments['num_classes'],
+      'classifier': 'head',
+    },
+  }
+  if weights.class_names:
+    config['label_names'] = weights.class_names
+    config['id2label'] = dict(enumerate(weights.class_names))
+    config['label2id'] = {name: label for label, name in enumerate(weights.class_names)}
+  return json.dumps(config, indent=2) + '\n'
+
+
 def _without_folders(config: Config) -> Config:
   """A copy in plain YAML types, with names in place of paths."""
   config = _plain(copy.deepcopy(config))
   for group, field in ((config, 'init_from'), (config['data'], 'data_dir'), (config['data'], 'path')):
-    if group.get(field) is not None:
+    if group.get(field) is not None and not is_name(group[field]):
       path = PurePath(group[field])
       # The files of all runs have the same names: the run's folder tells them apart.
       group[field] = '/'.join(path.parts[-3:] if path.parent.name == 'weights' else [path.name or '.'])

@@ -1,6 +1,7 @@
 """A run's weights as files that leave its workdir: safetensors for `load_pretrained`, beside them a model card."""
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 import tempfile
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from t2t_vit_jax.conversion.files import write_file
+from t2t_vit_jax.conversion.pretrained import FOLDER, MODEL
 from t2t_vit_jax.conversion.weight_format import Weights, check_weights, read_header, write_weights
 from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
@@ -26,10 +28,9 @@ from t2t_vit_jax.recipe.init_from import DATA_FIELDS
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import reading_description
 from t2t_vit_jax.workdir.folder import copy_to_bucket, is_bucket
-from t2t_vit_jax.workdir.model_card import model_card
+from t2t_vit_jax.workdir.model_card import hub_config, model_card
 
-FOLDER = 'weights'  # in the workdir
-MODEL, RAW, CARD = 'model.safetensors', 'model_raw.safetensors', 'README.md'
+RAW, CARD, CONFIG = 'model_raw.safetensors', 'README.md', 'config.json'
 
 
 def export_checkpoint(config: Any, workdir: str) -> list[str]:
@@ -75,7 +76,7 @@ def write_weight_files(workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh
       kind: weights_of_checkpoint(description, variables, kind, step, run) for kind, variables in weights.items()
     }
     card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
-  in_all_processes(lambda: _write(workdir, contents, card))
+  in_all_processes(lambda: _write(workdir, contents, {CARD: card, CONFIG: hub_config(contents[_main_kind(weights)])}))
   average = 'moving average' if 'ema' in weights else 'no moving average'
   return [*notes, f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
 
@@ -84,7 +85,7 @@ def are_written(workdir: epath.Path, checkpoints: Checkpoints, *, with_ema: bool
   """Whether all files of the newest checkpoint's weights are there; all processes call this and get one answer."""
   folder = workdir / FOLDER
   steps = {_step_of(folder / name) for name in ([MODEL, RAW] if with_ema else [MODEL])}
-  complete = (folder / CARD).exists() and steps == {checkpoints.latest_step}
+  complete = all((folder / name).exists() for name in (CARD, CONFIG)) and steps == {checkpoints.latest_step}
   return bool(multihost_utils.process_allgather(np.array(complete)).all())
 
 
@@ -131,7 +132,11 @@ def weights_of_checkpoint(description: dict[str, Any], variables: Any, kind: str
   return weights
 
 
-def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None:
+def _write_text(text: str, path: Path) -> None:
+  path.write_text(text, 'utf-8')
+
+
+def _write(workdir: epath.Path, contents: dict[str, Weights], texts: dict[str, str]) -> None:
   if jax.process_index() != 0:
     return
   with contextlib.ExitStack() as stack:
@@ -141,7 +146,8 @@ def _write(workdir: epath.Path, contents: dict[str, Weights], card: str) -> None
       folder.mkdir(exist_ok=True)
       for leftover in folder.glob('.*.tmp'):  # of a process that was killed while it wrote
         leftover.unlink()
-      write_file(folder / CARD, lambda temporary: temporary.write_text(card, 'utf-8'))
+      for name, text in texts.items():
+        write_file(folder / name, functools.partial(_write_text, text))
       write_weights(contents[_main_kind(contents)], folder / MODEL)
       if 'ema' in contents:
         write_weights(contents['raw'], folder / RAW)
