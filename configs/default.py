@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of parameters, order of the data, augmentation and dropout
   config.log_images = False  # write a picture of augmented images before the first step
-  config.init_from = placeholder(str)  # weight file to start from; None: random parameters
+  config.init_from = placeholder(str)  # weights to start from: a file, a run's folder or a name; None: random
 
   config.model = ConfigDict()
   config.model.name = 't2t_vit_14'

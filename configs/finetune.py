@@ -1,10 +1,10 @@
 """Fine-tuning of any weights on any dataset: an image folder, or a tfds name.
 
-python train.py --config=configs/finetune.py --config.init_from=weights.safetensors \
+python train.py --config=configs/finetune.py --config.init_from=t2t_vit_14 \
   --config.data.source=folder --config.data.path=DIR
 
 DIR has train/CLASS/IMAGE and val/CLASS/IMAGE, or just CLASS/IMAGE: a fifth of each class is then held out. For tfds:
---config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two flags. The weight file decides about
+--config.data.name=NAME --config.data.eval_split=SPLIT in place of the last two flags. The weights decide about
 model and preparation of images, the data about classes. To train the head alone (a linear probe):
 --config.schedule.backbone_factor=0.
 
@@ -22,8 +22,8 @@ from configs import default
 
 def get_config() -> ConfigDict:
   config = default.get_config()
-  config.init_from = 'weights.safetensors'
-  with config.unlocked():  # None: as the weight file has it
+  config.init_from = 't2t_vit_14'
+  with config.unlocked():  # None: as the weights have it
     config.model.name = placeholder(str)
     config.data.image_size = placeholder(int)
     config.data.crop_fraction = placeholder(float)

@@ -2,9 +2,7 @@
 
 python train.py --config=configs/t2t_vit_14_cifar10.py --config.data.data_dir=DATA
 
-Starts from t2t_vit_14.safetensors, made of the published ImageNet weights by two commands:
-curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.5_T2T_ViT_14.pth.tar
-python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors --model=t2t_vit_14
+Starts from the published ImageNet weights, which are fetched once.
 The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
 
 Differences from the reference's script: the cls token and the last LayerNorm, which it left out of its optimizer, are
@@ -22,7 +20,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
   config = default.get_config()
-  config.init_from = 't2t_vit_14.safetensors'
+  config.init_from = 't2t_vit_14'
   config.data.name = 'cifar10'
   config.data.eval_split = 'test'
   config.data.batch_size = 64

@@ -2,9 +2,7 @@
 
 python train.py --config=configs/t2t_vit_14_cifar100.py --config.data.data_dir=DATA
 
-Starts from t2t_vit_14.safetensors, made of the published ImageNet weights by two commands:
-curl -LO https://github.com/yitu-opensource/T2T-ViT/releases/download/main/81.5_T2T_ViT_14.pth.tar
-python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors --model=t2t_vit_14
+Starts from the published ImageNet weights, which are fetched once.
 The data, once: python -m t2t_vit_jax.data.prepare cifar100 --data-dir DATA
 
 Hardware: 2 devices, as published, or any number that divides 64; see t2t_vit_14_cifar10 for the differences.

@@ -1,7 +1,7 @@
 """Writes the generated part of docs/models.md: `python docs/model_table.py`.
 
 Parameters and multiply-adds are counted on the models themselves, traced without computing anything;
-accuracies and file names are what the paper and the publishers of the weights report.
+accuracies and files are those of `t2t_vit_jax/models/published.py`, and of the paper.
 """
 
 from collections.abc import Iterator
@@ -15,56 +15,10 @@ from jax.extend import core
 import jax.numpy as jnp
 
 import t2t_vit_jax
+from t2t_vit_jax.models.published import PUBLISHED
 
 PAGE = Path(__file__).parent / 'models.md'
 START, END = '<!-- written by docs/model_table.py -->\n', '<!-- end of the written part -->\n'
-
-REFERENCE_URL = 'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/'
-MMPRETRAIN_URL = 'https://download.openmmlab.com/mmclassification/v0/t2t-vit/'
-
-
-class WeightFile(NamedTuple):
-  """One published file of trained weights."""
-
-  model: str
-  top1: float  # per cent, as published
-  name: str
-  about: str = 'ImageNet-1k'
-  base_url: str = REFERENCE_URL
-  suffix: str = ''  # tells the converted file from others of the same model
-
-
-FILES = (
-  WeightFile('t2t_vit_7', 71.7, '71.7_T2T_ViT_7.pth.tar'),
-  WeightFile('t2t_vit_10', 75.2, '75.2_T2T_ViT_10.pth.tar'),
-  WeightFile('t2t_vit_12', 76.5, '76.5_T2T_ViT_12.pth.tar'),
-  WeightFile('t2t_vit_14', 81.5, '81.5_T2T_ViT_14.pth.tar'),
-  WeightFile('t2t_vit_19', 81.9, '81.9_T2T_ViT_19.pth.tar'),
-  WeightFile('t2t_vit_24', 82.3, '82.3_T2T_ViT_24.pth.tar'),
-  WeightFile('t2t_vit_t_14', 81.7, '81.7_T2T_ViTt_14.pth.tar'),
-  WeightFile('t2t_vit_t_19', 82.4, '82.4_T2T_ViTt_19.pth.tar'),
-  WeightFile('t2t_vit_t_24', 82.6, '82.6_T2T_ViTt_24.pth.tar'),
-  WeightFile('t2t_vit_14', 83.3, '83.3_T2T_ViT_14.pth.tar', 'ImageNet-1k at 384 px', suffix='_384'),
-  WeightFile(
-    't2t_vit_24', 84.2, '84.2_T2T_ViT_24.pth.tar', 'ImageNet-1k, token labeling', suffix='_token_labeling'
-  ),
-  WeightFile(
-    't2t_vit_t_14', 81.83, 't2t-vit-t-14_8xb64_in1k_20211220-f7378dd5.pth', 'ImageNet-1k, mmpretrain',
-    MMPRETRAIN_URL, '_mmpretrain',
-  ),
-  WeightFile(
-    't2t_vit_t_19', 82.63, 't2t-vit-t-19_8xb64_in1k_20211214-7f5e3aaf.pth', 'ImageNet-1k, mmpretrain',
-    MMPRETRAIN_URL, '_mmpretrain',
-  ),
-  WeightFile(
-    't2t_vit_t_24', 82.71, 't2t-vit-t-24_8xb64_in1k_20211214-b2a68ae3.pth', 'ImageNet-1k, mmpretrain',
-    MMPRETRAIN_URL, '_mmpretrain',
-  ),
-  WeightFile('t2t_vit_14', 98.3, 'cifar10_t2t-vit_14_98.3.pth', 'CIFAR-10', suffix='_cifar10'),
-  WeightFile('t2t_vit_14', 88.4, 'cirfar100_t2t-vit-14_88.4.pth', 'CIFAR-100', suffix='_cifar100'),
-  WeightFile('t2t_vit_19', 98.4, 'cifar10_t2t-vit_19_98.4.pth', 'CIFAR-10', suffix='_cifar10'),
-  WeightFile('t2t_vit_19', 89.0, 'cifar100_t2t-vit-19_89.0.pth', 'CIFAR-100', suffix='_cifar100'),
-)  # fmt: skip
 
 # Top-1 of the paper's variants whose weights were never published.
 PAPER_ONLY = {
@@ -141,18 +95,17 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def model_table() -> str:
   """One row for each named model."""
   rows = [
-    '| model | parameters, all | trained | GMACs at 224 px (layers) | top-1, % | width / depth / heads | weights |',
-    '|---|---|---|---|---|---|---|',
+    '| model | parameters, all | trained | GMACs at 224 px (layers) | top-1, % | width / depth / heads |',
+    '|---|---|---|---|---|---|',
   ]
   for name in t2t_vit_jax.list_models():
     everything, trained = count_parameters(name)
     products = count_multiply_adds(name)
-    file = next((file for file in FILES if file.model == name), None)
+    file = PUBLISHED.get(name)
     top1 = f'{file.top1} (reference)' if file else f'{PAPER_ONLY[name]} (paper)'
-    weights = f'[`{file.name}`]({file.base_url}{file.name})' if file else 'never published'
     rows.append(
       f'| `{name}` | {everything:,} | {trained:,} | {products.total / 1e9:.2f} ({products.layers / 1e9:.2f}) '
-      f'| {top1} | {_shape(name)} | {weights} |'
+      f'| {top1} | {_shape(name)} |'
     )
   return '\n'.join(rows) + '\n'
 
@@ -166,13 +119,16 @@ def _shape(name: str) -> str:
 
 
 def file_table() -> str:
-  """One row for each published weight file, with the commands that fetch and convert it."""
-  rows = ['| weights | top-1, % | fetch | convert |', '|---|---|---|---|']
-  for file in FILES:
+  """One row for each published weight file."""
+  rows = [
+    '| name | model | trained on | px | top-1, % | measured top-1 / top-5, % | file |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name, row in PUBLISHED.items():
+    measured = '{:.3f} / {:.3f}'.format(*row.measured) if row.measured else ''
     rows.append(
-      f'| `{file.model}`, {file.about} | {file.top1} | `curl -LO {file.base_url}{file.name}` '
-      f'| `python convert_torch_weights.py {file.name} --output={file.model}{file.suffix}.safetensors '
-      f'--model={file.model}` |'
+      f'| `{name}` | `{row.model}` | {row.data} | {row.image_size} | {row.top1} ({row.publisher}) | {measured} '
+      f'| [`{row.file}`]({row.url}), {row.download_size} |'
     )
   return '\n'.join(rows) + '\n'
 

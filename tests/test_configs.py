@@ -145,8 +145,8 @@ def test_the_default_is_the_published_recipe():
 def test_the_cifar_transfer_is_the_published_one(name):
   config, card = load(name)
   model, data = name.rsplit('_', 1)
-  assert (config.init_from, config.data.name) == (f'{model}.safetensors', data)
-  assert f' --output={model}.safetensors --model={model}\n' in card
+  assert (config.init_from, config.data.name) == (model, data)
+  assert model in list_models(pretrained=True)
   assert f'data.prepare {data} ' in card
   assert (config.data.train_split, config.data.eval_split) == ('train', 'test')
   assert (config.data.interpolation, config.data.crop_fraction) == ('bilinear', 1.0)

@@ -24,6 +24,7 @@ from t2t_vit_jax.conversion.weight_format import Weights, write_weights
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE
 from t2t_vit_jax.models.variants import DataDefaults
 from tests.image_folder import write_image_folder
+from tests.weights_cache import put_into_cache
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -36,6 +37,7 @@ RUN = {
   r'python -m t2t_vit_jax\.predict .*': '',
   r'python -m t2t_vit_jax\.visualize .*': '',
   r'python -m t2t_vit_jax\.export .*': '',
+  r'python -m t2t_vit_jax\.weights.*': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
 WITHOUT_DATA = [
@@ -46,7 +48,7 @@ WITHOUT_DATA = [
 LEFT_OUT = {
   r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
   r'python -m t2t_vit_jax\.data\.prepare cifar10 .*': 'downloads',
-  r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|curl) .*': 'needs a network and an account',
+  r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|hf upload) .*': 'needs a network and an account',
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
   r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU: tests/test_plan.py, on a smaller slice',
@@ -86,12 +88,12 @@ def test_every_command_has_a_rule_and_every_rule_a_command():
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-  """A folder with the files that the pages name; models have the published shapes and random weights."""
+  """A folder with the files that the pages name; in its cache the published weights are a small model's, at random."""
   folder = tmp_path_factory.mktemp('checkout')
   for name in ('train.py', 'convert_torch_weights.py', 'configs', 'docs', 'benchmarks', 't2t_vit_jax'):
     (folder / name).symlink_to(ROOT / name)
-  write_random_weights('t2t_vit_14', folder / 't2t_vit_14.safetensors', 224)
-  write_random_weights('t2t_vit_tiny', folder / 'weights.safetensors', 32)
+  for name in ('t2t_vit_7', 't2t_vit_14', 't2t_vit_14_384'):
+    put_into_cache(random_weights(folder), name, folder / 'cache')
   photograph = Image.fromarray(load_sample_image('flower.jpg'))
   (folder / 'photos').mkdir()
   photograph.save(folder / 'photos' / 'flower.jpg')
@@ -100,14 +102,15 @@ def checkout(tmp_path_factory):
   return folder
 
 
-def write_random_weights(name, path, image_size):
-  model = t2t_vit_jax.create_model(name, num_classes=1000)
-  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
-  data = {**dataclasses.asdict(DataDefaults()), 'image_size': image_size}
+def random_weights(folder):
+  model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=1000)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  data = {**dataclasses.asdict(DataDefaults()), 'image_size': 32}
   arrays = {key: np.asarray(array) for key, array in flatten_dict(variables, sep='/').items()}
-  arguments = {field: getattr(model, field) for field in ARCHITECTURE}
-  arguments |= {'image_size': image_size, 'num_classes': 1000}
-  write_weights(Weights(arrays, name, arguments, 3, data, None, {'weights': None}), path)
+  arguments = {field: getattr(model, field) for field in (*ARCHITECTURE, 'image_size', 'num_classes')}
+  file = folder / 'random.safetensors'
+  write_weights(Weights(arrays, 't2t_vit_tiny', arguments, 3, data, None, {'weights': None}), file)
+  return file.read_bytes()
 
 
 def run(command, folder):
@@ -115,7 +118,13 @@ def run(command, folder):
     command.replace('python ', f'{sys.executable} ', 1),
     shell=True,
     cwd=folder,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(folder), 'TFDS_DATA_DIR': str(folder / 'tfds')},
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(folder),
+      'TFDS_DATA_DIR': str(folder / 'tfds'),
+      'T2T_VIT_JAX_CACHE': str(folder / 'cache'),
+    },
     capture_output=True,
     text=True,
   )

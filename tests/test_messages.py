@@ -12,11 +12,11 @@ import configs.default
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 't2t_vit_jax'
 TRAIN, CONVERT, PREPARE = ROOT / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'data' / 'prepare.py'
-TOOLS = [PACKAGE / f'{name}.py' for name in ('export', 'plan', 'predict', 'visualize')]
+TOOLS = [PACKAGE / f'{name}.py' for name in ('export', 'plan', 'predict', 'visualize', 'weights')]
 # The tools whose users see what a part of the package says, where that part is no tool itself. `load_as_configured` and
 # `load_pretrained` put their own names in place of the converter's flags.
 SHOWN_BY = {
-  'conversion/files.py': [CONVERT, *(tool for tool in TOOLS if tool.stem != 'plan')],
+  'conversion/files.py': [CONVERT, *(tool for tool in TOOLS if tool.stem not in ('plan', 'weights'))],
   'conversion': [CONVERT],
   'data/sources.py': [PREPARE],  # in the commands that it names
   '': [TRAIN],
@@ -70,6 +70,8 @@ def tools_of(path, text):
   if command := COMMAND.search(text):
     module = PACKAGE / command[1].strip('.').replace('.', '/')
     return [module / '__main__.py' if module.is_dir() else module.with_suffix('.py')]
+  if 'python train.py' in text:
+    return [TRAIN]
   if path in (TRAIN, CONVERT, PREPARE, *TOOLS):
     return [path]
   inside = path.relative_to(PACKAGE).as_posix()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import t2t_vit_jax
+from t2t_vit_jax.models.published import PUBLISHED
 from tests import torch_reference
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -36,8 +37,8 @@ def test_parameters_are_pytorchs(name):
 
 
 def test_every_model_has_an_accuracy_and_every_file_a_model_and_a_name_of_its_own():
-  files = model_table['FILES']
-  of_files, unpublished = {file.model for file in files}, set(model_table['PAPER_ONLY'])
-  assert of_files | unpublished == set(t2t_vit_jax.list_models())
-  assert not of_files & unpublished
-  assert len({file.model + file.suffix for file in files}) == len(files)
+  models, unpublished = {row.model for row in PUBLISHED.values()}, set(model_table['PAPER_ONLY'])
+  assert models | unpublished == set(t2t_vit_jax.list_models())
+  assert not models & unpublished
+  assert models <= PUBLISHED.keys()
+  assert len({row.url for row in PUBLISHED.values()}) == len(PUBLISHED)

@@ -30,6 +30,7 @@ from t2t_vit_jax.predict import main, open_classifier, predict
 from tests import checkpoints, golden
 from tests.image_folder import encoded, picture
 from tests.processes import ROOT
+from tests.weights_cache import put_into_cache
 
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -345,7 +346,8 @@ DOCUMENT = (Path(__file__).parents[1] / 'docs' / 'predict.md').read_text()
 
 @pytest.mark.slow
 def test_the_documented_python_runs(weights, photos, tmp_path, monkeypatch, capsys):
-  shutil.copy(weights, tmp_path / 't2t_vit_14.safetensors')
+  put_into_cache(weights.read_bytes(), 't2t_vit_14', tmp_path / 'cache')
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
   shutil.copytree(photos, tmp_path / 'photos')
   monkeypatch.chdir(tmp_path)
   code = (
@@ -363,7 +365,8 @@ def test_the_documented_python_runs(weights, photos, tmp_path, monkeypatch, caps
 
 
 def test_the_documented_commands_and_options_exist(weights, photos, tmp_path, monkeypatch, capsys):
-  shutil.copy(weights, tmp_path / 't2t_vit_14.safetensors')
+  put_into_cache(weights.read_bytes(), 't2t_vit_14', tmp_path / 'cache')
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
   shutil.copytree(photos, tmp_path / 'photos')
   (tmp_path / 'cat.jpg').write_bytes((photos / 'a.jpg').read_bytes())
   monkeypatch.chdir(tmp_path)

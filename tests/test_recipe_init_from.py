@@ -105,7 +105,8 @@ def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'init_from': 'nowhere'}, 'init_from: nowhere: no such file'),
+    ({'init_from': 'nowhere'}, 'init_from: there is neither a file nowhere nor published weights'),
+    ({'init_from': 'nowhere.safetensors'}, 'init_from: nowhere.safetensors: no such file'),
     ({'init_from': None}, r'data\.image_size, .*model\.name must be set: .* --config\.init_from=FILE'),
     (
       {'model.name': 't2t_vit_14'},

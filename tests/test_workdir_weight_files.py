@@ -93,6 +93,25 @@ def test_the_header_says_what_the_weights_are(workdir):
   assert (workdir / 'weights' / 'README.md').stat().st_mode == path.stat().st_mode
 
 
+def test_the_config_for_a_hub_has_the_names_of_other_libraries(workdir):
+  config = json.loads((workdir / 'weights' / 'config.json').read_text('utf-8'))
+  assert (config['architecture'], config['num_classes'], config['num_features']) == ('t2t_vit', 10, 32)
+  assert config['pretrained_cfg'] == {
+    'input_size': [3, 16, 16],
+    'fixed_input_size': False,
+    'interpolation': 'bilinear',
+    'crop_pct': 1.0,
+    'crop_mode': 'center',
+    'mean': [0.3] * 3,
+    'std': [0.35] * 3,
+    'num_classes': 10,
+    'classifier': 'head',
+  }
+  assert create_model('t2t_vit_tiny', **config['model_args']) == load_pretrained(workdir)[0]
+  assert config['id2label']['3'] == config['label_names'][3] == '3'
+  assert config['label2id']['3'] == 3
+
+
 def test_to_torch_and_back_is_bit_exact(workdir, tmp_path):
   import torch
 
@@ -136,7 +155,7 @@ def test_files_that_are_missing_or_of_an_earlier_step_are_written_when_a_complet
   (run / 'weights' / '.1234.tmp').write_text('half a file of a killed process')
   loop.train(config, run)
   assert contents(run / 'weights') == expected
-  assert len(expected) == 3
+  assert len(expected) == 4
   # A longer run that was killed after its last checkpoint, before it wrote its weights.
   longer = config.copy_and_resolve_references()
   longer.schedule.max_steps = STEPS + 1
