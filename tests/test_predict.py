@@ -127,7 +127,9 @@ def test_a_photograph_is_turned_upright(weights, photos, tmp_path):
   image.save(tmp_path / 'photo.png', exif=exif)
   image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / 'turned.png')
   photo, turned = predict(open_classifier(weights), [str(tmp_path / name) for name in ('photo.png', 'turned.png')])
-  assert photo.guesses == turned.guesses
+  assert [guess.label for guess in photo.guesses] == [guess.label for guess in turned.guesses]
+  # Rows of one batch: threads may add up the numbers of each in another order.
+  np.testing.assert_allclose(*([guess.probability for guess in x.guesses] for x in (photo, turned)), atol=1e-6)
 
 
 def test_text_json_and_csv_say_the_same(weights, photos, expected, tmp_path, capsys, monkeypatch):
