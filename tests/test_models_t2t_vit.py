@@ -4,10 +4,12 @@ import functools
 import math
 import re
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
+import optax
 import pytest
 
 from t2t_vit_jax import Features, HeadLogits, T2TViT, UserError
@@ -321,6 +323,35 @@ def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
 
   assert difference() > 1e-3
   assert difference(performer_dropout_rate=0.0) == 0
+
+
+def test_within_flax_nnx_it_is_the_same_model_and_only_params_are_trained():
+  numbers, variables = golden.load_numbers('tiny_performer'), golden.load_variables('performer')
+  images, labels = numbers['images_nhwc'], numbers['labels']
+  module = nnx.bridge.ToNNX(tiny('performer'), rngs=nnx.Rngs(0, dropout=1)).lazy_init(images)
+  for collection in variables.values():
+    nnx.update(module, collection)
+  optimizer = nnx.Optimizer(module, optax.sgd(0.5), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(module, optimizer):
+    def loss_of(module):
+      return optax.softmax_cross_entropy_with_integer_labels(module(images), labels).mean()
+
+    loss, gradients = nnx.value_and_grad(loss_of)(module)
+    trained_mode = module(images, train=True), module(images, train=True)
+    optimizer.update(module, gradients)
+    return loss, *trained_mode
+
+  loss, one, other = step(module, optimizer)
+  assert loss == pytest.approx(float(numbers['loss']), abs=2e-6)
+  assert np.abs(one - other).max() > 1e-4  # dropout is drawn anew
+  np.testing.assert_allclose(
+    module.head['kernel'][...],
+    variables['params']['head']['kernel'] - 0.5 * numbers['grad/head.weight'].T,
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(module.pos_embed[...], variables['frozen']['pos_embed'])
 
 
 @pytest.mark.parametrize('name', ['performer', 'transformer'])
