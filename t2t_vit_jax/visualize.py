@@ -29,7 +29,7 @@ from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop, pi
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from t2t_vit_jax.models.soft_split import SPLITS
-from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.models.t2t_vit import T2TViT, classify
 from t2t_vit_jax.predict import Classifier, open_classifier
 
 Array = jax.Array
@@ -93,12 +93,10 @@ def _run(
   """Logits; outputs of the stages; by block, attention (B, num_heads, H, W) of the class token."""
   layers = {block: f'{block}/attn/attention' for block in blocks}
   features, outputs = layer_outputs(model, variables, images, [*stages, *layers.values()])
-  head = variables['params']['head']
   grid = features.tokens.shape[1:3]
   attention = {block: outputs[layer][:, :, 0, 1:] for block, layer in layers.items()}
   attention = {block: rows.reshape(*rows.shape[:2], *grid) for block, rows in attention.items()}
-  logits = features.cls @ head['kernel'] + head['bias'][None]
-  return logits, {layer: outputs[layer] for layer in stages}, attention
+  return classify(model, variables, features), {layer: outputs[layer] for layer in stages}, attention
 
 
 def stage_layers(model: T2TViT) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Reads the golden files in `tests/data`: numbers that the PyTorch reference produced (see tests/data/README.md)."""
 
 import argparse
+import dataclasses
 import functools
 from pathlib import Path
 import pickle
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 import optax
 
-from t2t_vit_jax import conversion
+from t2t_vit_jax import T2TViT, conversion
 from t2t_vit_jax.conversion import names
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.conversion.weight_format import write_weights
 
 DATA = Path(__file__).parent / 'data'
 
@@ -102,12 +105,35 @@ def load_variables(name):
     return to_variables(_ArrayReader(archive).load()['state_dict_ema'])
 
 
+def token_labeling():
+  """Model, variables and numbers of the golden performer with a second head; its images are the performer's."""
+  numbers = load_numbers('tiny_performer_token_labeling')
+  variables = load_variables('performer')
+  second_head = to_variables({name: numbers[name] for name in ('aux_head.weight', 'aux_head.bias')})['params']
+  model = T2TViT(**TINY_MODELS['performer'], token_labeling=True)
+  return model, {**variables, 'params': {**variables['params'], **second_head}}, numbers
+
+
 def converted(name, folder, **options):
   """A golden model as a file of this package; `options` are those of `conversion.Options`."""
   settings = {key: TINY_MODELS[name][key] for key in ('num_heads', 'qk_scale') if key in TINY_MODELS[name]}
   path = folder / f'{name}.safetensors'
   conversion.convert(DATA / f'official_tiny_{name}.pth.tar', path, conversion.Options(settings=settings, **options))
   return path
+
+
+def with_second_head(path, bias):
+  """A weight file beside `path`, with a second head that finds the logits `bias` in every token."""
+  weights, _ = load(path, conversion.Options())
+  width, classes = weights.arrays['params/head/kernel'].shape
+  second_head = {
+    'params/aux_head/kernel': np.zeros((width, classes), np.float32),
+    'params/aux_head/bias': np.array(bias, np.float32),
+  }
+  changes = dict(arrays=weights.arrays | second_head, arguments=weights.arguments | {'token_labeling': True})
+  output = path.with_name('second_head.safetensors')
+  write_weights(dataclasses.replace(weights, **changes), output)
+  return output
 
 
 def to_variables(tensors):

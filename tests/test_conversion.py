@@ -1,6 +1,7 @@
 """Conversion of good files: every form, both ways, against the reference's numbers."""
 
 import json
+import re
 import sys
 
 from absl import logging
@@ -15,6 +16,7 @@ import safetensors.numpy
 import t2t_vit_jax
 from t2t_vit_jax import T2TViT, UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert, files, infer, names
+from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.models import positions
 from t2t_vit_jax.models.variants import VARIANTS
 from tests import checkpoints, golden
@@ -65,9 +67,10 @@ def test_golden_checkpoints_give_the_references_logits(name, tmp_path):
 def test_every_form_gives_the_same_logits(form, tmp_path):
   name = checkpoints.save_form(form, tmp_path / 'file')
   convert_to(tmp_path / 'file', tmp_path / 'weights.safetensors')
-  numbers = golden.load_numbers(f'tiny_{name}')
+  images = golden.load_numbers(f'tiny_{name}')['images_nhwc']
+  expected = golden.load_numbers(f'tiny_{name}' + '_token_labeling' * (form == 'token labeling'))['logits']
   for path, options in ((tmp_path / 'weights.safetensors', {}), (tmp_path / 'file', {'settings': HEADS})):
-    np.testing.assert_allclose(logits_of(path, numbers['images_nhwc'], **options), numbers['logits'], atol=LOGITS_ATOL)
+    np.testing.assert_allclose(logits_of(path, images, **options), expected, atol=LOGITS_ATOL)
 
 
 @pytest.mark.parametrize('form', ['timm', 'mmpretrain', 'mmpretrain flat'])
@@ -226,10 +229,74 @@ def test_metadata(tmp_path):
   assert metadata_of(tmp_path / 'mm.safetensors')['class_names'] == [f'class {i}' for i in range(10)]
 
 
-def test_dropping_the_auxiliary_head_is_said(tmp_path):
-  checkpoints.save_form('token labeling', tmp_path / 'file')
-  notes = convert_to(tmp_path / 'file', tmp_path / 'out.safetensors')
-  assert any('dropped: aux_head.weight, aux_head.bias' in note and 'accuracy' in note for note in notes)
+@pytest.fixture(name='two_heads')
+def fixture_two_heads(tmp_path):
+  """The golden performer with token labeling's second head, as a file of torch and as one of this package."""
+  checkpoints.save_form('token labeling', tmp_path / 'two_heads.pth')
+  convert_to(tmp_path / 'two_heads.pth', tmp_path / 'two_heads.safetensors')
+  return tmp_path / 'two_heads.pth', tmp_path / 'two_heads.safetensors'
+
+
+def test_the_second_head_goes_from_torch_to_here_to_torch_bit_exact(two_heads, tmp_path):
+  theirs, ours = two_heads
+  model, variables = load_pretrained(ours)
+  expected_model, expected, _ = golden.token_labeling()
+  assert model == expected_model
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+  convert(ours, tmp_path / 'back.pth', Options(), reverse=True)
+  back, state = (torch.load(path, weights_only=True) for path in (tmp_path / 'back.pth', theirs))
+  state = state['state_dict']
+  assert back.keys() == state.keys() >= {'aux_head.weight', 'aux_head.bias'}
+  assert all(back[key].numpy().tobytes() == state[key].numpy().tobytes() for key in state)
+
+
+@pytest.mark.parametrize('num_classes', [0, 3, None])
+def test_fresh_heads_and_runs_drop_the_second_head_and_say_so(num_classes, two_heads):
+  weights, notes = load(two_heads[1], Options(num_classes=num_classes, one_head=num_classes is None))
+  model, variables = weights.build()
+  (note,) = (note for note in notes if note.startswith('aux_head: '))
+  reason = "training uses the class token's head alone" if num_classes is None else 'it is of the old classes'
+  assert note == f'aux_head: dropped; {reason}'
+  numbers = golden.load_numbers('tiny_performer')
+  assert model == T2TViT(
+    **{**golden.TINY_MODELS['performer'], 'num_classes': 10 if num_classes is None else num_classes}
+  )
+  assert 'aux_head' not in variables['params']
+  if num_classes is None:
+    np.testing.assert_allclose(golden.apply(model, variables, numbers['images_nhwc']), numbers['logits'], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('change', 'says'),
+  [
+    (lambda state: state.pop('aux_head.bias'), 'aux_head.bias is missing'),
+    (lambda state: state.pop('aux_head.weight'), 'aux_head.weight is missing'),
+    (lambda state: state.update({'aux_head.weight': torch.ones(10, 32)}), 'aux_head.weight is (10, 32), not (10, 64)'),
+    (lambda state: state.update({'aux_head.bias': torch.ones(1)}), 'aux_head.bias is (1,), not (10,)'),
+    (lambda state: [state.pop(name) for name in ('head.weight', 'head.bias')], 'aux_head.weight (10, 64) has no place'),
+    (lambda state: state['aux_head.bias'].fill_(float('nan')), 'aux_head.bias holds NaN or infinity'),
+  ],
+)
+def test_a_second_head_that_does_not_fit_is_refused_by_name(change, says, tmp_path):
+  state = checkpoints.with_second_head(checkpoints.state_dict())
+  change(state)
+  torch.save(state, tmp_path / 'file')
+  with pytest.raises(UserError, match=re.escape(says)):
+    convert_to(tmp_path / 'file', tmp_path / 'out')
+
+
+def test_the_file_says_whether_there_is_a_second_head(two_heads, tmp_path):
+  assert metadata_of(two_heads[1])['arguments']['token_labeling'] is True
+  convert_to(golden_file('performer'), tmp_path / 'plain.safetensors')
+  assert 'token_labeling' not in metadata_of(tmp_path / 'plain.safetensors')['arguments']  # as in older files
+
+
+def test_a_named_model_is_recognised_with_a_second_head():
+  inferred = infer.infer_arguments(shapes_of('t2t_vit_24', token_labeling=True))
+  name, arguments = infer.name_model(inferred, {}, None)
+  assert name == 't2t_vit_24'
+  assert T2TViT(**arguments) == t2t_vit_jax.create_model('t2t_vit_24', token_labeling=True)
+  assert infer.name_model(inferred, {}, 't2t_vit_24')[0] == 't2t_vit_24'
 
 
 def test_another_number_of_classes_gives_a_fresh_head(caplog):

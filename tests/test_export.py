@@ -75,6 +75,13 @@ def test_logits_equal_the_models_for_any_batch(name, batches, tmp_path):
     np.testing.assert_allclose(logits, expected[:batch], atol=ATOL)
 
 
+def test_both_heads_of_token_labeling_are_exported(performer):
+  bias, images = np.linspace(-3, 3, 10), random_images(1)
+  program, arrays, _ = exported(golden.with_second_head(performer, bias))
+  expected = np.asarray(logits_of_model(performer, images)) + bias / 2
+  np.testing.assert_allclose(jax.jit(program.call)(arrays, images), expected, atol=ATOL)
+
+
 def test_one_program_is_lowered_for_every_platform_and_batch(performer):
   program, arrays, metadata = exported(performer)
   assert program.platforms == tuple(metadata['platforms']) == ('cpu', 'cuda', 'tpu')

@@ -4,15 +4,18 @@ import functools
 import math
 import re
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
+import optax
 import pytest
 
-from t2t_vit_jax import Features, T2TViT, UserError
+from t2t_vit_jax import Features, HeadLogits, T2TViT, UserError
 from t2t_vit_jax.models.blocks import stack_blocks, unstack_blocks
 from t2t_vit_jax.models.positions import resize_position_embedding
+from t2t_vit_jax.models.t2t_vit import classify
 from t2t_vit_jax.planning.flops import count_flops
 from tests import golden
 
@@ -35,6 +38,61 @@ def test_logits_equal_the_references(name, strict_dtypes):
   numbers = golden.load_numbers(f'tiny_{name}')
   logits = golden.apply(tiny(name), golden.load_variables(name), numbers['images_nhwc'])
   np.testing.assert_allclose(logits, numbers['logits'], atol=LOGITS_ATOL)
+
+
+def test_both_heads_of_token_labeling_equal_the_references(strict_dtypes):
+  model, variables, numbers = golden.token_labeling()
+  images = golden.load_numbers('tiny_performer')['images_nhwc']
+  head_logits = golden.apply(model, variables, images, head_logits=True)
+  assert isinstance(head_logits, HeadLogits)
+  np.testing.assert_allclose(head_logits.cls, numbers['head_logits'], atol=LOGITS_ATOL)
+  np.testing.assert_allclose(head_logits.tokens, numbers['token_logits'], atol=LOGITS_ATOL)
+  np.testing.assert_allclose(golden.apply(model, variables, images), numbers['logits'], atol=LOGITS_ATOL)
+  assert np.abs(numbers['logits'] - numbers['head_logits']).max() > 0.1
+  features = golden.apply(model, variables, images, features=True)
+  np.testing.assert_allclose(classify(model, variables, features), numbers['logits'], atol=LOGITS_ATOL)
+
+
+def test_training_mode_uses_the_first_head_alone():
+  model, variables, numbers = golden.token_labeling()
+  model = model.clone(performer_dropout_rate=0.0)
+  images = golden.load_numbers('tiny_performer')['images_nhwc']
+  fresh = jax.eval_shape(functools.partial(model.init, train=True), jax.random.key(0), images)
+  assert jax.tree.map(jnp.shape, variables) == jax.tree.map(lambda x: x.shape, dict(fresh))
+
+  def loss_of(params):
+    logits = model.apply({**variables, 'params': params}, images, train=True)
+    return logits.sum(), logits
+
+  (_, logits), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(variables['params'])
+  np.testing.assert_allclose(logits, numbers['head_logits'], atol=LOGITS_ATOL)
+  assert not any(x.any() for x in jax.tree.leaves(gradients['aux_head']))
+  assert np.all(gradients['head']['bias'] == 2)  # of two images
+
+
+def test_the_second_head_costs_nothing_where_it_is_not_used():
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  plain, two_heads = tiny('performer'), tiny('performer', token_labeling=True)
+
+  def program(model, **options):
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = {**variables, 'params': {key: x for key, x in variables['params'].items() if key != 'aux_head'}}
+    rngs = {'dropout': jax.random.key(0)}
+    return jax.jit(functools.partial(model.apply, rngs=rngs, **options)).lower(variables, images).as_text()
+
+  assert program(two_heads, train=True) == program(plain, train=True)
+  assert program(two_heads, features=True) == program(plain, features=True)
+  assert 'aux_head' not in jax.eval_shape(two_heads.clone(num_classes=0).init, jax.random.key(0), images)['params']
+
+
+@pytest.mark.parametrize(
+  ('fields', 'options'),
+  [({}, {}), ({'token_labeling': True}, {'features': True}), ({'token_labeling': True, 'num_classes': 0}, {})],
+)
+def test_logits_of_a_second_head_that_is_not_there_are_refused(fields, options):
+  model, images = tiny('performer', **fields), jnp.zeros((1, 64, 64, 3))
+  with pytest.raises(UserError, match='head_logits=True needs a model with classes and token_labeling=True'):
+    model.apply(golden.load_variables('performer'), images, head_logits=True, **options)
 
 
 @pytest.mark.parametrize('name', ['performer', 'transformer', 'performer_qkbias_qkscale'])
@@ -265,6 +323,35 @@ def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
 
   assert difference() > 1e-3
   assert difference(performer_dropout_rate=0.0) == 0
+
+
+def test_within_flax_nnx_it_is_the_same_model_and_only_params_are_trained():
+  numbers, variables = golden.load_numbers('tiny_performer'), golden.load_variables('performer')
+  images, labels = numbers['images_nhwc'], numbers['labels']
+  module = nnx.bridge.ToNNX(tiny('performer'), rngs=nnx.Rngs(0, dropout=1)).lazy_init(images)
+  for collection in variables.values():
+    nnx.update(module, collection)
+  optimizer = nnx.Optimizer(module, optax.sgd(0.5), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(module, optimizer):
+    def loss_of(module):
+      return optax.softmax_cross_entropy_with_integer_labels(module(images), labels).mean()
+
+    loss, gradients = nnx.value_and_grad(loss_of)(module)
+    trained_mode = module(images, train=True), module(images, train=True)
+    optimizer.update(module, gradients)
+    return loss, *trained_mode
+
+  loss, one, other = step(module, optimizer)
+  assert loss == pytest.approx(float(numbers['loss']), abs=2e-6)
+  assert np.abs(one - other).max() > 1e-4  # dropout is drawn anew
+  np.testing.assert_allclose(
+    module.head['kernel'][...],
+    variables['params']['head']['kernel'] - 0.5 * numbers['grad/head.weight'].T,
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(module.pos_embed[...], variables['frozen']['pos_embed'])
 
 
 @pytest.mark.parametrize('name', ['performer', 'transformer'])

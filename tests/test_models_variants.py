@@ -21,6 +21,13 @@ def test_parameter_counts_are_the_published_ones(name):
   assert (everything, trained) == golden.PARAMETERS[name]
 
 
+def test_a_second_head_adds_a_linear_layer_of_the_heads_shape():
+  model = t2t_vit_jax.create_model('t2t_vit_24', token_labeling=True)
+  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+  everything = sum(x.size for x in jax.tree.leaves(variables))
+  assert everything == golden.PARAMETERS['t2t_vit_24'][0] + 512 * 1000 + 1000
+
+
 def test_overrides_replace_the_variants_arguments():
   model = t2t_vit_jax.create_model('t2t_vit_14', num_classes=5, depth=2, image_size=96)
   assert (model.num_classes, model.depth, model.image_size, model.embed_dim) == (5, 2, 96, 384)

@@ -92,6 +92,19 @@ def test_predictions_are_the_models_in_any_batch(weights, photos, expected):
       np.testing.assert_allclose([guess.probability for guess in guesses], expected[image][order], atol=1e-6)
 
 
+def test_both_heads_of_token_labeling_count(weights, photos, expected):
+  bias = np.linspace(-3, 3, 10)
+  classifier = open_classifier(golden.with_second_head(weights, bias))
+  image = str(photos / 'a.jpg')
+  joined = expected[image] * np.exp(bias / 2)
+  joined /= joined.sum()
+  (prediction,) = predict(classifier, [image], top=10)
+  assert [guess.label for guess in prediction.guesses] == np.argsort(-joined).tolist()
+  np.testing.assert_allclose([guess.probability for guess in prediction.guesses], np.sort(joined)[::-1], atol=1e-6)
+  inside = visualize.look_inside(classifier, classifier.prepare(Image.open(image)))
+  assert inside.guess == (f'class {joined.argmax()}', pytest.approx(joined.max(), abs=1e-6))
+
+
 def test_the_last_batch_compiles_no_second_program(weights, photos, caplog):
   images = [str(photos / name) for name in NAMES]
   classifier = open_classifier(weights)

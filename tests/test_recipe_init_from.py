@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import math
 
+from absl import logging
 import jax
 import numpy as np
 from PIL import Image
@@ -14,7 +15,8 @@ from configs import digits
 from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
-from t2t_vit_jax.recipe.init_from import resolve, resolve_for_evaluation
+from t2t_vit_jax.recipe.build import build_model
+from t2t_vit_jax.recipe.init_from import pretrained_variables, resolve, resolve_for_evaluation
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from tests import golden
@@ -62,6 +64,18 @@ def test_a_torch_checkpoint_will_do(config):
   state = build_run(config).recipe.fresh_state()
   expected = golden.load_variables('performer')['params']['blocks_0']
   jax.tree.map(np.testing.assert_array_equal, dict(state.params['blocks_0']), expected)
+
+
+@pytest.mark.parametrize('num_classes', [10, 3])
+def test_a_run_starts_without_the_second_head_of_token_labeling(num_classes, config, tmp_path, caplog):
+  config.init_from = str(golden.with_second_head(golden.converted('performer', tmp_path), np.ones(10)))
+  model = build_model(resolve(config), num_classes)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    variables = pretrained_variables(config.init_from, model, 3, 0, None)
+  fresh = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda x: x.shape, dict(fresh))
+  reason = "training uses the class token's head alone" if num_classes == 10 else 'it is of the old classes'
+  assert f'aux_head: dropped; {reason}' in caplog.text
 
 
 def test_another_model_is_refused(config, weights):

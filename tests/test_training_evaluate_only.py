@@ -53,6 +53,14 @@ def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_p
   assert accuracy.loss_sum == pytest.approx(loss, rel=1e-5)
 
 
+def test_both_heads_of_token_labeling_are_evaluated(data_dir, tmp_path):
+  path = golden.with_second_head(golden.converted('performer', tmp_path), 1e3 * np.eye(10)[3])
+  labels = [record.label for record in open_tfds('digits', 'test[:40]', data_dir)]
+  accuracy = evaluate_only(config_of(data_dir, **{'data.image_size': 32}), path)['weights']
+  assert (accuracy.count, accuracy.correct) == (40, labels.count(3))
+  assert labels.count(3) > 0
+
+
 @pytest.mark.slow
 def test_several_processes_evaluate_a_weight_file_alike(data_dir, tmp_path):
   path = tmp_path / 'weights.safetensors'

@@ -16,14 +16,7 @@ WeightsKind = Literal['ema', 'raw']
 State = Mapping[Any, Any]  # a state dict, before anything is known about it
 
 _DESCRIPTIONS = {'ema': 'moving average (ema)', 'raw': 'raw', None: 'the only ones in the file'}
-_DROPPED = (  # tensors without a place in the model, and what leaving them out means
-  (
-    r'aux_head\.(weight|bias)',
-    "token labeling's classifier of every token: the published accuracy adds half of its largest logits to the "
-    "head's, so the head alone may stay below it",
-  ),
-  (r'steps|n_averaged', 'counter of the moving average'),
-)
+_COUNTER = r'steps|n_averaged'  # of the moving average: no part of a model
 # Where training scripts keep state dicts: timm and Lightning, DeiT and its relatives, PyTorch's tutorials.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _RAW_KEYS = ('state_dict', 'model', 'model_state_dict')
@@ -68,11 +61,9 @@ def read_checkpoint(path: Path, file_format: files.Format, weights: WeightsKind 
   ]
 
   state = _renamed(sets[label], names.from_mmpretrain)
-  for pattern, reason in _DROPPED:
-    dropped = [name for name in state if isinstance(name, str) and re.fullmatch(pattern, name)]
-    if dropped:
-      notes.append(f'dropped: {", ".join(dropped)} ({reason})')
-      state = {name: tensor for name, tensor in state.items() if name not in dropped}
+  if dropped := [name for name in state if isinstance(name, str) and re.fullmatch(_COUNTER, name)]:
+    notes.append(f'dropped: {", ".join(dropped)} (counter of the moving average)')
+    state = {name: tensor for name, tensor in state.items() if name not in dropped}
   if any(getattr(tensor, 'dtype', '') == 'float64' for tensor in state.values()):
     notes.append('precision: float64 numbers are rounded to float32')
   paths = (path, *shards)

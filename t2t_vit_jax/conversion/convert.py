@@ -50,6 +50,7 @@ class Options:
   num_classes: int | None = None  # None: the file's head; another number: a fresh head; 0: no head
   image_size: ImageSize | None = None  # px; another than the file's resizes the stored position table
   fresh_head: bool = False  # even if the number of classes stays
+  one_head: bool = False  # drop the second head of token labeling; a fresh head always does
   seed: int = 0  # of a fresh head
 
   def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ def _origins(model: str | None, options: Options) -> str:
   return f'not from the tensors: {", ".join(phrases)}'
 
 
-_CHANGES = ('positions:', 'head:')  # how the notes of `_adapt` begin
+_CHANGES = ('positions:', 'head:', 'aux_head:')  # how the notes of `_adapt` begin
 
 
 def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
@@ -189,7 +190,13 @@ def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
     notes.append(f'positions: table resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} tokens')
   old_number = arguments['num_classes']
   num_classes = old_number if options.num_classes is None else options.num_classes
-  if num_classes != old_number or options.fresh_head:
+  fresh_head = num_classes != old_number or options.fresh_head
+  if arguments.get('token_labeling') and (fresh_head or options.one_head):
+    reason = 'it is of the old classes' if fresh_head else "training uses the class token's head alone"
+    notes.append(f'aux_head: dropped; {reason}')
+    del arguments['token_labeling']
+    arrays = {key: array for key, array in arrays.items() if not key.startswith('params/aux_head/')}
+  if fresh_head:
     change = (
       'new, for other classes' if options.fresh_head else f'{num_classes or "none"} instead of {old_number} classes'
     )

@@ -50,6 +50,7 @@ def infer_arguments(shapes: Shapes, image_size: Any = None) -> dict[str, Any]:
     )
   return {
     'num_classes': _most_common(_sizes(shapes, r'head\.bias', 0) + _sizes(shapes, r'head\.weight', 0)),
+    **({'token_labeling': True} if _sizes(shapes, rf'aux_head{_LEAF}', 0) else {}),
     'image_size': image_size or _infer_image_size(shapes),
     'tokens_type': tokens_type_of(shapes),
     'embed_dim': embed_dim,
@@ -81,7 +82,8 @@ def name_model(
     UserError: the tensors contradict the name, or fit more than one model, or fit none and num_heads is not given.
   """
   arguments = {'qk_scale': None, **inferred, **settings}
-  known = {field: value for field, value in arguments.items() if field not in ('num_classes', 'image_size')}
+  free = ('num_classes', 'token_labeling', 'image_size')  # in which models of one name may differ
+  known = {field: value for field, value in arguments.items() if field not in free}
   variants = VARIANTS if model_name is None else {model_name: get_variant(model_name)}
   models = {name: T2TViT(**variant.arguments) for name, variant in variants.items()}
   fitting = [name for name, model in models.items() if all(getattr(model, field) == known[field] for field in known)]

@@ -71,6 +71,7 @@ _ENCODER = (
     ('blocks.#.linear', 'blocks_#/linear', 'linear'),
     ('norm', 'norm', 'norm'),
     ('head', 'head', 'linear'),
+    ('aux_head', 'aux_head', 'linear'),
   ),
 )
 TABLE: dict[str, tuple[Row, ...]] = {  # by tokens_type: performer and transformer name the same layers differently

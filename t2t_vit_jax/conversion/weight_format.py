@@ -55,6 +55,7 @@ def _list(kind: _Kind, lengths: Collection[int] | None = None) -> _Kind:
 
 
 _TEXT, _OBJECT = _Kind('text', lambda x: isinstance(x, str)), _Kind('an object', lambda x: isinstance(x, dict))
+_TRUTH = _Kind('true or false', lambda x: isinstance(x, bool))
 _SIDE, _COLOURS = _whole(1, 2**16), (1, 3)
 _SIZE = _Kind('a number of px, or two', lambda x: _SIDE.includes(x) or _list(_SIDE, (2,)).includes(x))
 # What the header must hold. `arguments` has no more fields than these; `data` and `source` may have others.
@@ -64,13 +65,14 @@ _SCHEMA = {
   'class_names': _or_none(_list(_TEXT)),
   'arguments': _OBJECT,
   'arguments.num_classes': _whole(0),
+  'arguments.token_labeling': _TRUTH,
   'arguments.image_size': _SIZE,
   'arguments.tokens_type': _one_of(CHOICES['tokens_type']),
   'arguments.embed_dim': _whole(1),
   'arguments.depth': _whole(1),
   'arguments.num_heads': _whole(1),
   'arguments.mlp_ratio': _number(1e-3, 1e3),
-  'arguments.qkv_bias': _Kind('true or false', lambda x: isinstance(x, bool)),
+  'arguments.qkv_bias': _TRUTH,
   'arguments.qk_scale': _or_none(_number(1e-6, 1e6)),
   'arguments.token_dim': _whole(1),
   'arguments.block_type': _one_of(CHOICES['block_type']),
@@ -87,7 +89,13 @@ _SCHEMA = {
   'source.step': _whole(0, 2**53),
 }
 HEADER_FIELDS = tuple(_SCHEMA)
-_OPTIONAL = ('arguments.dense_stages', 'arguments.growth_rate', 'data.orientation', 'source.step')
+_OPTIONAL = (
+  'arguments.token_labeling',
+  'arguments.dense_stages',
+  'arguments.growth_rate',
+  'data.orientation',
+  'source.step',
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 import itertools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from flax import linen as nn
 import jax
@@ -31,7 +31,8 @@ CHOICES: dict[str, Collection[str]] = {  # allowed values of fields of `T2TViT`
   'remat': get_args(RematPolicy),
   'residual_dtype': get_args(ResidualDtype),
 }
-# Fields of `T2TViT` that two models must share for the weights of one to mean the same in the other.
+# Fields of `T2TViT` that two models must share for the weights of one to mean the same in the other, but for those of
+# the heads, `num_classes` and `token_labeling`: heads are dropped and replaced.
 ARCHITECTURE = (
   'tokens_type',
   'embed_dim',
@@ -54,6 +55,17 @@ class Features(NamedTuple):
   tokens: Array  # (B, H, W, D), the other tokens on their grid
 
 
+class HeadLogits(NamedTuple):
+  """Outputs of the two heads of a model with token labeling for a batch, float32."""
+
+  cls: Array  # (B, num_classes), the class token's, of `head`
+  tokens: Array  # (B, T, num_classes), the other tokens' row by row, of `aux_head`
+
+  def joined(self) -> Array:
+    """Logits (B, num_classes) of an evaluation: half the largest of all tokens is added, class by class."""
+    return self.cls + 0.5 * self.tokens.max(axis=1)
+
+
 class T2TViT(nn.Module):
   """Image classifier: normalised images (B, height, width, C) -> logits (B, num_classes).
 
@@ -63,6 +75,8 @@ class T2TViT(nn.Module):
 
   Attributes:
     num_classes: width of the head; 0 for no head, which returns `Features`.
+    token_labeling: whether there is a second head, `aux_head`, on every token but the class token (Jiang et al.,
+      NeurIPS 2021, arXiv 2104.10858). Evaluation joins both, see `HeadLogits`; `train=True` uses the first alone.
     image_size: pixels, one side or (height, width): the size the position table is made for. Images
       of any other size work too: the table is then resized as the reference does.
     tokens_type: attention of the tokens-to-token module: 'performer', 'transformer' or 'convolution'.
@@ -100,6 +114,7 @@ class T2TViT(nn.Module):
   """
 
   num_classes: int = 1000
+  token_labeling: bool = False
   image_size: int | tuple[int, int] = 224
   tokens_type: str = 'performer'
   embed_dim: int = 768
@@ -139,14 +154,18 @@ class T2TViT(nn.Module):
     return BLOCK_TYPES[self.block_type].block
 
   @nn.compact
-  def __call__(self, images: Array, *, train: bool = False, features: bool = False) -> Array | Features:
-    """Classifies images, or with `features=True` (or no head) returns `Features`.
+  def __call__(
+    self, images: Array, *, train: bool = False, features: bool = False, head_logits: bool = False
+  ) -> Array | Features | HeadLogits:
+    """Classifies images; returns `Features` with `features=True` or no head, `HeadLogits` with `head_logits=True`.
 
     Raises:
-      UserError: `images` is not a batch of floating-point images or too small for the splits, or `num_heads`
-        does not divide a block's width.
+      UserError: `images` is not a batch of floating-point images or too small for the splits; `num_heads` does not
+        divide a block's width; or `head_logits` is set for a model without a second head, or together with `features`.
     """
     _check_images(images)
+    if head_logits and (features or not self.num_classes or not self.token_labeling):
+      raise UserError('head_logits=True needs a model with classes and token_labeling=True, and features=False')
     grid = token_grid((images.shape[1], images.shape[2]))
     tokens = TokensToToken(
       self.tokens_type,
@@ -173,8 +192,15 @@ class T2TViT(nn.Module):
     if features or not self.num_classes:
       x = norm(self._encode(x, train))
       return Features(cls=x[:, 0], tokens=x[:, 1:].reshape(batch, *grid, x.shape[-1]))
-    cls = norm(self._encode(x, train, num_outputs=1)[:, 0])  # the head needs the class token only
-    return Dense(self.num_classes, name='head')(cls.astype(jnp.float32))
+    head = Dense(self.num_classes, name='head')
+    if not self.token_labeling or (train and not head_logits and not self.is_initializing()):
+      cls = norm(self._encode(x, train, num_outputs=1)[:, 0])  # the head needs the class token only
+      return head(cls.astype(jnp.float32))
+    x = norm(self._encode(x, train)).astype(jnp.float32)
+    logits = HeadLogits(head(x[:, 0]), Dense(self.num_classes, name='aux_head')(x[:, 1:]))
+    if head_logits:
+      return logits
+    return logits.cls if train else logits.joined()
 
   def _encode(self, x: Array, train: bool, num_outputs: int | None = None) -> Array:
     """Runs all blocks: (B, T, D) -> (B, T, D'), with `num_outputs` the first tokens only: (B, num_outputs, D')."""
@@ -240,6 +266,20 @@ class T2TViT(nn.Module):
       lambda: jnp.asarray(sinusoidal_position_embedding(1 + math.prod(table_grid), self.embed_dim)),
     ).value
     return resize_position_embedding(table, table_grid, grid)
+
+
+def classify(model: T2TViT, variables: Any, features: Features) -> Array:
+  """Logits (B, num_classes) of a batch's features: those that the model returns for the images in evaluation."""
+
+  def apply(head: str, x: Array) -> Array:
+    logits = Dense(model.num_classes).apply({'params': variables['params'][head]}, x.astype(jnp.float32))
+    return cast(Array, logits)
+
+  cls = apply('head', features.cls)
+  if not model.token_labeling:
+    return cls
+  batch, _, _, width = features.tokens.shape
+  return HeadLogits(cls, apply('aux_head', features.tokens.reshape(batch, -1, width))).joined()
 
 
 def _check_images(images: Array) -> None:
