@@ -199,15 +199,9 @@ def pretrained_variables(
     UserError: the file can't be read, or holds another model.
   """
   settings = {'num_heads': model.num_heads} | ({} if model.qk_scale is None else {'qk_scale': model.qk_scale})
-<<<<<<< HEAD
-  options = Options(settings=settings, num_classes=model.num_classes, image_size=model.image_size, seed=seed)
-  file = find_weights(path)
-  weights, notes = load(file, options)
-=======
   changes: dict[str, Any] = dict(num_classes=model.num_classes, image_size=model.image_size, one_head=True, seed=seed)
-  options = Options(settings=settings, **changes)
-  weights, notes = load(Path(path), options)
->>>>>>> a886e3d445562f274b1a4f4279f8d766cd17781c
+  options, file = Options(settings=settings, **changes), find_weights(path)
+  weights, notes = load(file, options)
   if weights.class_names and class_names and comparable_of_model(weights.class_names) != comparable(class_names):
     weights, notes = load(file, dataclasses.replace(options, fresh_head=True))
   log_notes(path, notes)
