@@ -269,28 +269,36 @@ def _download(row: Published, path: Path) -> None:
   part = path.with_name(f'{path.name}.part')
   note(f'fetching {url} ({row.download_size}) into {path.parent}')
   for pause in (*_PAUSES, None):
+    before = _size(part)
     try:
       _go_on(url, part)
       break
     except requests.RequestException as error:
-      if pause is None or not _may_pass(error):
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-        raise UserError(
-          printable(
-            f'{url} cannot be fetched ({reason}): try later, or fetch it elsewhere and put it into {path.parent}'
-          )
-        ) from error
-      note(f'the connection broke ({type(error).__name__}): trying again in {pause} s')
+      if pause is None or not (_size(part) > before or _may_go_on(error)):
+        advice = f'try later, or fetch it elsewhere and put it into {path.parent}'
+        raise UserError(printable(f'{url} cannot be fetched ({_reason(error)}): {advice}')) from error
+      note(f'the download broke off ({_reason(error)}): it goes on in {pause} s')
       time.sleep(pause)
   part.replace(path)
   _version_file(part).unlink(missing_ok=True)
 
 
-def _may_pass(error: requests.RequestException) -> bool:
-  """Whether a failure may pass by itself: of a connection, or of a server that is overloaded."""
+def _size(path: Path) -> int:
+  return path.stat().st_size if path.exists() else 0
+
+
+def _may_go_on(error: requests.RequestException) -> bool:
+  """Whether an answer broke off, or says that the server is overloaded or that more is here than the file has."""
   if error.response is None:
-    return isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError)
-  return error.response.status_code in (408, 416, 429) or error.response.status_code >= 500
+    return isinstance(error, requests.exceptions.ChunkedEncodingError)
+  return error.response.status_code in (408, 416, 429, 500, 502, 503, 504)
+
+
+def _reason(error: BaseException) -> str:
+  """A line from the innermost error, where requests wraps that of urllib3, which wraps that of the system."""
+  while error.__context__ is not None:
+    error = error.__context__
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 def _version_file(part: Path) -> Path:
@@ -303,7 +311,7 @@ def _go_on(url: str, part: Path) -> None:
   known = version.read_text('utf-8') if version.exists() and part.exists() else ''
   headers = {'Accept-Encoding': 'identity'}
   if known:
-    headers |= {'Range': f'bytes={part.stat().st_size}-', 'If-Range': known}
+    headers |= {'Range': f'bytes={_size(part)}-', 'If-Range': known}
 
   with part.open('ab') as file:
 
