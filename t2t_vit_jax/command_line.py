@@ -15,7 +15,7 @@ import warnings
 
 from absl import flags, logging
 
-from t2t_vit_jax.errors import UserError, did_you_mean, printable
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable
 from t2t_vit_jax.interrupts import imports_are_done
 
 
@@ -112,7 +112,7 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
     raise
   except (flags.Error, OSError) as error:
     if file is not None and Path(file).is_file():
-      fail(str(error).splitlines()[0])
+      fail(first_line(error, kind=False))
   if file is None:
     fail('which run? Give --config=FILE, such as --config=configs/t2t_vit_14.py')
   if not Path(file).is_file():

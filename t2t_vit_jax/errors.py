@@ -35,16 +35,32 @@ def writing_problem(error: BaseException, place: str | os.PathLike[str], needed:
     return full_disk(place, needed)
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  return f'{type(error).__name__}: {error}'.splitlines()[0][:300]
+  return first_line(error)
+
+
+def first_line(error: BaseException, *, kind: bool = True) -> str:
+  """The first line of an error's text that is not empty, up to 300 characters, for a message.
+
+  Args:
+    error: of any library.
+    kind: whether the error's kind stands before the line. It stands alone for an error without a text.
+  """
+  name, text = type(error).__name__, next(filter(None, map(str.strip, str(error).splitlines())), '')
+  return (f'{name}: {text}' if kind and text else text or name)[:300]
 
 
 def full_disk(place: str | os.PathLike[str], needed: int = 0) -> str:
   """A phrase that says that the disk of `place` is full, what is free there and how many bytes were `needed`."""
-  path = Path(place).absolute()
-  free = _size(shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free)
+  free = _size(free_space(place))
   if needed:
     return f'the disk is full: at least {_size(needed)} are needed, {free} are free'
   return f'the disk is full: more is needed than the {free} that are free'
+
+
+def free_space(place: str | os.PathLike[str]) -> int:
+  """Free bytes on the disk of a file or folder, which need not exist."""
+  path = Path(place).absolute()
+  return shutil.disk_usage(next(folder for folder in (path, *path.parents) if os.path.exists(folder))).free
 
 
 def _size(num_bytes: int) -> str:

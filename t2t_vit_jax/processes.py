@@ -21,7 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.errors import UserError, first_line, printable
 
 T = TypeVar('T')
 
@@ -94,7 +94,7 @@ def check_devices() -> None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # the second without text, if no plugin is installed for them
-    reason = printable((str(error) or 'no plugin for them is installed').splitlines()[0])[:300]
+    reason = printable(first_line(error, kind=False) if str(error) else 'no plugin for them is installed')
     wanted = f' with JAX_PLATFORMS={platforms}' if (platforms := os.environ.get('JAX_PLATFORMS')) else ''
     raise UserError(f'JAX finds no devices{wanted} ({reason})') from error
 
@@ -110,7 +110,7 @@ def _as_user_error(problem: str) -> Iterator[None]:
   try:
     yield
   except (RuntimeError, ValueError) as error:
-    raise UserError(f'{problem} ({str(error).splitlines()[0][:300]}); {REMEDY}') from error
+    raise UserError(f'{problem} ({first_line(error, kind=False)}); {REMEDY}') from error
 
 
 def _detect_cluster(timeout_s: float) -> tuple[Any, ...]:
@@ -195,7 +195,7 @@ def lost_process(error: Exception) -> LostProcessError | None:
   if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
     return None
   return LostProcessError(
-    f'process {jax.process_index()} cannot reach the others any more ({str(error).splitlines()[0][:160]}). '
+    f'process {jax.process_index()} cannot reach the others any more ({first_line(error, kind=False)[:160]}). '
     'The same command, on any number of processes, continues from the last checkpoint'
   )
 

@@ -1,11 +1,15 @@
-"""Names that are shown: one line each, without commands to a terminal and formulas of a spreadsheet."""
+"""Names and errors that are shown: one line each, without commands to a terminal and formulas of a spreadsheet."""
 
 import csv
 import io
+import os
+from pathlib import Path
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from t2t_vit_jax.errors import csv_line, printable
+from t2t_vit_jax.errors import csv_line, first_line, free_space, printable, writing_problem
 
 # Screens cleared, titles set, lines forged, text turned round; bytes that are no UTF-8.
 NAMES = (
@@ -35,3 +39,26 @@ def test_no_name_is_a_formula(start):
   assert row == ['a, "b"\\nc', *row[1:2], '0.5', '']
   assert row[1][0] in "'\\"  # text to every spreadsheet: the second where the name begins with an escaped character
   assert row[1].endswith(printable(name))
+
+
+@pytest.mark.parametrize(
+  ('text', 'with_kind', 'without'),
+  [
+    ('', 'ValueError', 'ValueError'),
+    (' \n\r\n', 'ValueError', 'ValueError'),
+    ('\n\n  first\nsecond', 'ValueError: first', 'first'),
+    ('first\rsecond', 'ValueError: first', 'first'),
+    ('x' * 999, 'ValueError: ' + 'x' * 288, 'x' * 300),
+  ],
+)
+def test_an_error_is_one_line_even_if_it_has_no_text(text, with_kind, without):
+  error = ValueError(text)
+  assert first_line(error) == writing_problem(error, '/') == with_kind
+  assert first_line(error, kind=False) == without
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists(monkeypatch, tmp_path):
+  monkeypatch.setattr(shutil, 'disk_usage', {tmp_path: SimpleNamespace(free=7)}.__getitem__)
+  assert free_space(tmp_path) == free_space(tmp_path / 'a' / 'b') == free_space(os.fspath(tmp_path / 'c')) == 7
+  monkeypatch.chdir(tmp_path)
+  assert free_space(Path('a/b')) == 7

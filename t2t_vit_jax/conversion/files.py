@@ -18,7 +18,7 @@ import safetensors
 
 from t2t_vit_jax.conversion.torch_pickle import Machine, type_name
 from t2t_vit_jax.conversion.torch_tensors import Tensor, itemsize
-from t2t_vit_jax.errors import UserError, printable, writing_problem
+from t2t_vit_jax.errors import UserError, first_line, printable, writing_problem
 
 Format = Literal['zip', 'legacy', 'safetensors', 'index']
 
@@ -266,10 +266,6 @@ def reading() -> Iterator[None]:
   except UserError:
     raise
   except OSError as error:
-    raise UserError(f'cannot be read: {_first_line(error)}') from error
+    raise UserError(f'cannot be read: {first_line(error)}') from error
   except Exception as error:
-    raise UserError(f'damaged or not a weight file: {_first_line(error)}') from error
-
-
-def _first_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {error}'.splitlines()[0][:300]
+    raise UserError(f'damaged or not a weight file: {first_line(error)}') from error

@@ -18,7 +18,7 @@ from t2t_vit_jax.console import note, warn
 from t2t_vit_jax.conversion import files
 from t2t_vit_jax.conversion.convert import Options, load, log_notes
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights, write_weights
-from t2t_vit_jax.errors import UserError, did_you_mean, printable, writing_problem
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, writing_problem
 from t2t_vit_jax.models.published import PUBLISHED, Published
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS
@@ -145,7 +145,7 @@ def _from_hub(source: str) -> Path:
   try:
     return Path(huggingface_hub.hf_hub_download(match[1], MODEL, revision=match[2], library_name='t2t_vit_jax'))
   except Exception as error:  # of the client, of the HTTP library below it, of the disk
-    text = ' '.join(str(error).split())[:300]
+    text = ' '.join(str(error).split())[:300]  # of several lines, of which the first may say little
     raise UserError(printable(f'{source}: {MODEL} cannot be fetched ({type(error).__name__}: {text})')) from error
 
 
@@ -295,10 +295,10 @@ def _may_go_on(error: requests.RequestException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-  """A line from the innermost error, where requests wraps that of urllib3, which wraps that of the system."""
+  """A line of the innermost error, where requests wraps that of urllib3, which wraps that of the system."""
   while error.__context__ is not None:
     error = error.__context__
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+  return first_line(error)
 
 
 def _version_file(part: Path) -> Path:

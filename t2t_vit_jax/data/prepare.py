@@ -15,7 +15,6 @@ import logging
 import os
 from pathlib import Path
 import shlex
-import shutil
 import sys
 import tarfile
 import threading
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.data.digits import Digits
 from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
-from t2t_vit_jax.errors import UserError, full_disk, printable
+from t2t_vit_jax.errors import UserError, free_space, full_disk, printable
 from t2t_vit_jax.interrupts import imports_are_done
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
@@ -197,7 +196,7 @@ def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:
   if others := [path for path in files if not os.path.isfile(path)]:
     raise UserError(f'{others[0]} is missing, or no regular file')
   needed = 1.01 * sum(os.stat(path).st_size for path in files)
-  free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.exists())).free
+  free = free_space(target)
   if free < needed:
     raise UserError(f'{target} needs about {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free')
 

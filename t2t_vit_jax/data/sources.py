@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from t2t_vit_jax.data.class_names import comparable, labels_by_name
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.errors import UserError, did_you_mean, printable, writing_problem
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, writing_problem
 
 # What counts as an image in a folder, by its name: torchvision's list, and what else Pillow can read here.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
@@ -482,8 +482,7 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
   except OSError as error:
     raise UserError(f'cannot read {data_dir}: {error.strerror or error}') from error
   except Exception as error:  # no such config or version, damaged metadata: tfds raises errors of many kinds
-    reason = str(error).strip().partition('\n')[0] or type(error).__name__
-    raise UserError(f'tfds cannot build {name!r}: {reason}') from error
+    raise UserError(f'tfds cannot build {name!r}: {first_line(error, kind=False)}') from error
 
 
 def _prepare_digits(builder: Digits) -> Digits:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line
 
 EXAMPLES = 'v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16'
 
@@ -97,8 +97,9 @@ class Slice:
     try:
       return topologies.get_topology_desc(platform='tpu', topology_name=self.topology, **self.chip.options).devices
     except jax.errors.JaxRuntimeError as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(f'libtpu knows no slice {self.topology}: choose one such as {EXAMPLES} ({reason})') from error
+      raise UserError(
+        f'libtpu knows no slice {self.topology}: choose one such as {EXAMPLES} ({first_line(error, kind=False)})'
+      ) from error
 
 
 def compiler() -> str:

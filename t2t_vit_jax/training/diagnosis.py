@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, first_line
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.recipe.build import Recipe
@@ -129,6 +129,6 @@ def out_of_memory(error: Exception, recipe: Recipe) -> UserError | None:
     return None
   return UserError(
     f'out of memory with a batch of {recipe.order.batch_size} images of {recipe.model.image_size} px '
-    f'({str(error).splitlines()[0][:120]}): raise --config.optimizer.accumulate_steps, which computes the same batch '
-    'in parts, or lower --config.data.batch_size'
+    f'({first_line(error, kind=False)[:120]}): raise --config.optimizer.accumulate_steps, which computes the same '
+    'batch in parts, or lower --config.data.batch_size'
   )

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from pathlib import Path
-import shutil
 from typing import Any, NamedTuple, Self, TypeVar
 
 from etils import epath
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.conversion.files import write_file
-from t2t_vit_jax.errors import UserError, full_disk, writing_problem
+from t2t_vit_jax.errors import UserError, first_line, free_space, full_disk, writing_problem
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.processes import LostProcessError, gather_texts, in_all_processes, lost_process
 from t2t_vit_jax.recipe.sharding import divided, mesh_of
@@ -260,7 +259,7 @@ class Checkpoints:
   def _check_room(self) -> None:
     if not os.path.isdir(self.folder):  # before the first checkpoint, or in a bucket
       return
-    if shutil.disk_usage(self.folder).free < self._needed:
+    if free_space(self.folder) < self._needed:
       raise UserError(
         f'a checkpoint could not be written to {self.folder} ({full_disk(self.folder, self._needed)}); {INTACT}'
       )
@@ -308,7 +307,7 @@ class Checkpoints:
     except UserError as error:
       refusal = error
     except Exception as error:
-      failure = orbax_errors.first_line(error)
+      failure = first_line(orbax_errors.cause(error))
       if orbax_errors.leaves_checkpoint_good(error):
         refusal = UserError(f'cannot read {self.folder}: {failure}')
 

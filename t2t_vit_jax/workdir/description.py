@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, first_line
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.evaluation import Accuracy
@@ -56,8 +56,9 @@ def reading_description(workdir: Any) -> Iterator[None]:
   except UserError:
     raise
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-    raise UserError(f'the newest checkpoint of {workdir} does not describe its run as expected ({reason})') from error
+    raise UserError(
+      f'the newest checkpoint of {workdir} does not describe its run as expected ({first_line(error)})'
+    ) from error
 
 
 def _mixing_note(recipe: Recipe) -> list[str]:

@@ -16,7 +16,7 @@ import fsspec.config
 import jax
 
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.errors import UserError, writing_problem
+from t2t_vit_jax.errors import UserError, first_line, writing_problem
 from t2t_vit_jax.processes import gather_texts, in_all_processes
 
 # Other processes write to a bucket too: its listings must not be cached.
@@ -45,7 +45,7 @@ class Workdir:
     try:
       copy_to_bucket(epath.Path(self.logs), self.root)
     except Exception as error:  # of the bucket's client, whichever that is
-      warn(f'metrics could not be copied to {self.root}: {type(error).__name__}: {error}'.splitlines()[0])
+      warn(f'metrics could not be copied to {self.root}: {first_line(error)}')
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -138,8 +138,9 @@ def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
     if (root / 'metrics.jsonl').exists():
       (logs / 'metrics.jsonl').write_bytes((root / 'metrics.jsonl').read_bytes())
   except Exception as error:  # of the bucket's client, whichever that is
-    message = f'{type(error).__name__}: {error}'.splitlines()[0]
-    raise UserError(f'cannot write to workdir {root} ({message}); gs:// needs the extra gcs and credentials') from error
+    raise UserError(
+      f'cannot write to workdir {root} ({first_line(error)}); gs:// needs the extra gcs and credentials'
+    ) from error
   return logs
 
 

@@ -63,12 +63,6 @@ def cause(error: BaseException) -> BaseException:
   return error
 
 
-def first_line(error: BaseException) -> str:
-  """One line about the cause of an error, for a message."""
-  first = cause(error)
-  return f'{type(first).__name__}: {first}'.splitlines()[0][:200]
-
-
 def logged_error(logged: Sequence[logging.LogRecord]) -> Exception:
   """The exception that orbax (up to 0.12.8) caught and logged when it could not read a checkpoint's description."""
   arguments = [argument for record in logged for argument in record.args or ()]
