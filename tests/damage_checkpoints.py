@@ -8,6 +8,7 @@ again. An export must read the same, and changes no file. It prints a tally.
 from collections import Counter, defaultdict
 import contextlib
 import io
+import json
 import logging
 from pathlib import Path
 import random
@@ -36,6 +37,8 @@ def damaged(data, rng):
   if not data:
     return rng.randbytes(9)
   kind, start = rng.random(), rng.randrange(len(data))
+  if kind > 0.9 and (other := retyped(data, rng)):
+    return other
   wrong = bytearray(data)
   if kind < 0.6:
     wrong[start] = rng.choice((data[start] ^ (1 << rng.randrange(8)), rng.choice(b'0123456789"{},:'), 0, 255))
@@ -49,6 +52,24 @@ def damaged(data, rng):
     for _ in range(rng.randint(2, 8)):
       wrong[rng.randrange(len(wrong))] = rng.randrange(256)
   return bytes(wrong)
+
+
+def retyped(data, rng):
+  """JSON in which a value at any depth is of another kind; None if `data` is no JSON object."""
+  try:
+    tree = json.loads(data)
+  except ValueError:
+    return None
+  places, waiting = [], [tree]
+  while waiting:
+    node = waiting.pop()
+    for key in node if isinstance(node, dict) else range(len(node)):
+      places.append((node, key))
+      if isinstance(node[key], dict | list):
+        waiting.append(node[key])
+  node, key = rng.choice(places)
+  node[key] = rng.choice((None, True, -1, 2**70, 1e300, '', 'x', [], [None], {}, {'a': 1}))
+  return json.dumps(tree).encode()
 
 
 def small_files(checkpoint):

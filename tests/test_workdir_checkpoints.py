@@ -98,6 +98,16 @@ def test_a_damaged_small_file_costs_a_checkpoint_at_most(tiny, tmp_path, step, n
   assert aside.name == ('7-metrics' if outcome.endswith('without metrics') else str(step))
 
 
+@pytest.mark.parametrize('name', ['_CHECKPOINT_METADATA', 'state/manifest.ocdbt', 'metrics/metrics'])
+def test_a_pipe_in_place_of_a_file_is_damage(tiny, tmp_path, name):
+  run, folder, states = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  file = tmp_path / 'checkpoints' / '7' / name
+  file.unlink()
+  os.mkfifo(file)
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == 'the one before'
+
+
 def test_metrics_that_come_later_count_for_the_best_checkpoint(tiny, tmp_path):
   run, folder, _ = tiny
   shutil.copytree(folder, tmp_path / 'checkpoints')

@@ -153,6 +153,13 @@ def test_a_page_is_drawn_whatever_the_rows_hold(tmp_path):
     assert image.size == (1200, 800)
 
 
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'lock'])
+def test_a_pipe_in_a_workdir_keeps_no_run_waiting(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(UserError, match=f'{name} is no regular file: delete it'), open_workdir(tmp_path):
+    pass
+
+
 def test_a_lock_is_shown_whatever_it_holds(tmp_path):
   with open_workdir(tmp_path):
     (tmp_path / 'lock').write_bytes(b'\xff\x1b[2J' + 999 * b'x')

@@ -81,6 +81,14 @@ def _steps_in(folder: epath.Path) -> list[int]:
   return [step for step in steps if not is_bucket(folder) or (folder / str(step) / 'commit_success.txt').exists()]
 
 
+def _check_regular(checkpoint: epath.Path) -> None:
+  """Raises an error if a checkpoint on a disk has a pipe or a device for a file: reading it would never end."""
+  for place, _, names in os.walk(checkpoint):
+    for path in (os.path.join(place, name) for name in names):
+      if not os.path.isfile(path):
+        raise ValueError(f'{path} is no regular file')
+
+
 class Checkpoints:
   """The checkpoints in a folder, by step. Use as a context manager: leaving it waits for the last save.
 
@@ -392,6 +400,7 @@ class Checkpoints:
     Raises:
       Exception: the storage's; one that orbax has not raised but `logged`; or the description is damaged.
     """
+    _check_regular(self.folder / str(step))
     _ = STEPS.find_step(self.folder, step).commit_timestamp  # orbax reads it of all when it is to write another
     stored = ocp.metadata(self.folder / str(step))
     if stored.metadata is None:

@@ -106,6 +106,9 @@ def copy_to_bucket(source: epath.Path, target: epath.Path) -> None:
 def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
   """Makes and locks a folder on a disk, and returns it."""
   folder = Path(root)
+  for path in (folder / 'metrics.jsonl', folder / 'lock'):
+    if path.exists() and not path.is_file():  # opening a pipe would never end
+      raise UserError(f'{path} is no regular file: delete it, or choose another --workdir')
   try:
     (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
     (folder / 'metrics.jsonl').open('a').close()
