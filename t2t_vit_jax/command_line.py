@@ -11,11 +11,10 @@ import re
 import runpy
 import sys
 from typing import Any, NoReturn
-import warnings
 
 from absl import flags, logging
 
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, show_warnings_as_lines
 from t2t_vit_jax.interrupts import imports_are_done
 
 
@@ -159,8 +158,3 @@ def print_message(message: object) -> None:
   """Prints a line on standard error, unless that is gone."""
   with contextlib.suppress(OSError):
     print(printable(str(message)), file=sys.stderr, flush=True)
-
-
-def show_warnings_as_lines() -> None:
-  """Shows warnings of libraries, such as Pillow's about an image, as one line each, without their place in the code."""
-  warnings.showwarning = lambda message, *unused: print(printable(f'warning: {message}'), file=sys.stderr)

@@ -8,7 +8,9 @@ import math
 import os
 from pathlib import Path
 import shutil
+import sys
 from typing import Any, TypeVar
+import warnings
 
 Key = TypeVar('Key')
 Row = TypeVar('Row')
@@ -73,6 +75,11 @@ def _size(num_bytes: int) -> str:
 def printable(text: str) -> str:
   """Escapes unprintable characters as Python does, so that `text` stays on one line of a terminal."""
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show_warnings_as_lines() -> None:
+  """Shows warnings of libraries, such as Pillow's about an image, as one line each, without their place in the code."""
+  warnings.showwarning = lambda message, *unused: print(printable(f'warning: {message}'), file=sys.stderr)
 
 
 def csv_line(*values: Any) -> str:

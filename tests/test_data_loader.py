@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import fcntl
 import itertools
+import multiprocessing
 import os
 from pathlib import Path
 import pickle
@@ -284,3 +285,17 @@ def test_too_little_shared_memory_is_named_with_what_helps(full, with_workers):
   assert 'shared memory is full: data workers need about 4.3 MB in /dev/shm, which has 2.1 MB, ' in line
   assert '--shm-size=' in line
   assert '--config.data.num_workers=0' in line
+
+
+def test_ctrl_c_does_not_reach_workers_that_still_import():
+  context = multiprocessing.get_context('spawn')
+  workers = [context.Process(target=time.sleep, args=(0,)) for _ in range(2)]
+  with loader._hiding_interrupts():
+    for worker in workers:
+      worker.start()
+  for worker in workers:
+    os.kill(worker.pid, signal.SIGINT)
+  for worker in workers:
+    worker.join(60)
+  assert [worker.exitcode for worker in workers] == [0, 0]
+  assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

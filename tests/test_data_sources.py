@@ -2,6 +2,7 @@
 
 import collections
 import io
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -42,6 +43,38 @@ def test_digits_are_split_with_equal_shares(splits):
 
 def test_class_names_travel_with_the_source(splits):
   assert splits['train'].class_names == tuple('0123456789')
+
+
+@pytest.mark.parametrize('what', ['missing', 'a folder'])
+def test_a_split_of_which_a_file_is_missing_is_refused_at_once(splits, data_dir, tmp_path, what):
+  shutil.copytree(f'{data_dir}/digits', tmp_path / 'digits')
+  (file,) = tmp_path.glob('digits/*/digits-test.array_record*')
+  file.unlink()
+  if what == 'a folder':
+    file.mkdir()
+  with pytest.raises(UserError, match=rf'1 of 1 files of digits are missing, such as {file}: copy .*prepare digits '):
+    open_tfds('digits', 'test', str(tmp_path))
+  assert len(open_tfds('digits', 'train', str(tmp_path))) == 1437
+
+
+@pytest.mark.parametrize(
+  'content', [b'', b'{', b'null', b'[' * 100_000, b'\xff\xfe', b'{"splits": 7}', b'{"splits": []}']
+)
+def test_damaged_metadata_of_a_dataset_get_one_line(splits, data_dir, tmp_path, content):
+  shutil.copytree(f'{data_dir}/digits', tmp_path / 'digits')
+  (file,) = tmp_path.glob('digits/*/dataset_info.json')
+  file.write_bytes(content)
+  with pytest.raises(UserError, match=r'^tfds cannot build .digits.: .') as error:
+    open_tfds('digits', 'test', str(tmp_path))
+  assert str(error.value).isprintable()
+
+
+def test_a_split_without_shards_says_so(splits, data_dir, tmp_path):
+  shutil.copytree(f'{data_dir}/digits', tmp_path / 'digits')
+  (file,) = tmp_path.glob('digits/*/dataset_info.json')
+  file.write_text(file.read_text().replace('"360"', ''))
+  with pytest.raises(UserError, match=r"^split 'test' of digits cannot be read: "):
+    open_tfds('digits', 'test', str(tmp_path))
 
 
 def test_slices_of_a_split(data_dir):

@@ -4,14 +4,16 @@ Nothing is carried from step to step: the seed and the step number alone decide 
 and what its augmentation draws. So a run that starts again at step s reads nothing of the steps before.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
 import functools
 import gc
+import itertools
 import math
 import multiprocessing
+from multiprocessing import resource_tracker
 import os
 import resource
 import signal
@@ -27,7 +29,7 @@ from t2t_vit_jax.data import shared_memory
 from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, pixels_of
-from t2t_vit_jax.errors import DataError, UserError
+from t2t_vit_jax.errors import DataError, UserError, show_warnings_as_lines
 
 # image: uint8 (H, W, C); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
 # bad: bool, whether that record could not be read; remarks: uint8, see `Remark`. `faults.Faults` takes out three:
@@ -183,8 +185,12 @@ class Workers:
       owner = shared_memory.owner()
       _allow_open_files()
       dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
-    batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
+    with _hiding_interrupts():
+      batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
+      with _hiding_interrupts():  # all workers have started when the first batch comes
+        first = list(itertools.islice(batches, 1))
+      yield from first
       yield from batches
     except (RuntimeError, OSError) as error:
       _close(batches)
@@ -221,6 +227,20 @@ class Workers:
     return ''
 
 
+@contextlib.contextmanager
+def _hiding_interrupts() -> Iterator[None]:
+  """Blocks SIGINT in this thread and so, for good, in the processes that it starts.
+
+  Ctrl-C in a terminal reaches these too while they import, and each would end with a traceback.
+  """
+  resource_tracker.ensure_running()  # which would unblock it when it starts, with the first process
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _close(batches: Any) -> None:
   with contextlib.suppress(AssertionError):  # grain waits for the end of workers that it could not start
     batches.close()
@@ -247,12 +267,13 @@ def _concatenate(groups: Sequence[Batch]) -> Batch:
 
 
 def _start_worker(owner: str | None, worker_index: int, worker_count: int) -> None:
-  """Names the shared memory of a worker process after the file `owner`; ends it when the main process is gone."""
+  """Prepares a worker process: it names its shared memory after the file `owner`, and ends with the main process."""
   del worker_index, worker_count
   # Signals to a group of processes, such as a terminal's Ctrl-C, are left to the main process: it needs its workers
   # until it has saved, and ends them itself.
   os.setpgid(0, 0)
   shared_memory.name_after(owner)
+  show_warnings_as_lines()
 
   def end_with_parent() -> None:
     if parent := multiprocessing.parent_process():

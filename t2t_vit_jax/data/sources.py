@@ -454,9 +454,17 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   except NotImplementedError as error:
     raise UserError(without_array_record(builder)) from error
   except (ValueError, AssertionError) as error:
+    if split in builder.info.splits:
+      raise UserError(f'split {split!r} of {name} cannot be read: {first_line(error, kind=False)}') from error
     raise UserError(f'{name} has no split {split!r}: {did_you_mean(split, builder.info.splits)}') from error
   if not len(records):
     raise UserError(f'split {split!r} of {name} is empty')
+  files = [os.fspath(part.filename) for part in builder.info.splits[split].file_instructions]
+  if missing := [file for file in files if not os.path.isfile(file)]:  # else each of their images would be a bad one
+    raise UserError(
+      f'{len(missing):,} of {len(files):,} files of {name} are missing, such as {missing[0]}: copy them again, or '
+      f'prepare it anew with: {command}'
+    )
   return Source(
     _TfdsRecords(records, f'{name}/{split}'), tuple(features['label'].names), f'{name} {split} ({builder.data_path})'
   )
