@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib
 import math
+import shutil
 
 from absl import logging
 import jax
@@ -16,11 +17,12 @@ from t2t_vit_jax import UserError, load_pretrained
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.recipe.build import build_model
-from t2t_vit_jax.recipe.init_from import pretrained_variables, resolve, resolve_for_evaluation
+from t2t_vit_jax.recipe.init_from import pretrained_variables, resolve, resolve_for_evaluation, weights_header
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
 from tests import golden
 from tests.image_folder import write_image_folder
+from tests.weights_cache import put_into_cache
 
 
 @pytest.fixture(name='config')
@@ -39,6 +41,18 @@ def fixture_weights(tmp_path):
   path = tmp_path / 'weights.safetensors'
   convert(golden.DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}, num_classes=7))
   return path
+
+
+def test_a_name_or_a_runs_folder_takes_the_place_of_a_file(weights, tmp_path, monkeypatch):
+  put_into_cache(weights.read_bytes(), 't2t_vit_7', tmp_path / 'cache')
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'run' / 'weights').mkdir(parents=True)
+  shutil.copy(weights, tmp_path / 'run' / 'weights' / 'model.safetensors')
+  model, variables = load_pretrained(weights)
+  for source in ('t2t_vit_7', str(tmp_path / 'run')):
+    assert weights_header(source)['source']['file'] == 'official_tiny_performer.pth.tar'
+    same = pretrained_variables(source, model, 3, 0, None)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from tests.golden import DATA
 from tests.image_folder import write_image_folder
 from tests.processes import run
 from tests.test_training_loop import small_config
+from tests.weights_cache import put_into_cache
 
 
 def config_of(data_dir, **changes):
@@ -34,10 +35,14 @@ def config_of(data_dir, **changes):
   return config
 
 
-def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_path):
+def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_path, monkeypatch):
   path = tmp_path / 'weights.safetensors'
   convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))
-  accuracy = evaluate_only(config_of(data_dir, **{'data.image_size': 48, 'data.eval_batch_size': 7}), path)['weights']
+  config = config_of(data_dir, **{'data.image_size': 48, 'data.eval_batch_size': 7})
+  accuracy = evaluate_only(config, path)['weights']
+  put_into_cache(path.read_bytes(), 't2t_vit_7', tmp_path / 'cache')
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
+  assert evaluate_only(config, 't2t_vit_7') == {'weights': accuracy}
 
   model, variables = load_pretrained(path)
   assert model.image_size == 64
@@ -85,6 +90,8 @@ def test_a_workdir_gives_what_its_last_evaluation_gave(data_dir, tmp_path, capsy
     assert (found[weights].correct, found[weights].count) == (row['correct'], 40)
     assert found[weights].loss_sum == pytest.approx(row['loss_sum'], rel=1e-6)
   assert sorted(tmp_path.rglob('*')) == files
+  exported = evaluate_only(config_of(data_dir, **{'data.image_size': 16}), tmp_path / 'weights')['weights']
+  assert (exported.correct, exported.loss_sum) == (found['ema'].correct, pytest.approx(found['ema'].loss_sum, rel=1e-6))
 
   shutil.copytree(tmp_path / 'checkpoints' / '3', tmp_path / 'checkpoints' / '9')
   (tmp_path / 'checkpoints' / '9' / '_CHECKPOINT_METADATA').write_text('{}')
