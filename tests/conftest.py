@@ -48,6 +48,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # What tests may need beside the extra `test`: the library, and how to get it.
 OPTIONAL = {
   'torch': '.[test]',
+  'huggingface_hub': '.[test]',
   'simplejpeg': '.[test]',
   'cykooz': '.[test]',
   'tensorflow': '.[test-all]',
