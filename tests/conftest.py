@@ -19,13 +19,14 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   atexit.register(_scratch.cleanup)
   os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())  # where `tmp_path` is kept for a while
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{_scratch.name}/programs')
-  for _name in ('TMPDIR', 'TFDS_DATA_DIR', 'MPLCONFIGDIR', 'KERAS_HOME'):
+  for _name in ('TMPDIR', 'TFDS_DATA_DIR', 'MPLCONFIGDIR', 'KERAS_HOME', 'T2T_VIT_JAX_CACHE', 'HF_HOME'):
     os.environ[_name] = f'{_scratch.name}/{_name.lower()}'
     os.mkdir(os.environ[_name])
 else:
   # Not shared, though: JAX writes its cache so that another process may read half a program, and warns.
   os.environ['JAX_COMPILATION_CACHE_DIR'] += f'/{os.environ["PYTEST_XDIST_WORKER"]}'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['T2T_VIT_JAX_MIRROR'] = 'http://localhost:9'  # where nobody answers: tests fetch nothing
 # Several tests build the same run: each program is compiled once, also in the processes that tests start.
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 # Tests compile more than they compute: this halves the time that takes, and where XLA has a simple way to emit fusions
