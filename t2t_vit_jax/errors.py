@@ -48,7 +48,7 @@ def first_line(error: BaseException, *, kind: bool = True) -> str:
     kind: whether the error's kind stands before the line. It stands alone for an error without a text.
   """
   name, text = type(error).__name__, next(filter(None, map(str.strip, str(error).splitlines())), '')
-  return (f'{name}: {text}' if kind and text else text or name)[:300]
+  return printable(f'{name}: {text}' if kind and text else text or name)[:300]
 
 
 def full_disk(place: str | os.PathLike[str], needed: int = 0) -> str:

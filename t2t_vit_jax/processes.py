@@ -21,7 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from t2t_vit_jax.errors import UserError, first_line, printable
+from t2t_vit_jax.errors import UserError, first_line
 
 T = TypeVar('T')
 
@@ -94,7 +94,7 @@ def check_devices() -> None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # the second without text, if no plugin is installed for them
-    reason = printable(first_line(error, kind=False) if str(error) else 'no plugin for them is installed')
+    reason = first_line(error, kind=False) if str(error) else 'no plugin for them is installed'
     wanted = f' with JAX_PLATFORMS={platforms}' if (platforms := os.environ.get('JAX_PLATFORMS')) else ''
     raise UserError(f'JAX finds no devices{wanted} ({reason})') from error
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
@@ -98,14 +99,48 @@ def test_a_damaged_small_file_costs_a_checkpoint_at_most(tiny, tmp_path, step, n
   assert aside.name == ('7-metrics' if outcome.endswith('without metrics') else str(step))
 
 
-@pytest.mark.parametrize('name', ['_CHECKPOINT_METADATA', 'state/manifest.ocdbt', 'metrics/metrics'])
-def test_a_pipe_in_place_of_a_file_is_damage(tiny, tmp_path, name):
+@pytest.mark.parametrize(
+  ('step', 'name', 'outcome'),
+  [
+    (7, '_CHECKPOINT_METADATA', 'the one before'),
+    (7, 'state/manifest.ocdbt', 'the one before'),
+    (7, 'metrics/metrics', 'the newest, without metrics'),
+    (3, 'metrics/metrics', 'the newest'),
+  ],
+)
+def test_a_pipe_among_the_files_of_a_checkpoint_costs_a_checkpoint_at_most(tiny, tmp_path, step, name, outcome):
   run, folder, states = tiny
   shutil.copytree(folder, tmp_path / 'checkpoints')
-  file = tmp_path / 'checkpoints' / '7' / name
-  file.unlink()
-  os.mkfifo(file)
-  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == 'the one before'
+  (tmp_path / 'checkpoints' / str(step) / name).unlink()
+  os.mkfifo(tmp_path / 'checkpoints' / str(step) / name)
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == outcome
+  with Checkpoints(tmp_path / 'checkpoints', read_only=True) as checkpoints:
+    assert checkpoints.best
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_one_line(tiny, tmp_path):
+  run, folder, _ = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  (tmp_path / 'checkpoints' / '7' / '_CHECKPOINT_METADATA').write_text('')
+  os.mkfifo(tmp_path / 'damaged')
+  with (
+    Checkpoints(tmp_path / 'checkpoints') as checkpoints,
+    pytest.raises(UserError, match=rf'7/? is damaged \(.*\) and cannot be moved to {tmp_path}/damaged/7: File exists'),
+  ):
+    checkpoints.restore(run.recipe.abstract_state, description(run))
+
+
+def test_what_is_half_written_is_no_checkpoint_and_goes_with_the_next_save(tiny, tmp_path):
+  run, folder, states = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  for name in ('9.orbax-checkpoint-tmp', '11.orbax-checkpoint-tmp'):
+    shutil.copytree(folder / '7', tmp_path / 'checkpoints' / name)
+  (tmp_path / 'checkpoints' / '11.orbax-checkpoint-tmp' / '_CHECKPOINT_METADATA').unlink()
+  # The export in it, which saves nothing, changes no file.
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=False) == 'the newest'
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == 'the newest'
+  assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} == {'7', '9'}
+  assert not (tmp_path / 'damaged').exists()
 
 
 def test_metrics_that_come_later_count_for_the_best_checkpoint(tiny, tmp_path):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 from etils import epath
 from flax import serialization
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from t2t_vit_jax.conversion.files import write_file
@@ -79,14 +78,6 @@ def _steps_in(folder: epath.Path) -> list[int]:
   steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
   # On a disk a checkpoint gets its name when it is complete; in a bucket this file.
   return [step for step in steps if not is_bucket(folder) or (folder / str(step) / 'commit_success.txt').exists()]
-
-
-def _check_regular(checkpoint: epath.Path) -> None:
-  """Raises an error if a checkpoint on a disk has a pipe or a device for a file: reading it would never end."""
-  for place, _, names in os.walk(checkpoint):
-    for path in (os.path.join(place, name) for name in names):
-      if not os.path.isfile(path):
-        raise ValueError(f'{path} is no regular file')
 
 
 class Checkpoints:
@@ -178,6 +169,7 @@ class Checkpoints:
     Raises:
       Exception: of the storage; or the file is damaged.
     """
+    self._check_files(step, METRICS)
     try:
       text = (self.folder / str(step) / METRICS).read_text()
     except FileNotFoundError:
@@ -400,7 +392,7 @@ class Checkpoints:
     Raises:
       Exception: the storage's; one that orbax has not raised but `logged`; or the description is damaged.
     """
-    _check_regular(self.folder / str(step))
+    self._check_files(step, '*', 'state/**/*')
     _ = STEPS.find_step(self.folder, step).commit_timestamp  # orbax reads it of all when it is to write another
     stored = ocp.metadata(self.folder / str(step))
     if stored.metadata is None:
@@ -410,16 +402,36 @@ class Checkpoints:
       raise ValueError('its config is missing')
     return stored.metadata, with_added_fields(description)
 
+  def _check_files(self, step: int, *patterns: str) -> None:
+    """Raises ValueError if a file of a checkpoint is a pipe, a socket or a device: reading it might never end."""
+    if is_bucket(self.folder):
+      return
+    for path in (path for pattern in patterns for path in Path(self.folder, str(step)).glob(pattern)):
+      if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f'{path} is no regular file')
+
   def _set_aside(self, step: int, failure: str, part: str = '') -> str:
-    """Moves a checkpoint, or a folder in it, out of the way and returns a line that says so."""
+    """Moves a checkpoint, or a folder in it, out of the way and returns a line that says so.
+
+    Raises:
+      UserError: it can't be moved.
+    """
     damaged = self.folder / str(step) / part
     target = self.folder.parent / 'damaged' / '-'.join(filter(None, (str(step), part)))
-    if jax.process_index() == 0:
-      target.parent.mkdir(parents=True, exist_ok=True)
-      while target.exists():
-        target = target.with_name(target.name + '+')
-      move_folder(damaged, target)
-    multihost_utils.sync_global_devices('set aside')
+    while jax.process_index() == 0 and target.exists():
+      target = target.with_name(target.name + '+')
+
+    def move() -> None:
+      if jax.process_index() != 0:
+        return
+      try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        move_folder(damaged, target)
+      except Exception as error:  # of the disk, or of a bucket's client, whichever that is
+        reason = writing_problem(error, target)
+        raise UserError(f'{damaged} is damaged ({failure}) and cannot be moved to {target}: {reason}') from error
+
+    in_all_processes(move)
     if part:
       return f'The {part} of the checkpoint {damaged.parent} are damaged ({failure}) and were moved to {target}.'
     self._steps.remove(step)

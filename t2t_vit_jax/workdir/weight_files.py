@@ -90,7 +90,7 @@ def are_written(workdir: epath.Path, checkpoints: Checkpoints, *, with_ema: bool
 
 
 def _step_of(path: epath.Path) -> int | None:
-  if not path.is_file():  # opening a pipe would never end
+  if not (path.exists() if is_bucket(path) else os.path.isfile(path)):  # opening a pipe would never end
     return None
   with path.open('rb') as file:
     header = read_header(file)
