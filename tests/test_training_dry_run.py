@@ -17,6 +17,7 @@ from tests import torch_reference
 from tests.image_folder import encoded, picture
 from tests.parameters import slow_but
 from tests.test_configs import NAMES
+from tests.weights_cache import put_into_cache
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {'imagenet2012': 1000, 'cifar10': 10, 'cifar100': 100, 'digits': 10}
@@ -37,19 +38,21 @@ def stand_ins(tmp_path_factory):
   return folder
 
 
-def write_weights(path):
-  """Writes a weight file under a name that configs start from."""
-  model = 't2t_vit_7' if path.stem == 'weights' else path.stem
-  torch.save(torch_reference.T2TViT(**torch_reference.MODELS[model]).state_dict(), path.with_suffix('.pth'))
-  convert(path.with_suffix('.pth'), path, Options(model_name=model))
+def weights_of(model, folder):
+  """Bytes of a weight file of a named model."""
+  torch.save(torch_reference.T2TViT(**torch_reference.MODELS[model]).state_dict(), folder / 'state.pth')
+  convert(folder / 'state.pth', folder / 'weights', Options(model_name=model))
+  return (folder / 'weights').read_bytes()
 
 
 @pytest.mark.parametrize('name', slow_but(['digits', 'finetune', 't2t_vit_7'], NAMES))
 def test_dry_run(name, stand_ins, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   config = importlib.import_module(f'configs.{name}').get_config()
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
   if config.init_from:
-    write_weights(tmp_path / config.init_from)
+    model = config.model.name or 't2t_vit_7'  # with weights of any model
+    put_into_cache(weights_of(model, tmp_path), config.init_from, tmp_path / 'cache')
   elif name == 't2t_vit_dense':
     config.model.dense_stages = (1, 1)
   else:

@@ -84,7 +84,7 @@ def check_like_alone(workdir, alone, data_dir):
   shutil.rmtree(workdir / 'weights')
   export_checkpoint(digits.get_config(), str(workdir))
   assert written == {path.name: path.read_bytes() for path in (workdir / 'weights').iterdir()}
-  assert len(written) == 3
+  assert len(written) == 4
   assert (workdir / 'per_class.csv').read_text() == (alone / 'run' / 'per_class.csv').read_text()
 
 
