@@ -185,10 +185,11 @@ class Workers:
       owner = shared_memory.owner()
       _allow_open_files()
       dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
-    with _hiding_interrupts():
+    starting = _hiding_interrupts if self.num_workers else contextlib.nullcontext
+    with starting():
       batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
     try:
-      with _hiding_interrupts():  # all workers have started when the first batch comes
+      with starting():  # all workers have started when the first batch comes
         first = list(itertools.islice(batches, 1))
       yield from first
       yield from batches
