@@ -185,11 +185,11 @@ class Workers:
       owner = shared_memory.owner()
       _allow_open_files()
       dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
-    starting = _hiding_interrupts if self.num_workers else contextlib.nullcontext
-    with starting():
-      batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
+    batches: Any = None
     try:
-      with starting():  # all workers have started when the first batch comes
+      with _hiding_interrupts() if self.num_workers else contextlib.nullcontext():
+        # All workers have started when the first batch comes.
+        batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
         first = list(itertools.islice(batches, 1))
       yield from first
       yield from batches
@@ -244,7 +244,8 @@ def _hiding_interrupts() -> Iterator[None]:
 
 def _close(batches: Any) -> None:
   with contextlib.suppress(AssertionError):  # grain waits for the end of workers that it could not start
-    batches.close()
+    if batches is not None:
+      batches.close()
 
 
 def _allow_open_files() -> None:
