@@ -16,7 +16,7 @@ import requests
 
 from t2t_vit_jax.console import note, warn
 from t2t_vit_jax.conversion import files
-from t2t_vit_jax.conversion.convert import Options, load, log_notes
+from t2t_vit_jax.conversion.convert import Options, PathLike, load, log_notes
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights, write_weights
 from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, writing_problem
 from t2t_vit_jax.models.published import PUBLISHED, Published
@@ -35,7 +35,7 @@ _PAUSES = (1, 4, 16)  # seconds before a download that broke off goes on
 
 
 def load_pretrained(
-  source: str | os.PathLike[str], num_classes: int | None = None, image_size: ImageSize | None = None, **options: Any
+  source: PathLike, num_classes: int | None = None, image_size: ImageSize | None = None, **options: Any
 ) -> tuple[T2TViT, dict[str, Any]]:
   """Model and variables of published weights, of a run, of a repository on a hub, or of a file.
 
@@ -62,7 +62,7 @@ def load_pretrained(
   return weights.build()
 
 
-def load_classifier(source: str | os.PathLike[str], image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
+def load_classifier(source: PathLike, image_size: ImageSize | None = None) -> tuple[Weights, list[str]]:
   """Reads weights of a model that classifies RGB or grey images: it has a head, and their mean and deviation.
 
   Args:
@@ -94,7 +94,7 @@ def is_name(source: str) -> bool:
   return source in PUBLISHED or source.startswith(HUB)
 
 
-def find_weights(source: str | os.PathLike[str]) -> Path:
+def find_weights(source: PathLike) -> Path:
   """Path of the weight file that `source` names.
 
   Args:
@@ -242,12 +242,13 @@ def _read(row: Published, path: Path) -> Weights:
   Raises:
     UserError: it is not what the table says of it.
   """
-  size, digest = path.stat().st_size, files.sha256(path)
+  size = path.stat().st_size
   if row.size not in (None, size):
     raise files.problem(path, f'is of {size:,} bytes instead of {row.size:,}')
+  weights, _ = load(path, Options(model_name=row.model))
+  digest = weights.source['sha256']
   if not digest.startswith(row.sha256):
     raise files.problem(path, f'has the SHA-256 {digest}, which does not begin with {row.sha256}')
-  weights, _ = load(path, Options(model_name=row.model))
   wrong = [
     f'{field}={weights.arguments[field]} instead of {getattr(row, field)}'
     for field in ('num_classes', 'image_size')

@@ -75,8 +75,9 @@ def write_weight_files(workdir: epath.Path, checkpoints: Checkpoints, mesh: Mesh
     contents = {
       kind: weights_of_checkpoint(description, variables, kind, step, run) for kind, variables in weights.items()
     }
-    card = model_card(contents[_main_kind(weights)], description, step, metrics, checkpoints.best)
-  in_all_processes(lambda: _write(workdir, contents, {CARD: card, CONFIG: hub_config(contents[_main_kind(weights)])}))
+    main = contents[_main_kind(weights)]
+    texts = {CARD: model_card(main, description, step, metrics, checkpoints.best), CONFIG: hub_config(main)}
+  in_all_processes(lambda: _write(workdir, contents, texts))
   average = 'moving average' if 'ema' in weights else 'no moving average'
   return [*notes, f'weights of step {step} ({average}): {workdir / FOLDER / MODEL}, with a model card']
 
@@ -132,10 +133,6 @@ def weights_of_checkpoint(description: dict[str, Any], variables: Any, kind: str
   return weights
 
 
-def _write_text(text: str, path: Path) -> None:
-  path.write_text(text, 'utf-8')
-
-
 def _write(workdir: epath.Path, contents: dict[str, Weights], texts: dict[str, str]) -> None:
   if jax.process_index() != 0:
     return
@@ -147,7 +144,7 @@ def _write(workdir: epath.Path, contents: dict[str, Weights], texts: dict[str, s
       for leftover in folder.glob('.*.tmp'):  # of a process that was killed while it wrote
         leftover.unlink()
       for name, text in texts.items():
-        write_file(folder / name, functools.partial(_write_text, text))
+        write_file(folder / name, functools.partial(Path.write_text, data=text, encoding='utf-8'))
       write_weights(contents[_main_kind(contents)], folder / MODEL)
       if 'ema' in contents:
         write_weights(contents['raw'], folder / RAW)
