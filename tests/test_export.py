@@ -21,6 +21,7 @@ from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.export import export_weights, main
 from tests import checkpoints, golden
+from tests.weights_cache import put_into_cache
 
 ROOT = Path(__file__).parents[1]
 ATOL = 1e-5
@@ -160,10 +161,13 @@ def test_the_documented_lines_need_only_jax(performer, tmp_path):
   loader, _, several_devices = documented('python')
   images = random_images(8)
   np.save(tmp_path / 'images.npy', images)
-  (tmp_path / 't2t_vit_14.safetensors').write_bytes(performer.read_bytes())
+  cache = tmp_path / 'cache'
+  put_into_cache(performer.read_bytes(), 't2t_vit_14', cache)
   command = next(line for line in documented('bash')[0].splitlines() if 't2t_vit_jax.export' in line)
   assert command.startswith('python ')
-  printed = run([sys.executable, *command.split()[1:]], tmp_path, PYTHONPATH=path_with(ROOT))
+  printed = run(
+    [sys.executable, *command.split()[1:]], tmp_path, PYTHONPATH=path_with(ROOT), T2T_VIT_JAX_CACHE=str(cache)
+  )
   assert printed.startswith('wrote t2t_vit_14.npz: uint8[B,64,64,3] -> float32[B,10], for cpu, cuda, tpu')
 
   code = [
