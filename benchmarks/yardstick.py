@@ -23,6 +23,8 @@ class ViT(nn.Module):
   num_heads: int = 6
   mlp_ratio: float = 4.0
   dtype: Any = jnp.float32
+  image_size: int = 224  # px; a run asks for it and for the next
+  scan_blocks: bool = False
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
   # True: blocks as a loop: compiles faster, other random draws. None: True in float32 on a CPU, where it trains faster.
   config.model.scan_blocks = placeholder(bool)
+  config.model.attention_form = placeholder(str)  # None: 'auto'; 'cudnn' on GPUs in half precision, untried: see docs
   config.model.residual_dtype = placeholder(str)  # None: 'float32'; 'bfloat16' is faster in training and less exact
   config.model.remat = placeholder(str)  # what blocks keep for gradients; 'nothing_saveable': the least; see `T2TViT`
 
@@ -55,7 +56,8 @@ def get_config() -> ConfigDict:
   # EXIF orientation: 'upright' turns images, 'ignored' does not, as published. None: as the weight file has it, else
   # 'upright' for folders and 'ignored' for tfds.
   config.data.orientation = 'ignored'
-  config.data.num_workers = 8  # processes that decode and augment, on each host; 0: threads of the main process
+  # Processes that decode and augment, for each process of the run; 0: threads. None: by processors and memory.
+  config.data.num_workers = placeholder(int)
   config.data.num_threads = 1  # in each process
   config.data.fast_decode = False  # training: faster decoding and resizing, which round differently; see docs/data.md
   config.data.max_bad_fraction = (

@@ -1,7 +1,8 @@
-"""Plans a run on a TPU slice, before one is rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
+"""Plans a run on TPUs or GPUs before they are rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
 
-The real training and evaluation step are compiled by the real TPU compiler, on any Linux machine, without a TPU and
-without data: pip install 'jax[tpu]'. docs/distributed.md says how to read the result.
+The real training and evaluation step are compiled by the real compiler, on any Linux machine, without a TPU or GPU and
+without data: pip install 't2t-vit-jax[tpu]' or 't2t-vit-jax[gpu-plan]'. docs/distributed.md says how to read the
+result.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +24,10 @@ from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.planning import report, tpu
+from t2t_vit_jax.planning import report, topology, tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
+from t2t_vit_jax.planning.flops import count_flops
+from t2t_vit_jax.planning.topology import Topology
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import Recipe, build_mesh, build_recipe
 from t2t_vit_jax.recipe.init_from import resolve
@@ -32,25 +35,27 @@ from t2t_vit_jax.recipe.init_from import resolve
 IMAGENET_CLASSES = 1000
 
 
-def make_plan(recipe: Recipe, tpu_slice: tpu.Slice) -> dict[str, Any]:
-  """Compiles the steps of a recipe that `build` has made for a slice.
+def make_plan(recipe: Recipe, where: Topology) -> dict[str, Any]:
+  """Compiles the steps of a recipe that `build` has made for a slice or for GPUs.
 
   Returns:
     The plan that `--output` writes. Sizes are in bytes. Sizes, work and collectives are of one chip.
   """
-  mesh, chip, order = recipe.mesh, tpu_slice.chip, recipe.order
-  train, evaluation = (_try_step(step, recipe, chip) for step in (compile_train_step, compile_eval_step))
-  if train['fits']:
-    for kind in ('roofline', 'compiler_estimate'):
+  mesh, chip, order = recipe.mesh, where.chip, recipe.order
+  train, evaluation = (_try_step(step, recipe, where) for step in (compile_train_step, compile_eval_step))
+  for kind in ('roofline', 'compiler_estimate'):
+    if f'{kind}_ms' in train:
       seconds = train[f'{kind}_ms'] / 1e3
       train[kind] = {'images_per_s': order.batch_size / seconds, 'days': recipe.total_steps * seconds / 86400}
   return {
-    'compiler': tpu.compiler(),
-    'slice': tpu_slice.text,
+    'compiler': where.compiler(),
+    'slice': where.text,
     'chips': mesh.size,
     'hosts': len({device.process_index for device in mesh.devices.flat}),
     'mesh': dict(mesh.shape),
-    'chip': dataclasses.asdict(chip) | {'clock': chip.clock},
+    'chip': dataclasses.asdict(chip)
+    | {'hbm_gib': chip.hbm_gib}
+    | ({'clock': chip.clock} if isinstance(chip, tpu.Chip) else {}),
     'config': recipe.config,
     'parameters': recipe.num_parameters,
     'state': sharding.bytes_per_device(recipe.abstract_state),
@@ -62,40 +67,43 @@ def make_plan(recipe: Recipe, tpu_slice: tpu.Slice) -> dict[str, Any]:
   }
 
 
-def build(config: Any, tpu_slice: tpu.Slice, num_classes: int, num_train_images: int) -> Recipe:
-  """The recipe of a run on the slice's described devices, with the slice's mesh if it names one.
+def build(config: Any, where: Topology, num_classes: int, num_train_images: int) -> Recipe:
+  """The recipe of a run on described devices, with the mesh that `where` names, if it does.
 
   Raises:
-    UserError: the config is wrong or does not fit the slice's devices, or libtpu does not know the slice.
+    UserError: the config is wrong or does not fit the devices, or the compiler does not know them.
   """
   config = copy.deepcopy(config)
-  if tpu_slice.fsdp is not None:
-    config.mesh.data, config.mesh.fsdp = -1, tpu_slice.fsdp
-  mesh = build_mesh(config, tpu_slice.devices())
+  if where.fsdp is not None:
+    config.mesh.data, config.mesh.fsdp = -1, where.fsdp
+  mesh = build_mesh(config, where.devices())
   return build_recipe(config, mesh, num_classes=num_classes, num_train_images=num_train_images)
 
 
-def compile_train_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
+def compile_train_step(recipe: Recipe, where: Topology) -> dict[str, Any]:
   """Figures of the compiled training step; raises DoesNotFit."""
-  return _compile(recipe.train_step, recipe.abstract_train_arguments, chip, recipe.accumulate_steps)
+  return _compile(recipe, recipe.train_step, recipe.abstract_train_arguments, where, recipe.accumulate_steps)
 
 
-def compile_eval_step(recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
+def compile_eval_step(recipe: Recipe, where: Topology) -> dict[str, Any]:
   """Figures of the compiled evaluation step; raises DoesNotFit."""
   arguments = recipe.abstract_state.variables(), recipe.abstract_batch(recipe.eval_batch_size)
-  return _compile(recipe.eval_step, arguments, chip, parts=1)
+  return _compile(recipe, recipe.eval_step, arguments, where, parts=1)
 
 
-def _try_step(step: Callable[[Recipe, tpu.Chip], dict[str, Any]], recipe: Recipe, chip: tpu.Chip) -> dict[str, Any]:
+def _try_step(step: Callable[[Recipe, Topology], dict[str, Any]], recipe: Recipe, where: Topology) -> dict[str, Any]:
   try:
-    return {'fits': True} | step(recipe, chip)
+    return {'fits': True} | step(recipe, where)
   except DoesNotFit as refusal:
     return {'fits': False, 'compiler_says': str(refusal)}
 
 
-def _compile(function: jax.stages.Wrapped, arguments: Sequence[Any], chip: tpu.Chip, parts: int) -> dict[str, Any]:
-  compiled, compile_s = compile_program(function, arguments)
-  return {'compile_s': compile_s} | figures(compiled, chip, parts)
+def _compile(
+  recipe: Recipe, function: jax.stages.Wrapped, arguments: Sequence[Any], where: Topology, parts: int
+) -> dict[str, Any]:
+  compiled, compile_s = compile_program(function, arguments, where)
+  product_flops = count_flops(function, *arguments) / recipe.mesh.size
+  return {'compile_s': compile_s} | figures(compiled, where.chip, product_flops, parts)
 
 
 def data_size(config: Any, num_classes: int | None, num_train_images: int | None) -> tuple[int, int]:
@@ -116,9 +124,9 @@ def data_size(config: Any, num_classes: int | None, num_train_images: int | None
   return num_classes or classes, num_train_images or images
 
 
-def largest_batch(config: Any, tpu_slice: tpu.Slice, data: tuple[int, int], say: Callable[[str], None]) -> int:
+def largest_batch(config: Any, where: Topology, data: tuple[int, int], say: Callable[[str], None]) -> int:
   """The largest `data.batch_size` whose training step fits, to an eighth: see `search_batch`. 0 if none does."""
-  recipe = build(config, tpu_slice, *data)
+  recipe = build(config, where, *data)
   chips = recipe.mesh.size
 
   def fits(images: int) -> bool:
@@ -126,8 +134,8 @@ def largest_batch(config: Any, tpu_slice: tpu.Slice, data: tuple[int, int], say:
       return False  # a batch has no image twice
     changed = copy.deepcopy(config)
     changed.data.batch_size = images * chips
-    step = _try_step(compile_train_step, build(changed, tpu_slice, *data), tpu_slice.chip)
-    say(f'  {images} images on each chip: {report.memory(step, tpu_slice.chip.hbm_gib)}')
+    step = _try_step(compile_train_step, build(changed, where, *data), where)
+    say(f'  {images} images on each chip: {report.memory(step, where.chip.hbm_gib)}')
     return step['fits']
 
   mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
@@ -174,8 +182,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config can import another, from any folder
   with refusing_bad_flags(argv):
     config_flags.DEFINE_config_file('config', None, 'The run: a file in configs/.')
-    flags.DEFINE_string('topology', None, f"The slice, and a mesh in place of the config's: {tpu.EXAMPLES}/fsdp=8.")
-    flags.DEFINE_list('compare', None, 'Several topologies, for a table: v5e:2x2,v5e:16x16,v5e:16x16/fsdp=8.')
+    flags.DEFINE_string(
+      'topology', None, f"TPUs or GPUs, and a mesh in place of the config's: {topology.EXAMPLES}; h100:8/fsdp=8."
+    )
+    flags.DEFINE_list('compare', None, 'Several topologies, for a table: v5e:2x2,v5e:16x16/fsdp=8,h100:8.')
     flags.DEFINE_bool('markdown', False, 'With --compare: a table for Markdown.')
     flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
     flags.DEFINE_alias('search-batch', 'search_batch')
@@ -204,28 +214,28 @@ def plan(config: Any, options: Any) -> None:
     UserError: something is wrong with them.
   """
   if bool(options.topology) == bool(options.compare):
-    raise UserError(f'give either --topology or --compare, such as --topology=v5e:2x2 ({tpu.EXAMPLES})')
+    raise UserError(f'give either --topology or --compare, such as --topology=v5e:2x2 ({topology.EXAMPLES})')
   if options.output and not (folder := Path(options.output).absolute().parent).is_dir():
     raise UserError(f'--output: there is no folder {folder}')
-  slices = [tpu.Slice.parse(text) for text in options.compare or [options.topology]]
+  places = [topology.parse(text) for text in options.compare or [options.topology]]
   config = resolve(config)
   host_config = copy.deepcopy(config)
   host_config.data.fast_decode = False  # its packages need not be installed
   pipeline.train_transform(host_config)  # refuses wrong fields
   data = data_size(config, options.num_classes, options.train_images)
-  # All recipes first: a wrong slice is refused before anything is compiled.
-  recipes = [build(config, tpu_slice, *data) for tpu_slice in slices]
+  # All recipes first: a wrong topology is refused before anything is compiled.
+  recipes = [build(config, where, *data) for where in places]
   plans = []
-  for tpu_slice, recipe in zip(slices, recipes, strict=True):
-    plans.append(make_plan(recipe, tpu_slice))
+  for where, recipe in zip(places, recipes, strict=True):
+    plans.append(make_plan(recipe, where))
     if options.topology:
       for line in report.describe(plans[-1]):
         say(line)
     else:
-      print(f'{tpu_slice.text}: compiled', file=sys.stderr, flush=True)
+      print(f'{where.text}: compiled', file=sys.stderr, flush=True)
     if options.search_batch:
-      say(f'largest batch on {tpu_slice.text}:')
-      plans[-1]['largest_batch_size'] = largest_batch(config, tpu_slice, data, say)
+      say(f'largest batch on {where.text}:')
+      plans[-1]['largest_batch_size'] = largest_batch(config, where, data, say)
       size = plans[-1]['largest_batch_size']
       say(f'  largest that fits: data.batch_size={size}' if size else '  none fits')
   if options.compare:

@@ -166,6 +166,12 @@ def gather_texts(text: str) -> list[str]:
   return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def processes_on_this_host() -> int:
+  """Number of processes of this run on this host; all must call it."""
+  hosts = gather_texts(socket.gethostname())
+  return hosts.count(hosts[jax.process_index()])
+
+
 def in_all_processes(action: Callable[[], T]) -> T:
   """Returns the result of `action` here. All processes must call this, and `action` must not wait for other processes.
 

@@ -57,6 +57,8 @@ OPTIONAL = {
   'gcp_storage_emulator': '.[test-all]',
   'build': '.[test-all]',
   'libtpu': '.[tpu]',
+  'jax_cuda13_plugin': '.[gpu-plan]',
+  'nvidia.cudnn': '.[cuda13]',
 }
 # Files whose tests start processes that wait for each other within a time limit: one worker has them all.
 SEVERAL_PROCESSES = ('test_training_processes.py', 'test_processes.py', 'test_workdir_folder.py')
@@ -97,7 +99,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def is_installed(library):
-  return importlib.util.find_spec(library) is not None
+  package, _, _ = library.rpartition('.')
+  return (not package or is_installed(package)) and importlib.util.find_spec(library) is not None
 
 
 def missing_library(error):

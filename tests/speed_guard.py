@@ -1,7 +1,8 @@
 """Figures of compiled programs that need no clock: `python -m tests.speed_guard` renews tests/speed_guard.json.
 
-Run it after a change that makes a program cheaper, or dearer on purpose, and after an upgrade of JAX; the TPU part
-needs libtpu and stays as it is without. See `test_speed_guard` for what is compared.
+Run it after a change that makes a program cheaper, or dearer on purpose, and after an upgrade of JAX; the parts for TPU
+and GPU need their compilers (the extras tpu and gpu-plan) and stay as they are without. See `test_speed_guard` for what
+is compared.
 """
 
 import importlib.metadata
@@ -12,7 +13,7 @@ import sys
 
 from benchmarks import computations
 from benchmarks.computations import Workload
-from t2t_vit_jax.planning import tpu
+from t2t_vit_jax.planning import topology, tpu
 from t2t_vit_jax.planning.compilation import compile_program, figures
 from t2t_vit_jax.planning.flops import count_flops
 from t2t_vit_jax.recipe import sharding
@@ -30,6 +31,7 @@ CPU = {
   'value_and_grad, loop with remat': (computations.value_and_grad, {**LOOP, 'remat': 'nothing_saveable'}),
 }
 TPU = {name: CPU[name] for name in ('forward, literal', 'forward')}  # gradients compile for minutes
+GPU = {name: CPU[name] for name in (*TPU, 'value_and_grad, literal', 'value_and_grad')}
 
 
 def versions(*packages):
@@ -63,27 +65,40 @@ def cpu_figures():
 
 def tpu_figures():
   """Of programs compiled for one v5e."""
-  where = tpu.Slice.parse('v5e:2x2')
-  replicated = sharding.replicated(computations.one_device_mesh(where.devices()[0]))
-  found = {}
-  for name, (function, fields) in TPU.items():
-    workload = Workload('t2t_vit_14', 128, 224, 'bfloat16', {'depth': 1, **fields})
-    compiled, _ = compile_program(*program(function, workload, replicated))
-    known = figures(compiled, where.chip)
-    found[name] = {key: known[key] for key in ('flops', 'hbm_bytes', 'temporaries', 'cycles')}
+  found = figures_elsewhere('v5e:2x2', TPU, ('flops', 'hbm_bytes', 'temporaries', 'cycles'))
   return {'versions': versions('jax', 'jaxlib', 'libtpu'), 'figures': found}
 
 
+def gpu_figures():
+  """Of programs compiled for one H100."""
+  found = figures_elsewhere('h100', GPU, ('launches', 'hbm_bytes', 'temporaries'))
+  return {'versions': versions('jax', 'jaxlib', 'jax-cuda13-pjrt'), 'figures': found}
+
+
+def figures_elsewhere(chip, programs, kinds):
+  """Of programs compiled for a device that need not be there."""
+  where = topology.parse(chip)
+  replicated = sharding.replicated(computations.one_device_mesh(where.devices()[0]))
+  found = {}
+  for name, (function, fields) in programs.items():
+    workload = Workload('t2t_vit_14', 128, 224, 'bfloat16', {'depth': 1, **fields})
+    compiled, _ = compile_program(*program(function, workload, replicated), where)
+    known = figures(compiled, where.chip, product_flops=0)
+    found[name] = {kind: known[kind] for kind in kinds}
+  return found
+
+
 def main():
-  """With 'tpu' as argument it prints the TPU part, for the test."""
+  """With 'tpu' or 'gpu' as argument it prints that part, for the tests."""
   tpu.without_tpu()
-  if sys.argv[1:] == ['tpu']:
-    print(json.dumps(tpu_figures()))
+  parts = {'cpu': (cpu_figures, 'jax'), 'tpu': (tpu_figures, 'libtpu'), 'gpu': (gpu_figures, 'jax_cuda13_plugin')}
+  if sys.argv[1:]:
+    print(json.dumps(parts[sys.argv[1]][0]()))
     return
   golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-  golden['cpu'] = cpu_figures()
-  if importlib.util.find_spec('libtpu'):
-    golden['tpu'] = tpu_figures()
+  for name, (part, compiler) in parts.items():
+    if importlib.util.find_spec(compiler):
+      golden[name] = part()
   GOLDEN.write_text(json.dumps(golden, indent=1) + '\n')
 
 

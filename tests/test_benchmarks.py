@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from benchmarks import common, model, scaling
+from benchmarks.compiler import place_and_pass
 from benchmarks.computations import Workload, build_yardstick, variables_of
 from benchmarks.jax_process import peak_flops
-from benchmarks.tpu_compile import place_and_pass
 from t2t_vit_jax import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -192,10 +192,10 @@ def test_scaling(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.needs('libtpu')
-def test_tpu_compile(tmp_path):
+def test_compiler_for_tpu(tmp_path):
   path = tmp_path / 'results.json'
   code, output, errors = benchmark(
-    'tpu_compile', *TINY, '--form=one:depth=1', '--form=looped:depth=4,scan_blocks=True', '--form=four:depth=4',
+    'compiler', *TINY, '--form=one:depth=1', '--form=looped:depth=4,scan_blocks=True', '--form=four:depth=4',
     '--computation=forward', '--no-yardstick', '--profile=5', f'--output={path}',
   )  # fmt: skip
   assert code == 0, errors

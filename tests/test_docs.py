@@ -53,7 +53,7 @@ LEFT_OUT = {
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
   r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU: tests/test_plan.py, on a smaller slice',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
-  r'python -m benchmarks\.(model|tpu_compile|scaling).*': 'takes minutes: tests/test_benchmarks.py, on a small model',
+  r'python -m benchmarks\.(model|compiler|scaling).*': 'takes minutes: tests/test_benchmarks.py, on a small model',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
 }
 

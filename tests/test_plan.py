@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,37 @@ def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message):
   assert errors.count('\n') == 1
   assert errors.startswith('error: ')
   assert message in errors
+
+
+@pytest.mark.slow
+@pytest.mark.needs('jax_cuda13_plugin')
+def test_the_gpu_compiler(tmp_path):
+  """A real compilation: what follows from the model must be in what the compiler says."""
+  code, output, errors = plan(*TINY, *DIGITS, '--topology=h100:4', f'--output={tmp_path}/plan.json')
+  assert (code, errors) == (0, '')
+  result = json.loads((tmp_path / 'plan.json').read_text())
+  train = result['train_step']
+  assert (result['chips'], result['hosts'], result['images_per_chip']) == (4, 1, 32)
+  exchanged = sum(x['count'] * x['num_bytes'] for x in train['collectives'])
+  assert exchanged == pytest.approx(4 * result['parameters'], rel=0.01)
+  assert train['arguments'] == pytest.approx(result['state'] + 32 * (32 * 32 * 3 + 4), rel=0.01)
+  # State and moments are read and written, images read, at the least.
+  assert train['hbm_bytes'] > 2 * result['state']
+  assert train['roofline_ms'] == max(train['arithmetic_ms'], train['bandwidth_ms'])
+  assert train['arithmetic_ms'] == pytest.approx(1e3 * train['flops'] / 989e12)
+  assert result['eval_step']['flops'] / 90 < train['flops'] / 32 < 4 * result['eval_step']['flops'] / 90
+  assert 'not a measurement' in output
+  assert "the compiler's estimate" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.needs('jax_cuda13_plugin')
+def test_what_does_not_fit_on_a_gpu_is_said():
+  code, output, _ = plan(*TINY, *DIGITS, '--config.data.image_size=4096', '--topology=h100')
+  assert code == 0
+  assert re.search(
+    r'training step, on each chip:\n  memory: DOES NOT FIT: the program needs [\d.]+ GiB of 79.11 GiB', output
+  )
 
 
 @pytest.mark.slow

@@ -138,6 +138,45 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {{
   assert schedule.cycles == 120
 
 
+def test_a_program_for_gpus():
+  """Two kernels in a graph that starts three times, and one of a library, whose scratch memory does not count."""
+  text = f"""{HEAD}
+%graph (p: bf16[128,64]) -> bf16[128,64] {{
+  %p = bf16[128,64]{{1,0}} parameter(0)
+  %first = bf16[128,64]{{1,0}} fusion(%p), kind=kLoop, calls=%add, metadata={{op_name="jit(f)/first"}}
+  ROOT %second = bf16[128,64]{{1,0}} fusion(%first), kind=kLoop, calls=%add
+}}
+
+%body (p.1: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {{
+  %p.1 = (s32[], bf16[128,64]{{1,0}}) parameter(0)
+  %x = bf16[128,64]{{1,0}} get-tuple-element(%p.1), index=1
+  %y = bf16[128,64]{{1,0}} call(%x), to_apply=%graph
+  ROOT %next = (s32[], bf16[128,64]{{1,0}}) tuple(%i, %y)
+}}
+
+%condition (p.2: (s32[], bf16[128,64])) -> pred[] {{
+  ROOT %always = pred[] constant(true)
+}}
+
+ENTRY %main (x.1: bf16[128,64], k: bf16[64,32]) -> bf16[128,32] {{
+  %x.1 = bf16[128,64]{{1,0}} parameter(0)
+  %k = bf16[64,32]{{1,0}} parameter(1)
+  %loop = (s32[], bf16[128,64]{{1,0}}) while(%x.1), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+  %y.1 = bf16[128,64]{{1,0}} get-tuple-element(%loop), index=1
+  ROOT %product = (bf16[128,32]{{1,0}}, s8[4194304]{{0}}) custom-call(%y.1, %k), custom_call_target="__cublas$lt$matmul"
+}}
+"""  # noqa: E501
+  schedule = read_schedule(text)
+  assert (schedule.cycles, schedule.launches) == (0, 3 * 2 + 1)
+  assert schedule.hbm_bytes == 3 * 4 * 128 * 64 * 2 + (128 * 64 + 64 * 32 + 128 * 32) * 2
+  first, second, product = read_operations(text)
+  assert {(x.hbm_bytes, x.count, x.source) for x in (first, second)} == {
+    (3 * 2 * 128 * 64 * 2, 3, 'jit(f)/first'),
+    (3 * 2 * 128 * 64 * 2, 3, ''),
+  }
+  assert (product.name, product.hbm_bytes, product.count) == ('product', 28672, 1)
+
+
 def test_operations_are_told_with_their_source_and_the_costliest_first():
   text = loop('ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT')
   text = text.replace('calls=%add, ', 'calls=%add, metadata={op_name="jit(f)/blocks_0/add" stack_frame_id=1}, ')

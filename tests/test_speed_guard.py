@@ -69,15 +69,30 @@ def test_forms_on_cpu(on_cpu):
   assert remat['product_flops'] > loop['product_flops']
 
 
+def figures_of(part):
+  """Of a part of the file, in a process of its own."""
+  command = [sys.executable, '-m', 'tests.speed_guard', part]
+  done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+  return json.loads(done.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.needs('libtpu')
 def test_programs_for_tpu(golden):
-  command = [sys.executable, '-m', 'tests.speed_guard', 'tpu']
-  done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
-  found = json.loads(done.stdout)
+  found = figures_of('tpu')
   assert dearer(found, golden['tpu']) == []
   assert ratio(found['figures'], 'forward', 'hbm_bytes') <= 1
   assert ratio(found['figures'], 'forward', 'cycles') <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.needs('jax_cuda13_plugin')
+def test_programs_for_gpu(golden):
+  found = figures_of('gpu')
+  assert dearer(found, golden['gpu']) == []
+  for name in ('forward', 'value_and_grad'):
+    assert ratio(found['figures'], name, 'hbm_bytes') <= 1
+  assert ratio(found['figures'], 'value_and_grad', 'temporaries') <= 1
 
 
 def test_the_guard_sees_what_is_dearer():

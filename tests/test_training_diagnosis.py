@@ -13,9 +13,10 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax import UserError
+from t2t_vit_jax.data.loader import Workers
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
-from t2t_vit_jax.training.diagnosis import explain, first_nonfinite_layer, out_of_memory
+from t2t_vit_jax.training.diagnosis import SlowInput, explain, first_nonfinite_layer, out_of_memory
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from tests.image_folder import encoded, write_image_folder
@@ -168,3 +169,30 @@ def test_a_full_disk_is_not_taken_for_a_full_device(data_dir):
   assert out_of_memory(UserError(f'a checkpoint could not be written ({words})'), recipe) is None
   device = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')
   assert 'accumulate_steps' in str(out_of_memory(device, recipe))
+
+
+def test_a_run_that_waits_for_images_says_how_many_workers_would_do():
+  warnings = []
+  slow = SlowInput(Workers(6), processors=16, warn=warnings.append)
+  for share, seconds in ((0.4, 40), (0.05, 5), (0.2, 20), (0.4, 40)):  # never three in a row
+    slow.note(share, seconds)
+  assert warnings == []
+  slow.note(0.4, 40)
+  slow.note(0.4, 40)
+  (line,) = warnings  # and not again
+  # Six workers make what is computed in 60 % of the time: ten would make what the devices can take.
+  assert (
+    line
+    == 'training waits for images 40% of its time, with 6 data workers; about 10 would do: --config.data.num_workers=10'
+  )
+
+
+def test_more_workers_than_processors_are_no_advice():
+  warnings = []
+  slow = SlowInput(Workers(0, 4), processors=4, warn=warnings.append)
+  for _ in range(3):
+    slow.note(0.5, 5)  # a short run
+  assert warnings == []
+  slow.note(0.5, 20)
+  assert 'with 4 threads; about 8 would do' in warnings[0]
+  assert 'may use 4 processor(s) only; --config.data.fast_decode=True' in warnings[0]

@@ -165,6 +165,10 @@ class Workers:
   num_workers: int = 0  # processes; 0 for threads of this one
   num_threads: int = 1  # in each process
 
+  def shared_bytes(self, batch_size: int, image_bytes: int) -> int:
+    """Bytes of shared memory for the images that workers have ready: of a batch and of some groups."""
+    return (batch_size + 3 * self.num_workers * math.gcd(batch_size, GROUP_SIZE)) * image_bytes
+
   def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
     group_size = math.gcd(batch_size, GROUP_SIZE)
@@ -197,8 +201,11 @@ class Workers:
     except (RuntimeError, OSError) as error:
       _close(batches)
       shared_memory.free_what_the_dead_left()
-      images_in_memory = batch_size + 3 * self.num_workers * group_size
-      if problem := self._problem(error, lambda: images_in_memory * example.map(numbers.start)['image'].nbytes):
+
+      def num_bytes() -> int:
+        return self.shared_bytes(batch_size, example.map(numbers.start)['image'].nbytes)
+
+      if problem := self._problem(error, num_bytes):
         raise DataError(problem) from error
       raise
     finally:

@@ -1,5 +1,6 @@
 """The encoder's standard block: pre-norm attention and MLP. `block_variants` has the paper's others."""
 
+import functools
 from typing import Any, ClassVar
 
 from flax import linen as nn
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.attention import AttentionForm, attention_weights, cudnn_attention, takes_cudnn, weighted_sum
 from t2t_vit_jax.models.layers import Dense, DenseParameters, Dtype, LayerNorm, Mlp, StochasticDepth
+from t2t_vit_jax.models.products import einsum
 
 Array = jax.Array
 
@@ -25,7 +28,7 @@ def project_to_heads(x: Array, kernel: Array) -> list[Array]:
   than that saves. The products of the backward pass are joint, since nothing has to be cut up there. The rule below
   computes the tangent as one product; its transpose is the backward pass.
   """
-  return [jnp.einsum('btd,dhe->bthe', x, kernel[:, i]) for i in range(kernel.shape[1])]
+  return [einsum('btd,dhe->bthe', x, kernel[:, i]) for i in range(kernel.shape[1])]
 
 
 @project_to_heads.defjvp
@@ -34,7 +37,8 @@ def _derivative_of_projections(
 ) -> tuple[list[Array], list[Array]]:
   (x, kernel), (dx, dkernel) = primals, tangents
   dim, parts, *heads = kernel.shape
-  joint = dx @ kernel.reshape(dim, -1) + x @ dkernel.reshape(dim, -1)
+  product = functools.partial(einsum, 'btd,de->bte')
+  joint = product(dx, kernel.reshape(dim, -1)) + product(x, dkernel.reshape(dim, -1))
   return project_to_heads(x, kernel), [y.reshape(*y.shape[:-1], *heads) for y in jnp.split(joint, parts, axis=-1)]
 
 
@@ -43,6 +47,7 @@ class Attention(nn.Module):
 
   `qk_scale` multiplies the scores; None stands for head_width ** -0.5. The attention weights, (B, num_heads, T, T), are
   sown as `attention`. `num_outputs` limits the result to that many first tokens, which still attend to all.
+  `form` 'cudnn' computes without forming the weights, where nobody asks for them; see `cudnn_attention`.
   """
 
   num_heads: int
@@ -50,6 +55,7 @@ class Attention(nn.Module):
   qk_scale: float | None = None
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
+  form: AttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -60,11 +66,15 @@ class Attention(nn.Module):
     scale = (dim // self.num_heads) ** -0.5 if self.qk_scale is None else self.qk_scale
 
     q, k, v = self.scaled_qkv(x, scale, num_outputs)  # (B, T, num_heads, head_width)
-    weights = nn.softmax(jnp.einsum('bthd,bshd->bhts', q, k), axis=-1)
-    self.sow('intermediates', 'attention', weights)
-    weights = nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights)
-    y = jnp.einsum('bhts,bshd->bthd', weights, v).reshape(*q.shape[:2], dim)
-    y = self.output(y)[:, :num_outputs]  # a variant may need the others up to here
+    # Nobody looks at the weights, and no weight is dropped. For few queries the kernel has no worth.
+    unseen = not self.is_mutable_collection('intermediates') and not (train and self.attention_dropout_rate)
+    if self.form == 'cudnn' and unseen and q.shape == k.shape and takes_cudnn(q):
+      y = cudnn_attention(q, k, v)
+    else:
+      weights = attention_weights(q, k)
+      self.sow('intermediates', 'attention', weights)
+      y = weighted_sum(nn.Dropout(self.attention_dropout_rate, deterministic=not train)(weights), v)
+    y = self.output(y.reshape(*q.shape[:2], dim))[:, :num_outputs]  # a variant may need the others up to here
     return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
 
   def scaled_qkv(self, x: Array, scale: float, num_queries: int | None) -> list[Array]:
@@ -103,6 +113,7 @@ class EncoderBlock(nn.Module):
   attention_dropout_rate: float = 0.0
   stochastic_depth_rate: float | Array = 0.0
   norm_layer: Any = LayerNorm
+  attention_form: AttentionForm = 'auto'
   dtype: Dtype = jnp.float32
 
   attention_class: ClassVar[type[Attention]] = Attention
@@ -120,6 +131,7 @@ class EncoderBlock(nn.Module):
       qk_scale=self.qk_scale,
       dropout_rate=self.dropout_rate,
       attention_dropout_rate=self.attention_dropout_rate,
+      form=self.attention_form,
       dtype=self.dtype,
       name='attn',
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.models.attention import AttentionForm
 from t2t_vit_jax.models.block_variants import BLOCK_TYPES, Transition
 from t2t_vit_jax.models.blocks import STACK, RematPolicy, rematerialised, run_as_loop, stack_blocks
 from t2t_vit_jax.models.encoder import EncoderBlock
@@ -27,6 +28,7 @@ CHOICES: dict[str, Collection[str]] = {  # allowed values of fields of `T2TViT`
   'tokens_type': TOKEN_ATTENTIONS.keys(),
   'block_type': BLOCK_TYPES.keys(),
   'soft_split_form': get_args(SoftSplitForm),
+  'attention_form': get_args(AttentionForm),
   'token_attention_form': get_args(TokenAttentionForm),
   'remat': get_args(RematPolicy),
   'residual_dtype': get_args(ResidualDtype),
@@ -97,14 +99,19 @@ class T2TViT(nn.Module):
     growth_rate: channels that each block of a dense encoder adds; it starts with `embed_dim`.
     soft_split_form: how the soft splits are computed: 'conv' never forms the patches and is faster, 'patches' is
       the definition. Parameters and results are the same; see `patch_layers.patch_norm_dense`.
+    attention_form: how encoder blocks compute their attention: 'xla' by two products, 'cudnn' by cuDNN's kernel in
+      programs for CUDA, where `dtype` is of half precision, no attention weight is dropped and no intermediates are
+      asked for, and as 'xla' elsewhere. 'auto' means 'xla': the kernel was not tried on a GPU yet.
     token_attention_form: how the token transformer computes its attention: 'full' keeps all scores in memory,
-      'chunked' the scores of some queries at a time; 'auto' chooses 'chunked' for many tokens. Results are the same.
+      'chunked' the scores of some queries at a time; 'auto' chooses 'chunked' for many tokens. 'cudnn' takes the
+      kernel as `attention_form` does, and is 'auto' elsewhere. Results are the same.
     scan_blocks: run all blocks but the last as a loop. The program then has two blocks instead of all: it compiles
       several times faster, and trains faster in float32 on a CPU. Parameters are the same, and may be stacked (see
       `stack_blocks`); random draws (dropout, stochastic depth) differ.
     remat: 'none', or the name in `jax.checkpoint_policies` of what a block keeps for its backward pass; it computes
       the rest again, which costs time and saves memory. 'nothing_saveable' keeps the least.
-    dtype: computation dtype; the logits are always float32.
+    dtype: computation dtype; the logits are always float32. With float32, products are float32 on TPUs and GPUs too,
+      which is slow there, unless `jax_default_matmul_precision` is set: see `products.product_precision`.
     residual_dtype: dtype of the sum that all blocks add to, or `dtype` if that is wider. 'bfloat16' saves memory and
       time in training, and costs accuracy beyond what `dtype` costs, since every sum is rounded.
 
@@ -133,6 +140,7 @@ class T2TViT(nn.Module):
   dense_stages: tuple[int, ...] = (3, 6, 6, 4)
   growth_rate: int = 64
   soft_split_form: SoftSplitForm = 'conv'
+  attention_form: AttentionForm = 'auto'
   token_attention_form: TokenAttentionForm = 'auto'
   scan_blocks: bool = False
   remat: RematPolicy = 'none'
@@ -239,6 +247,7 @@ class T2TViT(nn.Module):
       attention_dropout_rate=self.attention_dropout_rate,
       stochastic_depth_rate=stochastic_depth_rate,
       norm_layer=self.norm_layer,
+      attention_form=self.attention_form,
       dtype=self.dtype,
       **{field: getattr(self, source) for field, source in BLOCK_TYPES[self.block_type].fields.items()},
       **more,

@@ -8,6 +8,7 @@ from jax import lax
 from jax.nn import initializers
 import jax.numpy as jnp
 
+from t2t_vit_jax.models.attention import cudnn_attention, takes_cudnn
 from t2t_vit_jax.models.layers import (
   Dense,
   DenseParameters,
@@ -18,10 +19,11 @@ from t2t_vit_jax.models.layers import (
   torch_conv_init,
 )
 from t2t_vit_jax.models.patch_layers import SoftSplitForm, patch_dense, patch_norm_dense
+from t2t_vit_jax.models.products import einsum, product_precision
 from t2t_vit_jax.models.soft_split import SPLITS, Split
 
 Array = jax.Array
-TokenAttentionForm = Literal['auto', 'full', 'chunked']
+TokenAttentionForm = Literal['auto', 'full', 'chunked', 'cudnn']
 
 QUERY_CHUNK = 256
 FULL_ATTENTION_TOKENS = 1024  # with more tokens 'auto' means 'chunked'
@@ -69,6 +71,7 @@ class Convolution(TokenLayer):
       kernel_init=init,
       bias_init=init,
       dtype=self.dtype,
+      precision=product_precision(self.dtype),
     )
     nn.share_scope(self, convolution)
     return convolution(x)
@@ -90,12 +93,12 @@ class TokenAttention(TokenLayer):
 
 def attention_weights(q: Array, k: Array) -> Array:
   """softmax(q kᵀ), (B, T, T), of q and k (B, T, D); q is scaled already."""
-  return nn.softmax(jnp.einsum('btd,bsd->bts', q, k), axis=-1)
+  return nn.softmax(einsum('btd,bsd->bts', q, k), axis=-1)
 
 
 def full_attention(q: Array, k: Array, v: Array) -> Array:
   """Softmax attention with one head: softmax(q kᵀ) v, of q, k and v (B, T, D); q is scaled already."""
-  return jnp.einsum('bts,bsd->btd', attention_weights(q, k), v)
+  return einsum('bts,bsd->btd', attention_weights(q, k), v)
 
 
 def chunked_attention(q: Array, k: Array, v: Array) -> Array:
@@ -128,15 +131,27 @@ class TokenTransformer(TokenAttention):
     q, k, v = self.projections(x, 'qkv', use_bias=False)
     grid_shape = v.shape
     q, k, v = (y.reshape(y.shape[0], -1, self.token_dim) for y in (q * scale, k, v))
-    long = q.shape[1] > FULL_ATTENTION_TOKENS
-    chunked = long if self.attention_form == 'auto' else self.attention_form == 'chunked'
-    y = (chunked_attention if chunked else full_attention)(q, k, v)
+    y = self.attend(q, k, v)
     if self.is_mutable_collection('intermediates'):
       # Computed apart from y, so that the compiler drops it where nobody reads it.
       self.sow('intermediates', 'attention', attention_weights(q, k))
     x = (v + Dense(self.token_dim, dtype=self.dtype, name='proj')(y)).reshape(grid_shape)
     mlp = Mlp(self.token_dim, self.token_dim, dtype=self.dtype, name='mlp')
     return x + mlp(LayerNorm(dtype=self.dtype, name='norm2')(x), train=train)
+
+  def attend(self, q: Array, k: Array, v: Array) -> Array:
+    """Attention in the form that `attention_form` names: (B, T, D), as q, k and v."""
+    long = q.shape[1] > FULL_ATTENTION_TOKENS
+    chunked = long if self.attention_form in ('auto', 'cudnn') else self.attention_form == 'chunked'
+    attention = chunked_attention if chunked else full_attention
+    if self.attention_form != 'cudnn' or not takes_cudnn(q):
+      return attention(q, k, v)
+
+    def otherwise(*heads: Array) -> Array:
+      return attention(*(x[:, :, 0] for x in heads))[:, :, None]
+
+    q, k, v = (x[:, :, None] for x in (q, k, v))
+    return cudnn_attention(q, k, v, otherwise)[:, :, 0]
 
 
 def positive_random_features(x: Array, random_projection: Array) -> Array:
@@ -155,7 +170,7 @@ def positive_random_features(x: Array, random_projection: Array) -> Array:
   num_random_features = random_projection.shape[0]
   wide = x.astype(jnp.float32)
   squared_norm = jnp.sum(wide * wide, axis=-1, keepdims=True)
-  projected = jnp.einsum('btd,md->btm', wide, random_projection)
+  projected = einsum('btd,md->btm', wide, random_projection, precision=product_precision(x.dtype))
   return (jnp.exp(projected - squared_norm / 2) * num_random_features**-0.5).astype(x.dtype)
 
 
@@ -185,17 +200,18 @@ class TokenPerformer(TokenAttention):
     k_features = positive_random_features(k, random_projection)
     q_features = positive_random_features(q, random_projection)
     keys_sum = k_features.sum(axis=1, dtype=jnp.float32).astype(self.dtype)
-    normaliser = jnp.einsum('btm,bm->bt', q_features, keys_sum, preferred_element_type=jnp.float32)
-    keys_values = jnp.einsum('bsm,bsd->bmd', k_features, v, preferred_element_type=jnp.float32)
+    normaliser = einsum('btm,bm->bt', q_features, keys_sum, preferred_element_type=jnp.float32)
+    keys_values = einsum('bsm,bsd->bmd', k_features, v, preferred_element_type=jnp.float32)
     if self.is_mutable_collection('intermediates'):
       # The other products give y = weights @ v without forming the weights.
-      weights = jnp.einsum('btm,bsm->bts', q_features, k_features, preferred_element_type=jnp.float32)
+      weights = einsum('btm,bsm->bts', q_features, k_features, preferred_element_type=jnp.float32)
       self.sow('intermediates', 'attention', weights / (normaliser[..., None] + 1e-8))
 
     # proj(q_features @ keys_values / normaliser); proj's kernel multiplies 32 rows an image instead of all tokens.
     proj = DenseParameters(self.token_dim, self.token_dim, name='proj')()
-    projected = jnp.einsum('bmd,de->bme', keys_values, proj['kernel']).astype(self.dtype)
-    y = jnp.einsum('btm,bme->bte', q_features, projected, preferred_element_type=jnp.float32)
+    precision = product_precision(self.dtype)
+    projected = einsum('bmd,de->bme', keys_values, proj['kernel'], precision=precision).astype(self.dtype)
+    y = einsum('btm,bme->bte', q_features, projected, preferred_element_type=jnp.float32)
     y = (y / (normaliser[..., None] + 1e-8) + proj['bias'].reshape(1, 1, -1)).astype(v.dtype)
     x = (v + nn.Dropout(self.dropout_rate, deterministic=not train)(y)).reshape(grid_shape)
     # Here the reference's MLP drops its output only, not its hidden layer.

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def count_flops(function: Any, *arguments: Any) -> int:
-  """Operations of one call of a jitted function; all branches count, and loops of unknown length count once."""
+  """Operations of one call of a jitted function; all branches count, and loops of unknown length once."""
   return _count(function.trace(*arguments).jaxpr.jaxpr)
 
 
@@ -27,7 +27,9 @@ def _count(jaxpr: Any) -> int:
       total += _convolution_flops(equation)
     else:
       times = params['length'] if name == 'scan' else 1
-      total += times * sum(map(_count, _inner_programs(params)))
+      inner = [_count(program) for program in _inner_programs(params)]
+      # Of the forms that a product has on several platforms (`lax.platform_dependent`) one runs.
+      total += times * (max(inner) if params.get('branches_platforms') else sum(inner))
   return total
 
 

@@ -14,6 +14,7 @@ COLUMNS = (
   'GFLOP',
   'HBM traffic, GB',
   'collectives',
+  'launches',
   'roofline bound',
   "compiler's estimate",
   'compiled in',
@@ -43,24 +44,31 @@ def _describe_step(name: str, step: dict[str, Any], chip: dict[str, Any]) -> lis
   lines = [f'{name}, on each chip:', f'  memory: {memory(step, chip["hbm_gib"])}']
   if not step['fits']:
     return lines
+  estimate = []
+  if 'compiler_estimate_ms' in step:
+    estimate = [
+      f"  the compiler's estimate, not a measurement, {step['cycles']:,} cycles at {chip['clock'] / 1e9:.2f} GHz: "
+      f'{_speed(step, "compiler_estimate")}'
+    ]
   parts = ', '.join(f'{part} {step[part] / GIB:.2f}' for part in ('arguments', 'temporaries', 'outputs', 'program'))
   open_loops = f'; {step["open_loops"]} loops of unknown length are counted once' if step['open_loops'] else ''
   return [
     *lines,
     f'    {parts}',
-    f'  work: {step["flops"] / 1e9:,.1f} GFLOP, {step["hbm_bytes"] / 1e9:,.2f} GB to and from HBM',
+    f'  work: {step["flops"] / 1e9:,.1f} GFLOP, {step["hbm_bytes"] / 1e9:,.2f} GB to and from HBM, '
+    f'{step["launches"]:,} launches{open_loops}',
     f'  collectives: {collectives(step)}',
-    f'  roofline bound, at the published {chip["flops"] / 1e12:g} TFLOP/s and {chip["bandwidth"] / 1e9:g} GB/s: '
-    f'{_speed(step, "roofline")}',
-    f"  the compiler's estimate, not a measurement, {step['cycles']:,} cycles at {chip['clock'] / 1e9:.2f} GHz: "
-    f'{_speed(step, "compiler_estimate")}{open_loops}',
+    f'  at the published {chip["flops"] / 1e12:g} TFLOP/s and {chip["bandwidth"] / 1e9:g} GB/s: '
+    f'{step["arithmetic_ms"]:.3g} ms for the work, {step["bandwidth_ms"]:.3g} ms for the traffic',
+    f'  roofline bound, the longer of both, not a measurement: {_speed(step, "roofline")}',
+    *estimate,
   ]
 
 
 def memory(step: dict[str, Any], hbm_gib: float) -> str:
   """A phrase: the memory of a chip that a step takes, and whether it fits."""
   if step['fits']:
-    return f'fits, {step["memory"] / GIB:.2f} of {hbm_gib:g} GiB'
+    return f'fits, {step["memory"] / GIB:.2f} of {hbm_gib:.4g} GiB'
   return f'DOES NOT FIT: {step["compiler_says"]}'
 
 
@@ -115,7 +123,8 @@ def _row(plan: dict[str, Any]) -> list[str]:
     f'{step["flops"] / 1e9:,.0f}',
     f'{step["hbm_bytes"] / 1e9:,.2f}',
     collectives(step),
+    f'{step["launches"]:,}',
     _speed(step, 'roofline'),
-    _speed(step, 'compiler_estimate'),
+    _speed(step, 'compiler_estimate') if 'compiler_estimate_ms' in step else '',
     f'{step["compile_s"]:.0f} s',
   ]

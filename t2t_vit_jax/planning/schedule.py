@@ -1,4 +1,4 @@
-"""Reads the text of XLA's scheduled HLO for TPU: the work and the transfers of a compiled program on each chip."""
+"""Reads the text of XLA's scheduled HLO, for TPU or GPU: work and transfers of a compiled program on each chip."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -16,7 +16,7 @@ COLLECTIVES = (
   'reduce-scatter',
 )
 # Opcodes that move nothing: they only name values, or end what is counted at its start.
-FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'after-all')
+FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all')
 # Targets of `custom-call`s that move nothing either: they put other values side by side.
 FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer')
 
@@ -49,13 +49,15 @@ class Schedule:
   """One run of a program on one chip. Loops count as often as they run; loops of unknown length count once.
 
   Attributes:
-    cycles: sum of the compiler's estimates.
+    cycles: sum of the compiler's estimates; 0 for GPUs, whose compiler gives none.
+    launches: number of instructions that run, without those that move nothing: on a GPU each starts a kernel.
     hbm_bytes: bytes read from and written to the chip's main memory, without what stays in on-chip memory.
     collectives: in the order of the text.
     open_loops: number of loops of unknown length.
   """
 
   cycles: int
+  launches: int
   hbm_bytes: int
   collectives: tuple[Collective, ...]
   open_loops: int
@@ -63,7 +65,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """An instruction of a program that the compiler has priced; most are fusions of several of JAX's operations.
+  """An instruction of a program that moves something; most are fusions of several of JAX's operations.
 
   Attributes:
     name: HLO's name.
@@ -100,15 +102,16 @@ class _Instruction:
 
 
 def read_schedule(text: str) -> Schedule:
-  """Reads the schedule from `jax.stages.Compiled.as_text()` of a program that was compiled for TPU."""
+  """Reads the schedule from `jax.stages.Compiled.as_text()` of a program that was compiled for TPU or GPU."""
   computations, entry = _computations(text)
-  cycles = hbm_bytes = open_loops = 0
+  cycles = launches = hbm_bytes = open_loops = 0
   collectives = []
   for name, times, is_open in _executed(computations, entry, 1, False):
     types = {instruction.name: instruction.type for instruction in computations[name]}
     channels = set()
     for instruction in computations[name]:
       cycles += times * _cycles(instruction)
+      launches += times * (not _is_free(instruction))
       hbm_bytes += times * _hbm_bytes(instruction, types)
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
       for transfer in _transfers(instruction, computations):
@@ -117,23 +120,28 @@ def read_schedule(text: str) -> Schedule:
         if transfer is instruction or channel is None or channel[1] not in channels:
           collectives.append(_collective(transfer, times, is_open))
         channels |= {channel[1]} if channel else set()
-  return Schedule(cycles, hbm_bytes, tuple(collectives), open_loops)
+  return Schedule(cycles, launches, hbm_bytes, tuple(collectives), open_loops)
 
 
 def read_operations(text: str) -> list[Operation]:
-  """Reads the operations whose cycles `read_schedule` adds up, the costliest first; runs in a loop are one entry."""
+  """Reads the operations that `read_schedule` adds up, the costliest first; runs in a loop are one entry.
+
+  For TPUs these are the operations with a price in cycles, for GPUs all that run, by their bytes.
+  """
   computations, entry = _computations(text)
   operations = []
   for name, times, _ in _executed(computations, entry, 1, False):
     types = {instruction.name: instruction.type for instruction in computations[name]}
     for instruction in computations[name]:
-      if cycles := _cycles(instruction):
+      cycles = _cycles(instruction)
+      if not _is_free(instruction):
         source = re.search(r'op_name="([^"]*)"', instruction.rest)
         hbm_bytes = times * _hbm_bytes(instruction, types)
         operations.append(
           Operation(instruction.name, instruction.type, source[1] if source else '', times * cycles, hbm_bytes, times)
         )
-  return sorted(operations, key=lambda operation: -operation.cycles)
+  priced = [operation for operation in operations if operation.cycles]
+  return sorted(priced or operations, key=lambda operation: (-operation.cycles, -operation.hbm_bytes))
 
 
 def _cycles(instruction: _Instruction) -> int:
@@ -169,6 +177,8 @@ def _executed(
       branches = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
       for branch in re.findall(r'%([\w.-]+)', branches[1] if branches else ''):
         yield from _executed(computations, branch, times, is_open)
+    elif instruction.opcode == 'call':  # a graph of kernels that a GPU starts at once
+      yield from _executed(computations, instruction.called('to_apply'), times, is_open)
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
@@ -199,16 +209,24 @@ def _collective(instruction: _Instruction, times: int, is_open: bool) -> Collect
   return Collective(kind, '+'.join(sorted({dtype for dtype, _, _ in shapes})), size, times, is_open)
 
 
+def _is_free(instruction: _Instruction) -> bool:
+  opcode = instruction.opcode
+  return opcode in FREE or opcode.endswith('-done') or any(f'"{x}"' in instruction.rest for x in FREE_TARGETS)
+
+
 def _hbm_bytes(instruction: _Instruction, types: dict[str, str]) -> int:
   """Bytes of an instruction's results and operands, without those in on-chip memory."""
   opcode = instruction.opcode
-  if opcode in FREE or opcode.endswith('-done') or any(f'"{target}"' in instruction.rest for target in FREE_TARGETS):
+  if _is_free(instruction):
     return 0
   if opcode in ('copy-start', 'slice-start'):  # of (result, operand, ...) the smaller one is what moves
     ends = [shape for shape in _SHAPE.findall(instruction.type) if shape[1] or 'S(2)' not in shape[2]]
     moved = min(_num_bytes(dtype, dims) for dtype, dims, _ in ends)
     return moved * sum(_in_hbm(layout) for _, _, layout in ends)
-  touched = _SHAPE.findall(' '.join([instruction.type, *(types.get(name, '') for name in instruction.operands)]))
+  result = instruction.type
+  if re.search('custom_call_target="__(cublas|cudnn)', instruction.rest):
+    result = re.sub(r'\b[su]8\[\d+\]', '', result)  # the library's scratch memory, which need not leave the cache
+  touched = _SHAPE.findall(' '.join([result, *(types.get(name, '') for name in instruction.operands)]))
   return sum(_num_bytes(dtype, dims) for dtype, dims, layout in touched if _in_hbm(layout))
 
 

@@ -5,11 +5,11 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line
+from t2t_vit_jax.errors import UserError, first_line
 
 EXAMPLES = 'v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16'
 
@@ -38,10 +38,6 @@ class Chip:
   def clock(self) -> float:
     """Cycles a second, from the peak and the matrix units: Google publishes them for v4 only (1.05 GHz)."""
     return self.flops / self.flops_per_cycle
-
-  def roofline_s(self, flops: float, hbm_bytes: float) -> float:
-    """Seconds that work and transfers take at the peaks if they overlap."""
-    return max(flops / self.flops, hbm_bytes / self.bandwidth)
 
 
 # Peaks and units: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The page of v6e says two or four matrix
@@ -74,14 +70,14 @@ class Slice:
   topology: str
   fsdp: int | None = None
 
+  compiler_options: ClassVar[dict[str, Any] | None] = None
+
   @classmethod
   def parse(cls, text: str) -> 'Slice':
-    """Parses the form above; UserError if `text` is no slice."""
+    """Parses the form above, of a chip in `CHIPS`; UserError if `text` has another form."""
     parts = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:/fsdp=(\d+))?', text)
     if parts is None:
       raise UserError(f'{text!r} is no TPU slice: write one such as {EXAMPLES}, with /fsdp=8 after it for another mesh')
-    if parts[1] not in CHIPS:
-      raise UserError(f'unknown chip {parts[1]!r} in {text!r}: {did_you_mean(parts[1], CHIPS)} (such as {EXAMPLES})')
     return cls(text, CHIPS[parts[1]], f'{parts[1]}:{parts[2]}', int(parts[3]) if parts[3] else None)
 
   def devices(self) -> list[Any]:
@@ -101,10 +97,10 @@ class Slice:
         f'libtpu knows no slice {self.topology}: choose one such as {EXAMPLES} ({first_line(error, kind=False)})'
       ) from error
 
-
-def compiler() -> str:
-  """Versions of libtpu and jax, on which the figures depend."""
-  return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
+  @staticmethod
+  def compiler() -> str:
+    """Versions of libtpu and jax, on which the figures depend."""
+    return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
 
 
 def without_tpu() -> None:

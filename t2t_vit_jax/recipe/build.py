@@ -101,7 +101,13 @@ class Recipe:
 
 
 def build_recipe(
-  config: Any, mesh: Mesh, *, num_classes: int, num_train_images: int, class_names: tuple[str, ...] | None = None
+  config: Any,
+  mesh: Mesh,
+  *,
+  num_classes: int,
+  num_train_images: int,
+  class_names: tuple[str, ...] | None = None,
+  model: Any = None,
 ) -> Recipe:
   """Builds the computations of a run; its devices and data need only be described.
 
@@ -111,14 +117,16 @@ def build_recipe(
     num_classes: of the data.
     num_train_images: of the data.
     class_names: of the data; None for data that is described only.
+    model: another model in place of the config's, to compare with.
 
   Raises:
     UserError: the parts don't fit together.
   """
   batch_size = fitting_batch_size(config.data, mesh, num_train_images)
-  model = build_model(config, num_classes)
-  if config.model.scan_blocks is None:
-    model = model.clone(scan_blocks=loop_is_faster(model, mesh))
+  if model is None:
+    model = build_model(config, num_classes)
+    if config.model.scan_blocks is None:
+      model = model.clone(scan_blocks=loop_is_faster(model, mesh))
   order = TrainOrder(num_train_images, batch_size, config.seed)
   tx, learning_rate = build_optimizer(config, order)
   augmentation = batch_augmentation(config, model.num_classes, batch_size)

@@ -9,15 +9,17 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import joblib
 import numpy as np
 
 from t2t_vit_jax.data import loader, pipeline, transforms
 from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.faults import Faults
 from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.data.worker_count import default_num_workers
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.processes import check_agreement, in_all_processes
+from t2t_vit_jax.processes import check_agreement, in_all_processes, processes_on_this_host
 from t2t_vit_jax.recipe import steps
 from t2t_vit_jax.recipe.build import Recipe, build_mesh, build_recipe, eval_batch_size
 from t2t_vit_jax.recipe.evaluation import Accuracy, Evaluator
@@ -36,6 +38,7 @@ class Run:
   train_transform: transforms.TrainTransform
   max_bad_fraction: float  # of training images that may be unreadable
   workers: loader.Workers
+  workers_note: str  # why there are so many
   evaluator: Evaluator
 
   @property
@@ -119,10 +122,11 @@ def build_run(config: Any) -> Run:
   """
   config = in_all_processes(lambda: resolve(config))
   check_agreement(config)
-  return in_all_processes(lambda: _build(config))
+  processes_here = processes_on_this_host()
+  return in_all_processes(lambda: _build(config, processes_here))
 
 
-def _build(config: Any) -> Run:
+def _build(config: Any, processes_here: int) -> Run:
   mesh, train_transform = build_mesh(config), pipeline.train_transform(config)  # first: data may take long to open
   train_source, eval_source = pipeline.open_sources(config.data)
   class_names = train_source.class_names
@@ -131,18 +135,25 @@ def _build(config: Any) -> Run:
   recipe = build_recipe(
     config, mesh, num_classes=len(class_names), num_train_images=len(train_source), class_names=class_names
   )
+  workers, note = choose_workers(config, recipe.order.batch_size // jax.process_count(), processes_here)
   return Run(
     recipe=recipe,
     train_source=train_source,
     train_transform=train_transform,
     max_bad_fraction=config.data.max_bad_fraction,
-    workers=_workers(config),
-    evaluator=make_evaluator(config, mesh, recipe.model, recipe.eval_step, eval_source),
+    workers=workers,
+    workers_note=note,
+    evaluator=make_evaluator(config, mesh, recipe.model, recipe.eval_step, eval_source, workers),
   )
 
 
 def make_evaluator(
-  config: Any, mesh: Mesh, model: T2TViT, eval_step: Callable[..., dict[str, jax.Array]], source: Source
+  config: Any,
+  mesh: Mesh,
+  model: T2TViT,
+  eval_step: Callable[..., dict[str, jax.Array]],
+  source: Source,
+  workers: loader.Workers,
 ) -> Evaluator:
   """Builds the `Evaluator` of `model` on `source`; `config.data` decides about images and batches.
 
@@ -158,7 +169,7 @@ def make_evaluator(
     source=source,
     transform=pipeline.eval_transform(config),
     share=_share(eval_batch_size(config, mesh)),
-    workers=_workers(config),
+    workers=workers,
     mesh=mesh,
     split=config.data.eval_split,
   )
@@ -168,5 +179,21 @@ def _share(batch_size: int) -> loader.Share:
   return loader.Share(batch_size, jax.process_index(), jax.process_count())
 
 
-def _workers(config: Any) -> loader.Workers:
-  return loader.Workers(config.data.num_workers, config.data.num_threads)
+def choose_workers(config: Any, local_batch_size: int, processes_here: int) -> tuple[loader.Workers, str]:
+  """Data workers as `config.data` says, or by processors and memory; and a phrase about their number.
+
+  Args:
+    config: of the run.
+    local_batch_size: images of a batch in this process.
+    processes_here: number of processes of the run on this host.
+  """
+  data = config.data
+  if data.num_workers is not None:
+    return loader.Workers(data.num_workers, data.num_threads), 'as data.num_workers says'
+
+  def shared_bytes(number: int) -> float:
+    return loader.Workers(number).shared_bytes(local_batch_size, 3 * data.image_size**2)
+
+  number, reason = default_num_workers(processes_here, shared_bytes)
+  threads = data.num_threads if number else max(data.num_threads, joblib.cpu_count() // processes_here)
+  return loader.Workers(number, threads), reason

@@ -46,7 +46,7 @@ def init_state(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    frozen=variables['frozen'],
+    frozen=variables.get('frozen', {}),
     # A copy: the step donates its buffers, and one buffer cannot be given away twice.
     ema=jax.tree.map(jnp.copy, params) if with_ema else {},
     opt_state=optimizer.init(params),

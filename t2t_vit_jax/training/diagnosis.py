@@ -1,7 +1,8 @@
-"""Explains steps whose loss or gradients are not finite, and devices that run out of memory."""
+"""Explains steps that are not finite, devices that run out of memory, and runs that wait for their images."""
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2t_vit_jax.data.loader import Workers
 from t2t_vit_jax.errors import UserError, first_line
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
@@ -18,6 +20,7 @@ from t2t_vit_jax.recipe.sharding import gathered
 from t2t_vit_jax.recipe.state import TrainState
 
 MAX_NAMED = 3  # images of a batch, and batches of a run
+MUCH_WAITING = 0.1  # of a run's time
 
 
 @dataclasses.dataclass
@@ -121,6 +124,42 @@ def first_nonfinite_layer(model: T2TViT, variables: Any, images: jax.Array, rngs
     if not row.all():
       return name, ~row
   return None
+
+
+@dataclasses.dataclass
+class SlowInput:
+  """Warns once if a run goes on waiting for its images: three reports in a row, and half a minute in all.
+
+  Args:
+    workers: of the run.
+    processors: number that this process may use.
+    warn: shows a line to the user.
+  """
+
+  workers: Workers
+  processors: int
+  warn: Callable[[str], None]
+  _in_a_row: int = 0
+  _seconds: float = 0.0
+
+  def note(self, share: float, seconds: float) -> None:
+    """Takes the share of the time since the last report, and the seconds, for which the run waited."""
+    if self._in_a_row < 0:
+      return
+    self._in_a_row = self._in_a_row + 1 if share > MUCH_WAITING else 0
+    self._seconds += seconds
+    if self._in_a_row >= 3 and self._seconds > 30:
+      self._in_a_row = -1
+      number = self.workers.num_workers or self.workers.num_threads
+      enough = math.ceil(number / (1 - min(share, 0.99)))
+      advice = f'about {enough} would do: --config.data.num_workers={enough}'
+      if enough > self.processors:
+        advice += (
+          f', but this process may use {self.processors} processor(s) only; --config.data.fast_decode=True and smaller '
+          'images on disk need fewer'
+        )
+      kind = 'data workers' if self.workers.num_workers else 'threads'
+      self.warn(f'training waits for images {share:.0%} of its time, with {number} {kind}; {advice}')
 
 
 def out_of_memory(error: Exception, recipe: Recipe) -> UserError | None:

@@ -18,9 +18,9 @@ from t2t_vit_jax.data import pipeline
 from t2t_vit_jax.data.class_names import comparable, imagenet_names
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
-from t2t_vit_jax.processes import check_agreement, in_all_processes
+from t2t_vit_jax.processes import check_agreement, in_all_processes, processes_on_this_host
 from t2t_vit_jax.recipe import sharding
-from t2t_vit_jax.recipe.build import build_model, compute_dtype, make_eval_step
+from t2t_vit_jax.recipe.build import build_model, compute_dtype, eval_batch_size, make_eval_step
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.init_from import (
   load_as_configured,
@@ -28,7 +28,7 @@ from t2t_vit_jax.recipe.init_from import (
   resolve_for_evaluation,
   weights_header,
 )
-from t2t_vit_jax.recipe.run import make_evaluator
+from t2t_vit_jax.recipe.run import choose_workers, make_evaluator
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import reading_description
 from t2t_vit_jax.workdir.weight_files import weights_of_checkpoint
@@ -76,7 +76,9 @@ def evaluate_only(config: Any, source: str | os.PathLike[str]) -> dict[str, Accu
       warn(line)
     if differences:
       warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
-  return make_evaluator(config, mesh, model, eval_step, images)(weights, warn)
+  local_batch_size = eval_batch_size(config, mesh) // jax.process_count()
+  workers, _ = choose_workers(config, local_batch_size, processes_on_this_host())
+  return make_evaluator(config, mesh, model, eval_step, images, workers)(weights, warn)
 
 
 def _load(path: str, config: Any) -> Weights:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import jax
+import joblib
 
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.data.loader import Batch
@@ -17,7 +18,7 @@ from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.run import Run, build_run
 from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.training.calendar import Calendar
-from t2t_vit_jax.training.diagnosis import NonFiniteSteps, out_of_memory
+from t2t_vit_jax.training.diagnosis import NonFiniteSteps, SlowInput, out_of_memory
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
@@ -77,11 +78,12 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     else:
       overdue = not metrics and calendar.evaluates(int(state.step))  # a signal or an error came before its evaluation
       nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
+      slow_input = SlowInput(run.workers, joblib.cpu_count(), warn)
       with _reporter(run, folder, first_step=int(state.step), evaluated=not overdue) as reporter:
         for note in notes:
           say(note)
         trainer = Trainer(run, state, checkpoints, reporter)
-        metrics = _run_steps(trainer, calendar, nonfinite, overdue=overdue, log_images=config.log_images)
+        metrics = _run_steps(trainer, calendar, nonfinite, slow_input, overdue=overdue, log_images=config.log_images)
       checkpoints.wait()  # safe now, even if the weight files cannot be written
       written = False
     if not written:  # also if an earlier run was killed before it wrote them
@@ -190,7 +192,13 @@ class Trainer:
 
 
 def _run_steps(
-  trainer: Trainer, calendar: Calendar, nonfinite: NonFiniteSteps, *, overdue: bool, log_images: bool
+  trainer: Trainer,
+  calendar: Calendar,
+  nonfinite: NonFiniteSteps,
+  slow_input: SlowInput,
+  *,
+  overdue: bool,
+  log_images: bool,
 ) -> dict[str, Any]:
   """Computes the steps that are left, after an `overdue` evaluation; returns the last step's metrics, see `Trainer`."""
   run, reporter, first_step = trainer.run, trainer.reporter, trainer.first_step
@@ -214,6 +222,7 @@ def _run_steps(
 
       if stop.reached(step) or calendar.reports(step):
         nonfinite.note(reporter.report(step, trainer.faults.num_bad), trainer.state)
+        slow_input.note(*reporter.waited)
       if stop:
         break
       metrics = trainer.evaluate(stop) if calendar.evaluates(step) else None

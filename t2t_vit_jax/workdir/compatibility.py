@@ -20,7 +20,11 @@ UNCHANGEABLE = (
   'train_images',
   'optimizer.name',
 )
-SPEED_ONLY = ('model.soft_split_form', 'model.token_attention_form')  # except of these: the results stay the same
+SPEED_ONLY = (
+  'model.soft_split_form',
+  'model.attention_form',
+  'model.token_attention_form',
+)  # except of these: the results stay the same
 # Fields of `config.data` that older runs lack -> what these runs did.
 ADDED_DATA_FIELDS = {'orientation': 'ignored', 'channels': 3}
 

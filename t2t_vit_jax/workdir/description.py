@@ -26,6 +26,7 @@ def summary(run: Run) -> list[str]:
     f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
     f'{recipe.images_per_device} images of a batch and '
     f'{sharding.bytes_per_device(recipe.abstract_state) / 1e6:,.1f} MB of state',
+    f'images: read by {_workers(run)} ({run.workers_note})',
     *dict.fromkeys((*run.train_source.notes, *eval_source.notes)),  # of a divided folder both have the same
     *_mixing_note(recipe),
     *_batch_note(recipe),
@@ -59,6 +60,11 @@ def reading_description(workdir: Any) -> Iterator[None]:
     raise UserError(
       f'the newest checkpoint of {workdir} does not describe its run as expected ({first_line(error)})'
     ) from error
+
+
+def _workers(run: Run) -> str:
+  workers = run.workers
+  return f'{workers.num_workers} worker process(es)' if workers.num_workers else f'{workers.num_threads} thread(s)'
 
 
 def _mixing_note(recipe: Recipe) -> list[str]:

@@ -70,6 +70,7 @@ class Reporter:
       bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]',
     )
     self._pending: list[dict[str, jax.Array]] = []
+    self.waited = 0.0, 0.0  # share of the time and seconds that the run waited for images before the last report
     self.start_clock()
 
   def __enter__(self) -> Self:
@@ -146,6 +147,7 @@ class Reporter:
     seconds = time.perf_counter() - self._clock_started
     images_per_second = self._steps_timed * self._batch_size / seconds
     data_wait = self._seconds_waited / seconds
+    self.waited = (data_wait, self._seconds_waited) if self._steps_timed else (0.0, 0.0)
     applied = [metrics for metrics in collected if metrics['applied']]
     row: dict[str, Any] = {
       name: float(np.mean([metrics[name] for metrics in applied])) if applied else None

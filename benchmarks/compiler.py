@@ -1,14 +1,20 @@
-"""Results of the TPU compiler for a model, without a TPU: `python -m benchmarks.tpu_compile`. pip install 'jax[tpu]'.
+"""Results of the TPU's or GPU's compiler for a model, without either: `python -m benchmarks.compiler`.
+
+pip install -e '.[tpu]', or for a GPU -e '.[gpu-plan]' and --chip h100.
 
 Compiles for one chip the forward pass, the mean cross entropy with its gradients (`value_and_grad`), and the training
 step as it really runs, with AdamW, moving average and augmentation; each in several forms, beside a plain ViT-S/16.
 
-  M cycles      the compiler's estimate, summed over the schedule; loops count as often as they run. It is a weak model
-                of time: it prices large matrix products near the peak and passes over memory several times too high.
-                Differences under 5 % are ties.
+  M cycles      the TPU compiler's estimate, summed over the schedule; loops count as often as they run. It is a weak
+                model of time: it prices large matrix products near the peak and passes over memory several times too
+                high. Differences under 5 % are ties. The GPU's compiler gives none.
+  launches      operations that run; on a GPU each starts a kernel.
   GFLOP         arithmetic of matrix products and convolutions, see `planning.flops`; and XLA's count of everything,
                 which has the bodies of loops once.
-  HBM GB        read from and written to main memory; what stays in the chip's on-chip memory is not counted.
+  HBM GB        read from and written to main memory: operands and results of all operations. What stays in a TPU's
+                on-chip memory is not counted, what stays in a GPU's L2 cache is.
+  bound, ms     the longest of the arithmetic and the traffic at the chip's published peaks. Not a measurement: what a
+                GPU's libraries do inside, and how well, is not seen.
   temporaries   memory beside arguments and results.
 """
 
@@ -23,25 +29,26 @@ import jax
 
 from benchmarks import common, computations
 from benchmarks.computations import Workload
-from t2t_vit_jax.planning import tpu
+from t2t_vit_jax.planning import gpu, topology, tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures
 from t2t_vit_jax.planning.flops import count_flops
 from t2t_vit_jax.planning.schedule import Operation, read_operations
 from t2t_vit_jax.recipe import sharding
 
-# Any slice that libtpu knows: programs are compiled for one of its chips.
-TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
+# Any that the compiler knows: programs are compiled for one of its chips.
+TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2', **{x: x for x in gpu.GPUS}}
 COMPUTATIONS = ('forward', 'value_and_grad', 'training_step')
 KEPT_OPERATIONS = 30  # of each program, in the file
 # Of loops and recomputation, in the names of operations.
 CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation', 'remat')
 HEADER = (
-  'form', 'computation', 'M cycles', 'GFLOP', 'GFLOP (XLA)', 'HBM GB', 'temporaries MB', 'arguments MB', 'compiled in',
+  'form', 'computation', 'M cycles', 'launches', 'GFLOP', 'GFLOP (XLA)', 'HBM GB', 'bound, ms', 'temporaries MB',
+  'arguments MB', 'compiled in',
 )  # fmt: skip
 
 
 def programs(name: str, workload: Workload, wanted: Sequence[str], device: Any) -> Iterator[tuple[str, Any, Any]]:
-  """(computation, jitted function, descriptions of its arguments) for one chip; the yardstick has no training step."""
+  """(computation, jitted function, descriptions of its arguments) for one chip."""
   mesh = computations.one_device_mesh(device)
   where = sharding.replicated(mesh)
   build = computations.build_yardstick if name == computations.YARDSTICK else computations.build_model
@@ -52,36 +59,40 @@ def programs(name: str, workload: Workload, wanted: Sequence[str], device: Any) 
   if 'value_and_grad' in wanted:
     function = computations.jitted(computations.value_and_grad, model, where)
     yield 'value_and_grad', function, (*given, computations.labels_of(workload, where))
-  if 'training_step' in wanted and name != computations.YARDSTICK:
+  if 'training_step' in wanted:
     recipe = computations.training_recipe(workload, mesh)
     yield 'training_step', recipe.train_step, recipe.abstract_train_arguments
 
 
-def measure(function: Any, arguments: Any, chip: tpu.Chip) -> dict[str, Any]:
+def measure(function: Any, arguments: Any, where: topology.Topology) -> dict[str, Any]:
   """Compiles a program: all that is known about it."""
-  result: dict[str, Any] = {'product_flops': count_flops(function, *arguments)}
+  product_flops = count_flops(function, *arguments)
+  result: dict[str, Any] = {'product_flops': product_flops}
   try:
-    compiled, seconds = compile_program(function, arguments)
+    compiled, seconds = compile_program(function, arguments, where)
   except DoesNotFit as answer:
     return result | {'fits': False, 'compiler_says': str(answer)}
   operations = read_operations(compiled.as_text())
   return result | {
     'fits': True,
     'compile_s': seconds,
-    **figures(compiled, chip),
+    **figures(compiled, where.chip, product_flops),
     'operations': [dataclasses.asdict(operation) for operation in operations[:KEPT_OPERATIONS]],
     'profile': profile(operations),
   }
 
 
 def profile(operations: Sequence[Operation]) -> dict[str, dict[str, int]]:
-  """Cycles by the place in the model that operations come from, then by pass; the costliest place first."""
-  cycles: dict[str, dict[str, int]] = {}
+  """Cost by the place in the model that operations come from, then by pass; the costliest place first.
+
+  The cost is in cycles, or in bytes where the compiler gives none.
+  """
+  costs: dict[str, dict[str, int]] = {}
   for operation in operations:
     place, which = place_and_pass(operation.source)
-    passes = cycles.setdefault(place, {})
-    passes[which] = passes.get(which, 0) + operation.cycles
-  return dict(sorted(cycles.items(), key=lambda item: -sum(item[1].values())))
+    passes = costs.setdefault(place, {})
+    passes[which] = passes.get(which, 0) + (operation.cycles or operation.hbm_bytes)
+  return dict(sorted(costs.items(), key=lambda item: -sum(item[1].values())))
 
 
 def place_and_pass(source: str) -> tuple[str, str]:
@@ -112,14 +123,16 @@ def row(form: str, computation: str, result: dict[str, Any]) -> list[str]:
   """Row of the table."""
   flops = f'{result["product_flops"] / 1e9:,.0f}'
   if not result['fits']:
-    return [form, computation, 'does not fit', flops, *[''] * (len(HEADER) - 4)]
+    return [form, computation, 'does not fit', '', flops, *[''] * (len(HEADER) - 5)]
   return [
     form,
     computation,
-    f'{result["cycles"] / 1e6:,.1f}' + '*' * bool(result['open_loops']),
+    f'{result["cycles"] / 1e6:,.1f}' if result['cycles'] else '',
+    f'{result["launches"]:,}' + '*' * bool(result['open_loops']),
     flops,
     f'{result["flops"] / 1e9:,.0f}',
     f'{result["hbm_bytes"] / 1e9:,.2f}',
+    f'{result["roofline_ms"]:.1f}',
     f'{result["temporaries"] / 1e6:,.0f}',
     f'{result["arguments"] / 1e6:,.0f}',
     f'{result["compile_s"]:.0f} s',
@@ -130,34 +143,35 @@ def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
   """Prints where a program's cycles go, and its largest operations."""
   if not result['fits']:
     return
-  print(f'\n{title}: M cycles by the place of the last operation of a fusion\n')
+  unit, total = ('M cycles', result['cycles']) if result['cycles'] else ('MB', result['hbm_bytes'])
+  print(f'\n{title}: {unit} by the place of the last operation of a fusion\n')
   profile = result['profile']
-  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in cycles for cycles in profile.values())]
+  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in costs for costs in profile.values())]
   places = dict(list(profile.items())[:num_rows])
   rest = list(profile.values())[num_rows:]
   if rest:
-    places[f'{len(rest)} others'] = {which: sum(cycles.get(which, 0) for cycles in rest) for which in passes}
+    places[f'{len(rest)} others'] = {which: sum(costs.get(which, 0) for costs in rest) for which in passes}
   print(
     common.table(
       ('place', *passes, 'all', 'share'),
       (
         [
           place,
-          *(f'{cycles.get(which, 0) / 1e6:.2f}' for which in passes),
-          f'{sum(cycles.values()) / 1e6:.2f}',
-          f'{sum(cycles.values()) / result["cycles"]:.1%}',
+          *(f'{costs.get(which, 0) / 1e6:.2f}' for which in passes),
+          f'{sum(costs.values()) / 1e6:.2f}',
+          f'{sum(costs.values()) / total:.1%}',
         ]
-        for place, cycles in places.items()
+        for place, costs in places.items()
       ),
     )
   )
   print(f'\n{title}: the largest operations\n')
   print(
     common.table(
-      ('M cycles', 'runs', 'operation', 'result', 'comes from'),
+      (unit, 'runs', 'operation', 'result', 'comes from'),
       (
         [
-          f'{operation["cycles"] / 1e6:.2f}',
+          f'{(operation["cycles"] or operation["hbm_bytes"]) / 1e6:.2f}',
           str(operation['count']),
           operation['name'],
           ' '.join(re.findall(r'\w+\[[\d,]*\]', operation['type'])[:3]),
@@ -185,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     const=20,
     default=0,
     metavar='N',
-    help='show where cycles go: the N costliest places and operations of each program (20)',
+    help='show where cycles or bytes go: the N costliest places and operations of each program (20)',
   )
   common.add_output(parser)
   return parser.parse_args()
@@ -199,18 +213,18 @@ def run(arguments: argparse.Namespace) -> None:
   """
   common.check_output(arguments.output)
   workloads = computations.workloads(arguments)
-  where = tpu.Slice.parse(TOPOLOGIES[arguments.chip])
+  where = topology.parse(TOPOLOGIES[arguments.chip])
   device = where.devices()[0]
   if not arguments.no_yardstick:
     first = next(iter(workloads.values()))
     workloads[computations.YARDSTICK] = dataclasses.replace(first, model=computations.YARDSTICK, fields={})
   results: dict[str, Any] = {}
-  facts = common.environment() | {'chip': where.chip.name, 'forms': results}
+  facts = common.environment() | {'chip': where.chip.name, 'compiler': where.compiler(), 'forms': results}
   for name, workload in workloads.items():
     results[name] = {'workload': dataclasses.asdict(workload), 'computations': {}}
     for computation, function, given in programs(name, workload, arguments.computation or COMPUTATIONS, device):
       print(f'{name}, {computation}', file=sys.stderr, flush=True)
-      results[name]['computations'][computation] = measure(function, given, where.chip)
+      results[name]['computations'][computation] = measure(function, given, where)
       common.write_json(arguments.output, facts)  # after each: compiling may take long
   report(facts, arguments)
 
@@ -226,7 +240,7 @@ def report(facts: dict[str, Any], arguments: argparse.Namespace) -> None:
   ]
   print(
     f'{arguments.model}, {arguments.batch_size} images, {arguments.dtype}, on one {facts["chip"]}; '
-    f'{tpu.compiler()}, commit {facts["commit"]}\n'
+    f'{facts["compiler"]}, commit {facts["commit"]}\n'
   )
   print(common.table(HEADER, (row(*each) for each in found)))
   for name, computation, result in found:

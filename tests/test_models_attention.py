@@ -1,0 +1,95 @@
+"""The attention for cuDNN: its padding gives the same values, and each platform gets its own form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2t_vit_jax import T2TViT
+from t2t_vit_jax.models.attention import cudnn_attention, full_attention, padded_attention
+from tests import golden
+
+IMAGES = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+
+def queries_keys_values(length, dtype=jnp.float32):
+  return [jax.random.normal(jax.random.key(i), (2, length, 3, 16), dtype) for i in range(3)]
+
+
+@pytest.mark.parametrize('length', [16, 17])
+def test_padded_tokens_change_neither_values_nor_gradients(length):
+  """The computation for cuDNN, in XLA's own implementation."""
+
+  def padded(q, k, v):
+    return padded_attention(q, k, v, implementation='xla')
+
+  arguments = queries_keys_values(length)
+  (expected, pull_back), (actual, pull_back_padded) = (jax.vjp(f, *arguments) for f in (full_attention, padded))
+  np.testing.assert_allclose(actual, expected, atol=1e-6)
+  cotangent = jax.random.normal(jax.random.key(3), actual.shape)
+  for x, y in zip(pull_back_padded(cotangent), pull_back(cotangent), strict=True):
+    np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+def lowered(fields, platform, dtype=jnp.bfloat16, **options):
+  """Text of the program for loss and gradients, where kernels by cuDNN are seen."""
+  model = T2TViT(**{**golden.TINY, 'depth': 3, **fields}, dtype=dtype)
+  variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+
+  def loss(variables, images):
+    return model.apply(variables, images, rngs={'dropout': jax.random.key(0)}, **options).sum()
+
+  traced = jax.jit(jax.grad(loss)).trace(variables, IMAGES)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def kernels(text):
+  """How many calls of cuDNN's attention there are, forward and backward."""
+  return text.count('@__cudnn$fmhaSoftmax('), text.count('@__cudnn$fmhaSoftmaxBackward(')
+
+
+@pytest.mark.needs('nvidia.cudnn')
+@pytest.mark.parametrize('more', [{}, {'scan_blocks': True, 'remat': 'nothing_saveable'}])
+def test_each_platform_gets_its_form(more):
+  fields = {'tokens_type': 'transformer', **more}
+  cudnn = {**fields, 'attention_form': 'cudnn', 'token_attention_form': 'cudnn'}
+  for platform in ('cpu', 'tpu'):
+    assert kernels(lowered(cudnn, platform)) == (0, 0)
+  forward, backward = kernels(lowered(cudnn, 'cuda'))
+  assert forward >= backward > 0
+  if not more:
+    assert (forward, backward) == (2 + 2, 2 + 2)  # both soft splits, and all blocks but the last
+
+
+@pytest.mark.needs('nvidia.cudnn')
+def test_where_the_kernel_cannot_do_it_the_products_do():
+  cudnn = {'tokens_type': 'transformer', 'attention_form': 'cudnn', 'token_attention_form': 'cudnn'}
+  assert kernels(lowered(cudnn, 'cuda', dtype=jnp.float32)) == (0, 0)
+  dropping = {**cudnn, 'token_attention_form': 'auto', 'attention_dropout_rate': 0.1}
+  assert kernels(lowered(dropping, 'cuda', train=True)) == (0, 0)
+  assert kernels(lowered(dropping, 'cuda')) == (2, 2)  # in evaluation nothing is dropped
+
+
+def test_values_are_those_of_the_products_where_the_kernel_is_not():
+  arguments = queries_keys_values(17, jnp.bfloat16)
+  np.testing.assert_array_equal(cudnn_attention(*arguments), full_attention(*arguments))
+  images = jnp.asarray(golden.load_numbers('tiny_transformer')['images_nhwc'])
+  variables = golden.load_variables('transformer')
+  plain = T2TViT(**golden.TINY_MODELS['transformer'], dtype=jnp.bfloat16)
+  other = plain.clone(attention_form='cudnn', token_attention_form='cudnn')
+  np.testing.assert_array_equal(other.apply(variables, images), plain.apply(variables, images))
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+@pytest.mark.parametrize('length', [196, 197, 784, 3136])
+def test_the_kernel_on_a_gpu(length):
+  arguments = queries_keys_values(length, jnp.bfloat16)
+  wide = [x.astype(jnp.float32) for x in arguments]
+  (expected, pull_back), (actual, pull_back_kernel) = (
+    jax.vjp(full_attention, *wide),
+    jax.vjp(cudnn_attention, *arguments),
+  )
+  np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=2e-2)
+  cotangent = jax.random.normal(jax.random.key(3), actual.shape, jnp.bfloat16)
+  for x, y in zip(pull_back_kernel(cotangent), pull_back(cotangent.astype(jnp.float32)), strict=True):
+    np.testing.assert_allclose(x.astype(jnp.float32), y, atol=5e-2)

@@ -1,0 +1,73 @@
+"""Products of a float32 model have float32 factors on every platform; those of half precision stay fast."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from t2t_vit_jax import T2TViT
+from t2t_vit_jax.conversion import Options
+from t2t_vit_jax.conversion.convert import load
+from t2t_vit_jax.export import export_forward
+from tests import golden
+
+IMAGES = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+MODELS = {
+  **golden.TINY_MODELS,
+  'convolution': dict(golden.TINY, tokens_type='convolution'),
+  'patches': dict(golden.TINY, tokens_type='transformer', soft_split_form='patches'),
+  'chunked': dict(golden.TINY, tokens_type='transformer', token_attention_form='chunked'),
+  'loop': dict(golden.TINY, depth=3, scan_blocks=True, remat='nothing_saveable', qkv_bias=True),
+}
+SLOW = ('transformer', 'patches', 'se', 'ghost', 'dense')
+
+
+def precisions(text):
+  """Of each product in the text of a lowered program: its factors' dtypes and its precision."""
+  lines = re.findall(r'stablehlo\.(?:dot_general|convolution).*', text)
+  assert lines
+  for line in lines:
+    factors = re.search(r': \(tensor<(?:[\d?]+x)*(\w+)>, tensor<(?:[\d?]+x)*(\w+)>\)', line)
+    precision = re.search(r'precision(?:_config)? = \[(?:#stablehlo<precision )?(\w+)', line)
+    yield factors[1], factors[2], precision[1] if precision else 'DEFAULT'
+
+
+def lowered(name, dtype):
+  """Text of the program for loss and gradients, with respect to parameters and images, for TPU and CUDA."""
+  model = T2TViT(**MODELS[name], dtype=dtype)
+  variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+
+  def loss(params, images):
+    rngs = {'dropout': jax.random.key(0)}
+    return model.apply({**variables, 'params': params}, images, train=True, rngs=rngs).sum()
+
+  # jit first: derivative rules of the layers then run after the layers.
+  function = jax.jit(jax.value_and_grad(jax.jit(loss), argnums=(0, 1)))
+  variables = {**variables, 'frozen': jax.tree.map(lambda x: jnp.ones(x.shape), variables['frozen'])}
+  return function.trace(variables['params'], IMAGES).lower(lowering_platforms=('tpu', 'cuda')).as_text()
+
+
+@pytest.mark.parametrize(
+  'name',
+  [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), 'performer', 'chunked', 'convolution', 'loop'],
+)
+def test_float32_is_float32(name):
+  assert set(precisions(lowered(name, jnp.float32))) == {('f32', 'f32', 'HIGHEST')}
+
+
+def test_half_precision_stays_fast():
+  for x, y, precision in precisions(lowered('performer', jnp.bfloat16)):
+    assert precision == 'DEFAULT' or (x, y) == ('f32', 'f32')
+
+
+def test_a_callers_precision_is_kept():
+  with jax.default_matmul_precision('tensorfloat32'):
+    found = set(precisions(lowered('convolution', jnp.float32)))
+  assert {precision for _, _, precision in found} == {'HIGH'}
+
+
+def test_an_export_has_the_precision_for_all_platforms(tmp_path):
+  weights, _ = load(golden.converted('performer', tmp_path), Options())
+  program = export_forward(weights, 'float32')
+  assert set(precisions(program.mlir_module())) == {('f32', 'f32', 'HIGHEST')}
