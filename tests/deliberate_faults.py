@@ -155,9 +155,9 @@ FAULTS = (
   Fault("a loop's products count once", 'planning/flops.py', "params['length'] if name == 'scan' else 1", '1'),
   Fault(
     'work and transfers do not overlap',
-    'planning/tpu.py',
-    'max(flops / self.flops, hbm_bytes / self.bandwidth)',
-    'flops / self.flops + hbm_bytes / self.bandwidth',
+    'planning/compilation.py',
+    'max(arithmetic_ms, bandwidth_ms)',
+    'arithmetic_ms + bandwidth_ms',
   ),
   Fault(
     'predictions are logits, not probabilities',

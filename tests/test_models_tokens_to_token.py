@@ -48,7 +48,7 @@ def test_auto_is_chunked_where_tokens_are_many(form, loops):
 
 
 def test_unknown_forms_are_refused():
-  with pytest.raises(UserError, match='token_attention_form must be one of auto, full, chunked, not'):
+  with pytest.raises(UserError, match='token_attention_form must be one of auto, full, chunked, cudnn, not'):
     T2TViT(token_attention_form='flash')
   with pytest.raises(UserError, match='soft_split_form must be one of conv, patches, not'):
     T2TViT(soft_split_form='unfold')
