@@ -209,3 +209,23 @@ def test_compiler_for_tpu(tmp_path):
   assert looped['flops'] < four['flops']
   assert any(operation['count'] == 3 for operation in looped['operations'])
   assert 'blocks/attn' in output
+
+
+@pytest.mark.slow
+def test_device(tmp_path):
+  code, output, errors = benchmark('device', '--small', f'--output={tmp_path}/page')
+  assert code == 0, errors
+  results = json.loads((tmp_path / 'page' / 'device.json').read_text())
+  parts = {title.split()[0]: part for title, part in results['parts'].items()}
+  assert all('error' not in part for part in parts.values())
+  assert [row[-1] for row in parts['Parity']['rows']] == 12 * ['within bounds']
+  assert [row[1] for row in parts['Forms']['rows']] == ['xla', 'full', 'chunked']  # cuDNN's needs a GPU
+  assert [row[:2] for row in parts['Throughput']['rows']] == [
+    [computation, batch] for computation in ('forward', 'training_step') for batch in ('1', '4')
+  ]
+  assert len(parts['Input']['rows']) == 2
+  assert [row[0] for row in parts['Compilation']['rows']] == ['empty', 'filled']
+  assert list((tmp_path / 'page' / 'profile').rglob('*.xplane.pb'))
+  page = (tmp_path / 'page' / 'device.md').read_text()
+  assert page in output
+  assert 'FAIL' not in page
