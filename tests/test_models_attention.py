@@ -1,5 +1,10 @@
 """The attention for cuDNN: its padding gives the same values, and each platform gets its own form."""
 
+import os
+from pathlib import Path
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +85,17 @@ def test_values_are_those_of_the_products_where_the_kernel_is_not():
   np.testing.assert_array_equal(other.apply(variables, images), plain.apply(variables, images))
 
 
-@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+@pytest.mark.skipif(not Path('/dev/nvidia0').exists(), reason='needs an NVIDIA GPU')
+@pytest.mark.needs('nvidia.cudnn')
+def test_on_the_gpu_of_this_machine():
+  """Runs the next test there: by default tests compute on the CPU."""
+  command = [sys.executable, '-m', 'pytest', '-n', '0', __file__, '-k', 'test_the_kernel_on_a_gpu']
+  done = subprocess.run(command, env={**os.environ, 'JAX_PLATFORMS': 'cuda,cpu'}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+  assert '4 passed' in done.stdout
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='test_on_the_gpu_of_this_machine runs it')
 @pytest.mark.parametrize('length', [196, 197, 784, 3136])
 def test_the_kernel_on_a_gpu(length):
   arguments = queries_keys_values(length, jnp.bfloat16)

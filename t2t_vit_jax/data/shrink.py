@@ -1,0 +1,229 @@
+"""Writes a copy of a dataset with smaller images, which decode faster, as an image folder.
+
+python -m t2t_vit_jax.data.shrink imagenet2012 --data-dir ~/tensorflow_datasets --output small --max-side 320
+python -m t2t_vit_jax.data.shrink --folder PHOTOS --output small --max-side 320 --quality 90
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, process
+import contextlib
+import dataclasses
+import gc
+import io
+import multiprocessing
+from pathlib import Path
+import signal
+import sys
+
+import joblib
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from t2t_vit_jax.data.decoding import BadImage, EncodedImage
+from t2t_vit_jax.data.sources import Source, open_builder, open_folder, open_tfds
+from t2t_vit_jax.data.transforms import ResizeCenterCrop
+from t2t_vit_jax.errors import UserError, printable, writing_problem
+from t2t_vit_jax.interrupts import imports_are_done
+
+SPLITS = ('train', 'validation', 'test')  # that a folder may have
+NUM_COMPARED = 64  # images of a split that are compared with their copies
+MAX_NAMED = 10  # unreadable images
+EVALUATION = ResizeCenterCrop(224, 0.9, 'bicubic')
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+  """What became of an image: bytes before and after, its difference, and the reason if it could not be read."""
+
+  id: str
+  before: int = 0
+  after: int = 0
+  difference: float | None = None  # of the evaluation's pixels, mean of 0 to 255; None if not compared
+  problem: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinker:
+  """Copies the images of a split, one by one; pickles for processes.
+
+  Attributes:
+    source: the split. Images are turned as it says, and the copy has no EXIF data.
+    folder: where the copy goes, a folder for each class inside.
+    max_side: px, the longer side at most.
+    quality: of JPEG, up to 95.
+  """
+
+  source: Source
+  folder: Path
+  max_side: int
+  quality: int
+
+  def __call__(self, index: int) -> Copy:
+    """Copies an image. What is there already is kept, so that a stopped run goes on."""
+    name = f'image {index}'
+    try:
+      record = self.source[index]
+      name = record.id
+      image = self.source.image_of(record)
+      target = self.folder / folder_name(self.source.class_names[record.label]) / f'{index:08d}.jpg'
+      if target.exists():
+        content = target.read_bytes()
+      else:
+        content = self.shrunk(image, record.image)
+        partial = target.with_suffix('.partial')
+        partial.write_bytes(content)
+        partial.replace(target)
+      difference = self.difference(image, content) if index < NUM_COMPARED else None
+      return Copy(name, len(record.image), len(content), difference)
+    except BadImage as error:
+      return Copy(name, problem=str(error))
+
+  def shrunk(self, image: EncodedImage, encoded: bytes) -> bytes:
+    """The image as a JPEG file; its own bytes if it is one, small enough, and nothing has to be turned."""
+    if max(image.width, image.height) <= self.max_side:
+      with Image.open(io.BytesIO(encoded)) as file:
+        if file.format == 'JPEG' and file.getexif().get(0x0112, 1) == 1:
+          return encoded
+    pixels = image.decode()
+    scale = min(1, self.max_side / max(pixels.size))
+    width, height = (max(1, round(scale * side)) for side in pixels.size)
+    content = io.BytesIO()
+    pixels.resize((width, height), Image.Resampling.LANCZOS).save(content, 'JPEG', quality=self.quality)
+    return content.getvalue()
+
+  @staticmethod
+  def difference(image: EncodedImage, copy: bytes) -> float:
+    """Mean difference of the pixels that an evaluation at 224 px sees, of 255."""
+    pixels = (np.asarray(EVALUATION(file.decode()), int) for file in (image, EncodedImage(copy)))
+    return float(np.abs(np.subtract(*pixels)).mean())
+
+
+def folder_name(class_name: str) -> str:
+  """A name for a class's folder: without a slash, and neither hidden nor the folder itself."""
+  name = class_name.replace('/', '_')
+  return f'_{name}' if name.startswith('.') or not name else name
+
+
+_shrinker: Shrinker  # of a worker process
+
+
+def _start_worker(shrinker: Shrinker) -> None:
+  global _shrinker
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+  _shrinker = shrinker
+
+
+def _copy(index: int) -> Copy:
+  return _shrinker(index)
+
+
+def shrink(shrinker: Shrinker) -> Iterator[Copy]:
+  """Copies a split with all processors, in order.
+
+  Raises:
+    UserError: the folder cannot be written, two classes would share a folder, or a process died.
+  """
+  source, folder = shrinker.source, shrinker.folder
+  names = {folder_name(name) for name in source.class_names}
+  if len(names) < len(source.class_names):
+    raise UserError(f'{source.description}: several classes would share a folder, since / is written as _')
+  workers = ProcessPoolExecutor(
+    joblib.cpu_count(), multiprocessing.get_context('spawn'), initializer=_start_worker, initargs=(shrinker,)
+  )
+  try:
+    for name in names:
+      (folder / name).mkdir(parents=True, exist_ok=True)
+    yield from workers.map(_copy, range(len(source)), chunksize=64)
+  except (OSError, process.BrokenProcessPool) as error:
+    problem = writing_problem(error, folder) if isinstance(error, OSError) else 'a process died: out of memory?'
+    raise UserError(f'cannot write {folder}: {problem}; the same command goes on') from error
+  finally:
+    workers.shutdown(wait=False, cancel_futures=True)
+
+
+def report(copies: Iterable[Copy], total: int, folder: Path) -> list[str]:
+  """Runs through the copies of a split with a bar on a terminal; lines about their sizes and differences."""
+  before = after = unreadable = 0
+  differences, lines = [], []
+  for copy in tqdm(copies, folder.name, total, unit=' images', disable=not sys.stderr.isatty()):
+    before, after = before + copy.before, after + copy.after
+    if copy.difference is not None:
+      differences.append(copy.difference)
+    if copy.problem:
+      unreadable += 1
+      if unreadable <= MAX_NAMED:
+        lines.append(f'not copied: {copy.id} cannot be read ({copy.problem})')
+  if unreadable:
+    lines.append(f'{unreadable:,} of {total:,} images of {folder} cannot be read and were not copied')
+  lines.append(f'{folder}: {total - unreadable:,} images, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB')
+  if differences:
+    mean = sum(differences) / len(differences)
+    lines.append(
+      f'pixels differ: at 224 px an evaluation sees {mean:.2f} of 255 on average (first {len(differences)} images), so '
+      'accuracies on the copy and on the original are not the same figure'
+    )
+  return lines
+
+
+def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
+  """The splits of the dataset by name.
+
+  Raises:
+    UserError: there are none.
+  """
+  if arguments.dataset:
+    names = list(open_builder(arguments.dataset, arguments.data_dir).info.splits) or ['train']
+    return {name: open_tfds(arguments.dataset, name, arguments.data_dir) for name in names}
+  sources = {}
+  for name in SPLITS:
+    with contextlib.suppress(UserError) if name != 'train' else contextlib.nullcontext():
+      sources[name] = dataclasses.replace(open_folder(arguments.folder, name), upright=True)
+  return sources
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m t2t_vit_jax.data.shrink', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('dataset', nargs='?', help='prepared tfds dataset, such as imagenet2012')
+  parser.add_argument('--folder', help='image folder, FOLDER/train/CLASS/IMAGE, in place of a tfds dataset')
+  parser.add_argument('--data-dir', help='where the tfds dataset is (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')
+  parser.add_argument('--output', required=True, help='folder to write to')
+  parser.add_argument('--max-side', type=int, default=320, help='longer side at most, px (default: %(default)s)')
+  parser.add_argument('--quality', type=int, default=90, help='quality of JPEG, 1 to 95 (default: %(default)s)')
+  arguments = parser.parse_args(argv)
+  if (arguments.dataset is None) == (arguments.folder is None):
+    parser.error('give either a dataset or --folder FOLDER')
+  if arguments.max_side < 1 or not 1 <= arguments.quality <= 95:
+    parser.error('--max-side must be positive, and --quality from 1 to 95')
+  return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  imports_are_done()
+  arguments = parse_arguments(argv)
+  output = Path(arguments.output).expanduser()
+  try:
+    if arguments.folder and output.resolve() == Path(arguments.folder).expanduser().resolve():
+      raise UserError(f'{output} stays as it is: choose another --output for the copy')
+    for name, source in open_splits(arguments).items():
+      shrinker = Shrinker(source, output / name, arguments.max_side, arguments.quality)
+      for line in report(shrink(shrinker), len(source), output / name):
+        print(printable(line))
+  except UserError as error:
+    print(printable(f'error: {error}'), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('interrupted: what is copied stays; the same command goes on', file=sys.stderr)
+    return 130
+  print(printable(f'train on it with --config.data.source=folder --config.data.path={output}'))
+  return 0
+
+
+if __name__ == '__main__':
+  gc.callbacks.clear()  # jax's would swallow a Ctrl-C that arrives while it runs, and nothing here uses jax
+  sys.exit(main())
