@@ -174,7 +174,9 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
     UserError: there are none.
   """
   if arguments.dataset:
-    names = list(open_builder(arguments.dataset, arguments.data_dir).info.splits) or ['train']
+    if not open_builder(arguments.dataset, arguments.data_dir).info.splits:
+      open_tfds(arguments.dataset, 'train', arguments.data_dir)  # prepares digits, and says how others are prepared
+    names = open_builder(arguments.dataset, arguments.data_dir).info.splits
     return {name: open_tfds(arguments.dataset, name, arguments.data_dir) for name in names}
   sources = {}
   for name in SPLITS:
