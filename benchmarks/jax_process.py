@@ -12,12 +12,19 @@ from benchmarks import computations
 from benchmarks.computations import Workload
 from benchmarks.processes import Computations, resident_growth
 from t2t_vit_jax.planning.flops import count_flops
+from t2t_vit_jax.planning.gpu import GPUS
 from t2t_vit_jax.planning.tpu import CHIPS
 
-# What JAX calls a device, and its peak of dense bfloat16 products; the first name that fits counts. TPUs are those of
-# `planning.tpu`. GPUs: NVIDIA's https://www.nvidia.com/en-us/data-center/a100/, /h100/ and /h200/, without sparsity.
+# What JAX calls a device, and its peak of dense bfloat16 products; the first name that fits counts. Peaks are those of
+# `planning.tpu` and `planning.gpu`, and of https://www.nvidia.com/en-us/data-center/h100/ for the card.
 TPU_KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5p': 'v5p', 'TPU v5': 'v5p', 'TPU v6': 'v6e'}
-GPU_PEAKS = {'A100': 312e12, 'H100 PCIe': 756.5e12, 'H100 80GB HBM3': 989.4e12, 'H200': 989.4e12}
+GPU_PEAKS = {
+  'A100': GPUS['a100'].flops,
+  'H100 PCIe': 756.5e12,
+  'H100 80GB HBM3': GPUS['h100'].flops,
+  'H200': GPUS['h200'].flops,
+  'B200': GPUS['b200'].flops,
+}
 
 
 def peak_flops(kind: str) -> float | None:
