@@ -191,6 +191,16 @@ def test_shared_memory_of_a_process_that_is_gone_is_freed_and_that_of_others_sta
       path.unlink()
 
 
+@pytest.mark.skipif(not shared_memory.FOLDER.is_dir(), reason='needs shared memory that is shown as files')
+def test_shared_memory_that_a_worker_was_making_is_freed():
+  own = Path(shared_memory.owner().name)
+  unfinished = own.with_name(f'{own.stem}abcd')
+  unfinished.touch()
+  shared_memory.free_what_the_dead_left()
+  assert not unfinished.exists()
+  assert own.exists()
+
+
 WITH_WORKERS = """
 import sys
 from t2t_vit_jax import UserError

@@ -48,10 +48,14 @@ def free_what_the_dead_left() -> None:
   """Frees what a worker that died has not handed over; no other worker of this process may be at work."""
   if own := owner():
     for path in FOLDER.glob(f'{Path(own.name).stem}[!.]*'):
-      with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is empty
-        memory = shared_memory.SharedMemory(path.name)
-        memory.close()
-        memory.unlink()
+      with contextlib.suppress(FileNotFoundError):
+        try:
+          memory = shared_memory.SharedMemory(path.name)
+        except ValueError:  # empty: its worker died while it made it
+          path.unlink()
+        else:
+          memory.close()
+          memory.unlink()
 
 
 def shortage(num_bytes: int) -> str:
