@@ -70,13 +70,13 @@ def tpu_figures():
 
 
 def gpu_figures():
-  """Of programs compiled for one H100."""
+  """Figures of programs compiled for one H100."""
   found = figures_elsewhere('h100', GPU, ('launches', 'hbm_bytes', 'temporaries'))
   return {'versions': versions('jax', 'jaxlib', 'jax-cuda13-pjrt'), 'figures': found}
 
 
 def figures_elsewhere(chip, programs, kinds):
-  """Of programs compiled for a device that need not be there."""
+  """Figures of programs compiled for a device that need not be there."""
   where = topology.parse(chip)
   replicated = sharding.replicated(computations.one_device_mesh(where.devices()[0]))
   found = {}

@@ -77,6 +77,14 @@ def test_a_tfds_dataset(data_dir, tmp_path, capsys):
   assert {size for folder in sorted(tmp_path.iterdir()) for size in sizes(folder).values()} == {(6, 6)}
 
 
+def test_a_split_that_cannot_be_opened_is_not_left_out(photos, tmp_path, capsys):
+  (photos / 'val' / 'class 0' / 'photo.png').unlink()
+  assert shrink.main(['--folder', str(photos), '--output', str(tmp_path / 'small')]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ')
+  assert 'class 0' in line
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [

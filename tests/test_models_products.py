@@ -24,7 +24,7 @@ SLOW = ('transformer', 'patches', 'se', 'ghost', 'dense')
 
 
 def precisions(text):
-  """Of each product in the text of a lowered program: its factors' dtypes and its precision."""
+  """Yields the dtypes of the factors, and the precision, of each product in the text of a lowered program."""
   lines = re.findall(r'stablehlo\.(?:dot_general|convolution).*', text)
   assert lines
   for line in lines:

@@ -13,7 +13,7 @@ MATRIX = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
 @pytest.mark.parametrize(('flops', 'slower'), [(1, 'bandwidth'), (10**12, 'arithmetic')])
 def test_work_and_transfers_overlap(flops, slower):
-  """Of a sum of two matrices, which moves 3 of them; compiled for the CPU, with work that is made up."""
+  """Compiles a sum of two matrices, which moves 3 of them, for the CPU; its work is made up."""
   compiled = jax.jit(jnp.add).lower(MATRIX, MATRIX).compile()
   parts = flops / compiled.cost_analysis()['flops']
   found = figures(compiled, CHIP, product_flops=0, parts=parts)

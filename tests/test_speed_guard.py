@@ -70,7 +70,7 @@ def test_forms_on_cpu(on_cpu):
 
 
 def figures_of(part):
-  """Of a part of the file, in a process of its own."""
+  """Figures of a part of the file, computed in a process of its own."""
   command = [sys.executable, '-m', 'tests.speed_guard', part]
   done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
   return json.loads(done.stdout)

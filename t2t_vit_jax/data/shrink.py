@@ -7,7 +7,6 @@ python -m t2t_vit_jax.data.shrink --folder PHOTOS --output small --max-side 320 
 import argparse
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, process
-import contextlib
 import dataclasses
 import gc
 import io
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
-from t2t_vit_jax.data.sources import Source, open_builder, open_folder, open_tfds
+from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_builder, open_folder, open_tfds
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable, writing_problem
 from t2t_vit_jax.interrupts import imports_are_done
@@ -35,7 +34,7 @@ EVALUATION = ResizeCenterCrop(224, 0.9, 'bicubic')
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-  """What became of an image: bytes before and after, its difference, and the reason if it could not be read."""
+  """Outcome for an image: bytes before and after, its difference, and the reason if it could not be read."""
 
   id: str
   before: int = 0
@@ -178,11 +177,9 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
       open_tfds(arguments.dataset, 'train', arguments.data_dir)  # prepares digits, and says how others are prepared
     names = open_builder(arguments.dataset, arguments.data_dir).info.splits
     return {name: open_tfds(arguments.dataset, name, arguments.data_dir) for name in names}
-  sources = {}
-  for name in SPLITS:
-    with contextlib.suppress(UserError) if name != 'train' else contextlib.nullcontext():
-      sources[name] = dataclasses.replace(open_folder(arguments.folder, name), upright=True)
-  return sources
+  folder = Path(arguments.folder).expanduser()
+  there = [name for name in SPLITS if any((folder / x).is_dir() for x in SPLIT_FOLDERS.get(name, (name,)))]
+  return {name: dataclasses.replace(open_folder(folder, name), upright=True) for name in there or SPLITS[:1]}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
