@@ -38,7 +38,8 @@ from t2t_vit_jax.recipe import sharding
 # Any that the compiler knows: programs are compiled for one of its chips.
 TOPOLOGIES = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2', **{x: x for x in gpu.GPUS}}
 COMPUTATIONS = ('forward', 'value_and_grad', 'training_step')
-KEPT_OPERATIONS = 30  # of each program, in the file
+KEPT_OPERATIONS = 30  # of each program, in the file: the costliest in each unit
+UNITS = {'cycles': 'M cycles', 'hbm_bytes': 'MB of main memory'}  # fields of `Operation` -> millions of them
 # Of loops and recomputation, in the names of operations.
 CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation', 'remat')
 HEADER = (
@@ -77,21 +78,26 @@ def measure(function: Any, arguments: Any, where: topology.Topology) -> dict[str
     'fits': True,
     'compile_s': seconds,
     **figures(compiled, where.chip, product_flops),
-    'operations': [dataclasses.asdict(operation) for operation in operations[:KEPT_OPERATIONS]],
-    'profile': profile(operations),
+    'profiles': {unit: profile(operations, unit) for unit in UNITS},
+    'operations': {
+      unit: [dataclasses.asdict(operation) for operation in costliest(operations, unit)[:KEPT_OPERATIONS]]
+      for unit in UNITS
+    },
   }
 
 
-def profile(operations: Sequence[Operation]) -> dict[str, dict[str, int]]:
-  """Cost by the place in the model that operations come from, then by pass; the costliest place first.
+def costliest(operations: Sequence[Operation], unit: str) -> list[Operation]:
+  """Operations with a cost in a unit of `UNITS`, the costliest first; a GPU's have none in cycles."""
+  return sorted((x for x in operations if getattr(x, unit)), key=lambda x: -getattr(x, unit))
 
-  The cost is in cycles, or in bytes where the compiler gives none.
-  """
+
+def profile(operations: Sequence[Operation], unit: str) -> dict[str, dict[str, int]]:
+  """Cost by the place in the model that operations come from, then by pass; the costliest place first."""
   costs: dict[str, dict[str, int]] = {}
-  for operation in operations:
+  for operation in costliest(operations, unit):
     place, which = place_and_pass(operation.source)
     passes = costs.setdefault(place, {})
-    passes[which] = passes.get(which, 0) + (operation.cycles or operation.hbm_bytes)
+    passes[which] = passes.get(which, 0) + getattr(operation, unit)
   return dict(sorted(costs.items(), key=lambda item: -sum(item[1].values())))
 
 
@@ -139,48 +145,48 @@ def row(form: str, computation: str, result: dict[str, Any]) -> list[str]:
   ]
 
 
-def print_profile(title: str, result: dict[str, Any], num_rows: int) -> None:
-  """Prints where a program's cycles go, and its largest operations."""
-  if not result['fits']:
-    return
-  unit, total = ('M cycles', result['cycles']) if result['cycles'] else ('MB', result['hbm_bytes'])
-  print(f'\n{title}: {unit} by the place of the last operation of a fusion\n')
-  profile = result['profile']
-  passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in costs for costs in profile.values())]
-  places = dict(list(profile.items())[:num_rows])
-  rest = list(profile.values())[num_rows:]
-  if rest:
-    places[f'{len(rest)} others'] = {which: sum(costs.get(which, 0) for costs in rest) for which in passes}
-  print(
-    common.table(
-      ('place', *passes, 'all', 'share'),
-      (
-        [
-          place,
-          *(f'{costs.get(which, 0) / 1e6:.2f}' for which in passes),
-          f'{sum(costs.values()) / 1e6:.2f}',
-          f'{sum(costs.values()) / total:.1%}',
-        ]
-        for place, costs in places.items()
-      ),
+def print_profiles(title: str, result: dict[str, Any], num_rows: int) -> None:
+  """Prints where a program's cycles and bytes go, and its largest operations in each."""
+  for unit, shown in UNITS.items():
+    profile = result['profiles'][unit]
+    if not profile:
+      continue
+    passes = [x for x in ('forward', 'backward', 'recomputed') if any(x in costs for costs in profile.values())]
+    places = dict(list(profile.items())[:num_rows])
+    rest = list(profile.values())[num_rows:]
+    if rest:
+      places[f'{len(rest)} others'] = {which: sum(costs.get(which, 0) for costs in rest) for which in passes}
+    print(f'\n{title}: {shown} by the place of the last operation of a fusion\n')
+    print(
+      common.table(
+        ('place', *passes, 'all', 'share'),
+        (
+          [
+            place,
+            *(f'{costs.get(which, 0) / 1e6:,.2f}' for which in passes),
+            f'{sum(costs.values()) / 1e6:,.2f}',
+            f'{sum(costs.values()) / result[unit]:.1%}',
+          ]
+          for place, costs in places.items()
+        ),
+      )
     )
-  )
-  print(f'\n{title}: the largest operations\n')
-  print(
-    common.table(
-      (unit, 'runs', 'operation', 'result', 'comes from'),
-      (
-        [
-          f'{(operation["cycles"] or operation["hbm_bytes"]) / 1e6:.2f}',
-          str(operation['count']),
-          operation['name'],
-          ' '.join(re.findall(r'\w+\[[\d,]*\]', operation['type'])[:3]),
-          operation['source'],
-        ]
-        for operation in result['operations'][:num_rows]
-      ),
+    print(f'\n{title}: the largest operations\n')
+    print(
+      common.table(
+        (shown, 'runs', 'operation', 'result', 'comes from'),
+        (
+          [
+            f'{operation[unit] / 1e6:,.2f}',
+            str(operation['count']),
+            operation['name'],
+            ' '.join(re.findall(r'\w+\[[\d,]*\]', operation['type'])[:3]),
+            operation['source'],
+          ]
+          for operation in result['operations'][unit][:num_rows]
+        ),
+      )
     )
-  )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -199,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     const=20,
     default=0,
     metavar='N',
-    help='show where cycles or bytes go: the N costliest places and operations of each program (20)',
+    help='show where cycles and bytes go: the N costliest places and operations of each program (20)',
   )
   common.add_output(parser)
   return parser.parse_args()
@@ -250,7 +256,8 @@ def report(facts: dict[str, Any], arguments: argparse.Namespace) -> None:
       print(f'\n* {name}, {computation}: {result["open_loops"]} loops of unknown length are counted once')
   if arguments.profile:
     for name, computation, result in found:
-      print_profile(f'{name}, {computation}', result, arguments.profile)
+      if result['fits']:
+        print_profiles(f'{name}, {computation}', result, arguments.profile)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""Stacking of blocks, by hand, and as the inverse of unstacking."""
+"""Stacking of blocks, by hand, and as the inverse of unstacking; and what a CPU stores between them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from t2t_vit_jax import T2TViT
-from t2t_vit_jax.models.blocks import stack_blocks, unstack_blocks
+from t2t_vit_jax.models.blocks import stack_blocks, stored_on_cpu, unstack_blocks
 from tests import golden
 
 
@@ -38,3 +39,30 @@ def test_a_model_with_one_block_has_nothing_to_stack():
     golden.apply(model, stack_blocks(variables), images),
     golden.apply(model.clone(scan_blocks=False), variables, images),
   )
+
+
+def test_each_block_adds_the_same_to_the_cost_of_gradients_on_a_cpu():
+  """Were the gradient of the residual stream not stored, each block would add more than the one before."""
+  model = T2TViT(10, 32, embed_dim=64, depth=1, num_heads=4)
+  images = jnp.ones((4, 32, 32, 3))
+
+  def traffic(depth):
+    deep = model.clone(depth=depth)
+    variables = jax.eval_shape(deep.init, jax.random.key(0), images)
+    gradients = jax.jit(jax.grad(lambda variables: deep.apply(variables, images).sum()))
+    return gradients.lower(variables).compile().cost_analysis()['bytes accessed']
+
+  of_1, of_4, of_7 = (traffic(depth) for depth in (1, 4, 7))
+  assert of_7 - of_4 == pytest.approx(of_4 - of_1, rel=0.02)
+
+
+def test_storing_on_a_cpu_changes_no_value_and_no_program_for_other_devices():
+  x = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, 1e-45, 3.0, jnp.nan], jnp.float32)
+  stored, tangent = jax.jit(lambda x: jax.jvp(stored_on_cpu, (x,), (2 * x,)))(x)
+  np.testing.assert_array_equal(np.asarray(stored).view(np.uint32), np.asarray(x).view(np.uint32))
+  np.testing.assert_array_equal(tangent, 2 * x)
+  np.testing.assert_array_equal(jax.vmap(stored_on_cpu)(x), x)
+  np.testing.assert_array_equal(jax.jacrev(stored_on_cpu)(x), np.eye(7, dtype=np.float32))
+  for platform, loops in (('cpu', True), ('tpu', False), ('cuda', False)):
+    text = jax.jit(stored_on_cpu).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert ('stablehlo.while' in text) == loops

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -50,6 +51,15 @@ def rematerialised(block_class: type[nn.Module], remat: RematPolicy) -> Any:
   if remat == 'none':
     return block_class
   return nn.remat(block_class, policy=getattr(jax.checkpoint_policies, remat), static_argnums=(2, 3))
+
+
+def stored_on_cpu(x: Array) -> Array:
+  """Returns x; in programs for a CPU, x and its gradient are written to memory.
+
+  Otherwise XLA:CPU never stores the gradient of a residual stream: it sums the contributions of all later blocks anew
+  in each block. It does not look into loops, and removes those that do nothing: this one changes the sign twice.
+  """
+  return lax.platform_dependent(x, cpu=lambda x: lax.fori_loop(0, 2, lambda _, x: -x, x), default=lambda x: x)
 
 
 def run_as_loop(

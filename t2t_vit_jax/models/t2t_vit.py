@@ -14,7 +14,7 @@ import numpy as np
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.attention import AttentionForm
 from t2t_vit_jax.models.block_variants import BLOCK_TYPES, Transition
-from t2t_vit_jax.models.blocks import STACK, RematPolicy, rematerialised, run_as_loop, stack_blocks
+from t2t_vit_jax.models.blocks import STACK, RematPolicy, rematerialised, run_as_loop, stack_blocks, stored_on_cpu
 from t2t_vit_jax.models.encoder import EncoderBlock
 from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm
 from t2t_vit_jax.models.patch_layers import SoftSplitForm
@@ -219,8 +219,8 @@ class T2TViT(nn.Module):
       x = self._loop_over_blocks(x, train)
     else:
       for block in blocks:
-        x = block(x, train, None)
-    return last(x, train, None if layer_by_layer else num_outputs)
+        x = block(stored_on_cpu(x), train, None)
+    return last(stored_on_cpu(x), train, None if layer_by_layer else num_outputs)
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""

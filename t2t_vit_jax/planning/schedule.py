@@ -124,10 +124,7 @@ def read_schedule(text: str) -> Schedule:
 
 
 def read_operations(text: str) -> list[Operation]:
-  """Reads the operations that `read_schedule` adds up, the costliest first; runs in a loop are one entry.
-
-  For TPUs these are the operations with a price in cycles, for GPUs all that run, by their bytes.
-  """
+  """Reads the operations that `read_schedule` adds up, in the order of the text; runs in a loop are one entry."""
   computations, entry = _computations(text)
   operations = []
   for name, times, _ in _executed(computations, entry, 1, False):
@@ -140,8 +137,7 @@ def read_operations(text: str) -> list[Operation]:
         operations.append(
           Operation(instruction.name, instruction.type, source[1] if source else '', times * cycles, hbm_bytes, times)
         )
-  priced = [operation for operation in operations if operation.cycles]
-  return sorted(priced or operations, key=lambda operation: (-operation.cycles, -operation.hbm_bytes))
+  return operations
 
 
 def _cycles(instruction: _Instruction) -> int:
