@@ -21,6 +21,7 @@ step as it really runs, with AdamW, moving average and augmentation; each in sev
 import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
+import math
 import re
 import sys
 from typing import Any
@@ -79,6 +80,7 @@ def measure(function: Any, arguments: Any, where: topology.Topology) -> dict[str
     'compile_s': seconds,
     **figures(compiled, where.chip, product_flops),
     'profiles': {unit: profile(operations, unit) for unit in UNITS},
+    'arrays': traffic_by_array(operations),
     'operations': {
       unit: [dataclasses.asdict(operation) for operation in costliest(operations, unit)[:KEPT_OPERATIONS]]
       for unit in UNITS
@@ -99,6 +101,22 @@ def profile(operations: Sequence[Operation], unit: str) -> dict[str, dict[str, i
     passes = costs.setdefault(place, {})
     passes[which] = passes.get(which, 0) + getattr(operation, unit)
   return dict(sorted(costs.items(), key=lambda item: -sum(item[1].values())))
+
+
+def traffic_by_array(operations: Sequence[Operation]) -> dict[str, int]:
+  """Bytes of main memory by what is read and written, the most first.
+
+  Arrays of one dtype and number of values are one entry, under their most frequent shape: they are the same values in
+  other layouts. A transfer to or from on-chip memory counts as the part that it moves.
+  """
+  traffic: dict[tuple[str, int], dict[str, int]] = {}
+  for operation in operations:
+    for array, num_bytes in operation.arrays.items():
+      dtype, dims = array.rstrip(']').split('[')
+      shapes = traffic.setdefault((dtype, math.prod(int(size) for size in dims.split(',') if size)), {})
+      shapes[array] = shapes.get(array, 0) + num_bytes
+  totals = {max(shapes, key=lambda array: shapes[array]): sum(shapes.values()) for shapes in traffic.values()}
+  return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def place_and_pass(source: str) -> tuple[str, str]:
@@ -189,6 +207,20 @@ def print_profiles(title: str, result: dict[str, Any], num_rows: int) -> None:
     )
 
 
+def print_arrays(title: str, result: dict[str, Any], num_rows: int) -> None:
+  """Prints which arrays a program's traffic is."""
+  arrays = list(result['arrays'].items())
+  rest = sum(num_bytes for _, num_bytes in arrays[num_rows:])
+  shown = arrays[:num_rows] + ([(f'{len(arrays) - num_rows} others', rest)] if rest else [])
+  print(f'\n{title}: MB of main memory by array, in any layout\n')
+  print(
+    common.table(
+      ('array', 'MB', 'share'),
+      ([array, f'{size / 1e6:,.2f}', f'{size / result["hbm_bytes"]:.1%}'] for array, size in shown),
+    )
+  )
+
+
 def parse_arguments() -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,6 +290,7 @@ def report(facts: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name, computation, result in found:
       if result['fits']:
         print_profiles(f'{name}, {computation}', result, arguments.profile)
+        print_arrays(f'{name}, {computation}', result, arguments.profile)
 
 
 def main() -> None:

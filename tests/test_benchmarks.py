@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from benchmarks import common, model, scaling
-from benchmarks.compiler import place_and_pass
+from benchmarks.compiler import place_and_pass, traffic_by_array
 from benchmarks.computations import Workload, build_yardstick, variables_of
 from benchmarks.jax_process import peak_flops
 from t2t_vit_jax import UserError
+from t2t_vit_jax.planning.schedule import Operation
 
 ROOT = Path(__file__).parents[1]
 TINY = ['--model=t2t_vit_tiny', '--batch-size=2']
@@ -97,6 +98,12 @@ def test_results_replace_a_file_whole(tmp_path):
 )
 def test_places_of_operations(source, place, which):
   assert place_and_pass(source) == (place, which)
+
+
+def test_traffic_is_told_by_array_whatever_its_layout():
+  arrays = {'bf16[2,6]': 48, 'bf16[12]': 24, 'f32[12]': 48}, {'bf16[3,4]': 24, 'f32[2,6]': 96, 'pred[]': 1}
+  operations = [Operation('', '', '', 0, 0, 1, each) for each in arrays]
+  assert traffic_by_array(operations) == {'f32[2,6]': 144, 'bf16[2,6]': 96, 'pred[]': 1}
 
 
 def test_the_yardstick_has_the_published_size():
@@ -204,6 +211,7 @@ def test_compiler_for_tpu(tmp_path):
   for result in results.values():
     for unit in ('cycles', 'hbm_bytes'):
       assert sum(sum(passes.values()) for passes in result['profiles'][unit].values()) == result[unit] > 0
+    assert sum(result['arrays'].values()) == result['hbm_bytes']
   # The loop over all blocks but the last counts three times, where XLA has its body once.
   assert looped['product_flops'] == four['product_flops'] > one['product_flops']
   assert looped['flops'] < four['flops']

@@ -153,6 +153,14 @@ def test_evaluation_counts_every_image_once(data_dir, batch_size, processes):
   assert labels == collections.Counter(source[i].label for i in range(360))
 
 
+def test_few_images_are_read_without_worker_processes():
+  workers = loader.Workers(num_workers=3, num_threads=2)
+  assert workers.for_images(1000) == loader.Workers(num_workers=0, num_threads=6)
+  assert workers.for_images(1001) == workers
+  assert loader.Workers(3, num_threads=0).for_images(1) == loader.Workers(0, num_threads=3)
+  assert loader.Workers(0, num_threads=2).for_images(1) == loader.Workers(0, num_threads=2)
+
+
 def test_examples_pickle_for_worker_processes(source):
   example = loader._TrainExample(source, loader.TrainOrder(len(source), 8, 0), loader.Share(8), TRANSFORM)
   copy = pickle.loads(pickle.dumps(example))

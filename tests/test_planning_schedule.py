@@ -181,7 +181,7 @@ def test_operations_are_told_with_their_source():
   text = loop('ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT')
   text = text.replace('calls=%add, ', 'calls=%add, metadata={op_name="jit(f)/blocks_0/add" stack_frame_id=1}, ')
   assert read_operations(text) == [
-    Operation('lt', 'pred[]{:T(512)}', '', 0, 5 * (4 + 4 + 1), 5),
-    Operation('all-reduce.1', 'bf16[8,16]{1,0:T(8,128)(2,1)S(1)}', '', 5 * 7, 0, 5),
-    Operation('next', 's32[]{:T(128)S(1)}', 'jit(f)/blocks_0/add', 5 * 3, 5 * 4, 5),
+    Operation('lt', 'pred[]{:T(512)}', '', 0, 5 * (4 + 4 + 1), 5, {'pred[]': 5, 's32[]': 40}),
+    Operation('all-reduce.1', 'bf16[8,16]{1,0:T(8,128)(2,1)S(1)}', '', 5 * 7, 0, 5, {}),
+    Operation('next', 's32[]{:T(128)S(1)}', 'jit(f)/blocks_0/add', 5 * 3, 5 * 4, 5, {'s32[]': 20}),
   ]

@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import threading
-from typing import Any
+from typing import Any, Self
 
 from absl import flags
 import grain
@@ -41,6 +41,7 @@ MAX_BAD_IN_A_ROW = 100
 # Images that a worker hands over at a time. One by one, each would cost the receiving process half a millisecond, and
 # two open files until its batch is complete; whole batches would take much memory in each worker.
 GROUP_SIZE = 16
+FEW_IMAGES = 1000  # that threads read in the time that workers take to start; see docs/data.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,12 @@ class Workers:
 
   num_workers: int = 0  # processes; 0 for threads of this one
   num_threads: int = 1  # in each process
+
+  def for_images(self, number: int) -> Self:
+    """These workers, or as many threads of this process if there are so few images that starting takes longer."""
+    if not self.num_workers or number > FEW_IMAGES:
+      return self
+    return dataclasses.replace(self, num_workers=0, num_threads=self.num_workers * max(1, self.num_threads))
 
   def shared_bytes(self, batch_size: int, image_bytes: int) -> int:
     """Bytes of shared memory for the images that workers have ready: of a batch and of some groups."""

@@ -75,6 +75,7 @@ class Operation:
     cycles: the compiler's estimate of all its runs together.
     hbm_bytes: bytes as in `Schedule`, of all its runs together.
     count: how often it runs; 1 in loops of unknown length.
+    arrays: those of `hbm_bytes` by the array they belong to, such as 'bf16[128,197,384]'.
   """
 
   name: str
@@ -83,6 +84,7 @@ class Operation:
   cycles: int
   hbm_bytes: int
   count: int
+  arrays: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def read_schedule(text: str) -> Schedule:
     for instruction in computations[name]:
       cycles += times * _cycles(instruction)
       launches += times * (not _is_free(instruction))
-      hbm_bytes += times * _hbm_bytes(instruction, types)
+      hbm_bytes += times * sum(num_bytes for _, num_bytes in _hbm_arrays(instruction, types))
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
       for transfer in _transfers(instruction, computations):
         # A transfer that runs beside other work is spread over several fusions, which share a channel.
@@ -130,13 +132,23 @@ def read_operations(text: str) -> list[Operation]:
   for name, times, _ in _executed(computations, entry, 1, False):
     types = {instruction.name: instruction.type for instruction in computations[name]}
     for instruction in computations[name]:
-      cycles = _cycles(instruction)
-      if not _is_free(instruction):
-        source = re.search(r'op_name="([^"]*)"', instruction.rest)
-        hbm_bytes = times * _hbm_bytes(instruction, types)
-        operations.append(
-          Operation(instruction.name, instruction.type, source[1] if source else '', times * cycles, hbm_bytes, times)
+      if _is_free(instruction):
+        continue
+      source = re.search(r'op_name="([^"]*)"', instruction.rest)
+      arrays: dict[str, int] = {}
+      for array, num_bytes in _hbm_arrays(instruction, types):
+        arrays[array] = arrays.get(array, 0) + times * num_bytes
+      operations.append(
+        Operation(
+          name=instruction.name,
+          type=instruction.type,
+          source=source[1] if source else '',
+          cycles=times * _cycles(instruction),
+          hbm_bytes=sum(arrays.values()),
+          count=times,
+          arrays=arrays,
         )
+      )
   return operations
 
 
@@ -210,20 +222,20 @@ def _is_free(instruction: _Instruction) -> bool:
   return opcode in FREE or opcode.endswith('-done') or any(f'"{x}"' in instruction.rest for x in FREE_TARGETS)
 
 
-def _hbm_bytes(instruction: _Instruction, types: dict[str, str]) -> int:
-  """Bytes of an instruction's results and operands, without those in on-chip memory."""
+def _hbm_arrays(instruction: _Instruction, types: dict[str, str]) -> list[tuple[str, int]]:
+  """Results and operands of an instruction, without those in on-chip memory, each with its bytes."""
   opcode = instruction.opcode
   if _is_free(instruction):
-    return 0
+    return []
   if opcode in ('copy-start', 'slice-start'):  # of (result, operand, ...) the smaller one is what moves
     ends = [shape for shape in _SHAPE.findall(instruction.type) if shape[1] or 'S(2)' not in shape[2]]
-    moved = min(_num_bytes(dtype, dims) for dtype, dims, _ in ends)
-    return moved * sum(_in_hbm(layout) for _, _, layout in ends)
+    dtype, dims, _ = min(ends, key=lambda end: _num_bytes(*end[:2]))
+    return [(f'{dtype}[{dims}]', _num_bytes(dtype, dims)) for _, _, layout in ends if _in_hbm(layout)]
   result = instruction.type
   if re.search('custom_call_target="__(cublas|cudnn)', instruction.rest):
     result = re.sub(r'\b[su]8\[\d+\]', '', result)  # the library's scratch memory, which need not leave the cache
   touched = _SHAPE.findall(' '.join([result, *(types.get(name, '') for name in instruction.operands)]))
-  return sum(_num_bytes(dtype, dims) for dtype, dims, layout in touched if _in_hbm(layout))
+  return [(f'{dtype}[{dims}]', _num_bytes(dtype, dims)) for dtype, dims, layout in touched if _in_hbm(layout)]
 
 
 def _in_hbm(layout: str) -> bool:

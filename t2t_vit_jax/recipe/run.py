@@ -169,7 +169,7 @@ def make_evaluator(
     source=source,
     transform=pipeline.eval_transform(config),
     share=_share(eval_batch_size(config, mesh)),
-    workers=workers,
+    workers=workers.for_images(len(source) // jax.process_count()),
     mesh=mesh,
     split=config.data.eval_split,
   )
