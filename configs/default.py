@@ -29,8 +29,7 @@ def get_config() -> ConfigDict:
   config.model.performer_dropout_rate = 0.1  # inside the token performer
   config.model.soft_split_form = placeholder(str)  # 'conv' (the fast one) or 'patches'; changes no result
   config.model.token_attention_form = placeholder(str)  # 'auto', 'full' or 'chunked' (less memory); changes no result
-  # True: blocks as a loop: compiles faster, other random draws. None: True in float32 on a CPU, where it trains faster.
-  config.model.scan_blocks = placeholder(bool)
+  config.model.scan_blocks = placeholder(bool)  # True: blocks as a loop: compiles faster, other random draws
   config.model.attention_form = placeholder(str)  # None: 'auto'; 'cudnn' on GPUs in half precision, untried: see docs
   config.model.residual_dtype = placeholder(str)  # None: 'float32'; 'bfloat16' is faster in training and less exact
   config.model.remat = placeholder(str)  # what blocks keep for gradients; 'nothing_saveable': the least; see `T2TViT`

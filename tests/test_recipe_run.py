@@ -6,10 +6,7 @@ import pytest
 
 from configs import digits
 from t2t_vit_jax import UserError
-from t2t_vit_jax.recipe.build import build_recipe
-from t2t_vit_jax.recipe.init_from import resolve
 from t2t_vit_jax.recipe.run import build_run
-from t2t_vit_jax.recipe.sharding import make_mesh
 from tests.image_folder import write_image_folder
 
 
@@ -66,21 +63,3 @@ def test_a_count_of_parts_that_does_not_fit_is_refused(data_dir):
 def test_an_unknown_optimizer_is_refused(data_dir):
   with pytest.raises(UserError, match=r"optimizer\.name must be 'adamw' or 'sgd', not 'lamb'"):
     one_step(data_dir, **{'optimizer.name': 'lamb'})
-
-
-@pytest.mark.parametrize(
-  ('changes', 'expected'),
-  [
-    ({}, True),
-    ({'model.scan_blocks': False}, False),
-    ({'model.dtype': 'bfloat16'}, False),
-    ({'model.dtype': 'bfloat16', 'model.scan_blocks': True}, True),
-    ({'model.depth': 2}, False),
-  ],
-)
-def test_a_cpu_trains_with_a_loop_where_that_is_faster(changes, expected):
-  config = digits.get_config()
-  config.update_from_flattened_dict({'model.depth': 3, **changes})
-  recipe = build_recipe(resolve(config), make_mesh(config.mesh), num_classes=10, num_train_images=1000)
-  assert recipe.model.scan_blocks == expected
-  assert ('blocks' in recipe.abstract_state.params) == expected

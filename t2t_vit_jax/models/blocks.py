@@ -53,13 +53,23 @@ def rematerialised(block_class: type[nn.Module], remat: RematPolicy) -> Any:
   return nn.remat(block_class, policy=getattr(jax.checkpoint_policies, remat), static_argnums=(2, 3))
 
 
-def stored_on_cpu(x: Array) -> Array:
-  """Returns x; in programs for a CPU, x and its gradient are written to memory.
+@jax.custom_jvp
+def with_stored_gradient(x: Array) -> Array:
+  """Returns x; in programs for a CPU its gradient is written to memory.
 
   Otherwise XLA:CPU never stores the gradient of a residual stream: it sums the contributions of all later blocks anew
   in each block. It does not look into loops, and removes those that do nothing: this one changes the sign twice.
   """
-  return lax.platform_dependent(x, cpu=lambda x: lax.fori_loop(0, 2, lambda _, x: -x, x), default=lambda x: x)
+  return x
+
+
+@with_stored_gradient.defjvp
+def _stored_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+  def stored(dx: Array) -> Array:
+    return lax.fori_loop(0, 2, lambda _, dx: -dx, dx)
+
+  (x,), (dx,) = primals, tangents
+  return x, lax.platform_dependent(dx, cpu=stored, default=lambda dx: dx)
 
 
 def run_as_loop(

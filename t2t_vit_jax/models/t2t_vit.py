@@ -14,7 +14,14 @@ import numpy as np
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.attention import AttentionForm
 from t2t_vit_jax.models.block_variants import BLOCK_TYPES, Transition
-from t2t_vit_jax.models.blocks import STACK, RematPolicy, rematerialised, run_as_loop, stack_blocks, stored_on_cpu
+from t2t_vit_jax.models.blocks import (
+  STACK,
+  RematPolicy,
+  rematerialised,
+  run_as_loop,
+  stack_blocks,
+  with_stored_gradient,
+)
 from t2t_vit_jax.models.encoder import EncoderBlock
 from t2t_vit_jax.models.layers import Dense, Dtype, LayerNorm
 from t2t_vit_jax.models.patch_layers import SoftSplitForm
@@ -106,8 +113,8 @@ class T2TViT(nn.Module):
       'chunked' the scores of some queries at a time; 'auto' chooses 'chunked' for many tokens. 'cudnn' takes the
       kernel as `attention_form` does, and is 'auto' elsewhere. Results are the same.
     scan_blocks: run all blocks but the last as a loop. The program then has two blocks instead of all: it compiles
-      several times faster, and trains faster in float32 on a CPU. Parameters are the same, and may be stacked (see
-      `stack_blocks`); random draws (dropout, stochastic depth) differ.
+      several times faster. Parameters are the same, and may be stacked (see `stack_blocks`); random draws (dropout,
+      stochastic depth) differ.
     remat: 'none', or the name in `jax.checkpoint_policies` of what a block keeps for its backward pass; it computes
       the rest again, which costs time and saves memory. 'nothing_saveable' keeps the least.
     dtype: computation dtype; the logits are always float32. With float32, products are float32 on TPUs and GPUs too,
@@ -219,8 +226,8 @@ class T2TViT(nn.Module):
       x = self._loop_over_blocks(x, train)
     else:
       for block in blocks:
-        x = block(stored_on_cpu(x), train, None)
-    return last(stored_on_cpu(x), train, None if layer_by_layer else num_outputs)
+        x = block(with_stored_gradient(x), train, None)
+    return last(with_stored_gradient(x), train, None if layer_by_layer else num_outputs)
 
   def _blocks(self) -> Iterator[nn.Module]:
     """The encoder's layers in order, named blocks_0, blocks_1 and so on."""

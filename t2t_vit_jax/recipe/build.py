@@ -125,8 +125,6 @@ def build_recipe(
   batch_size = fitting_batch_size(config.data, mesh, num_train_images)
   if model is None:
     model = build_model(config, num_classes)
-    if config.model.scan_blocks is None:
-      model = model.clone(scan_blocks=loop_is_faster(model, mesh))
   order = TrainOrder(num_train_images, batch_size, config.seed)
   tx, learning_rate = build_optimizer(config, order)
   augmentation = batch_augmentation(config, model.num_classes, batch_size)
@@ -189,15 +187,6 @@ def build_mesh(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check_batch_size(config.data.batch_size, mesh)
   return mesh
-
-
-def loop_is_faster(model: T2TViT, mesh: Mesh) -> bool:
-  """Whether a model trains faster with `scan_blocks`: in float32 on a CPU, 1.8 times with 14 blocks.
-
-  Without a loop XLA:CPU computes the gradient of the residual stream anew for each block; see docs/performance.md.
-  """
-  several_blocks = model.depth > 2 and not model.block_class.grows  # the last block is no part of the loop
-  return several_blocks and model.dtype == jnp.float32 and mesh.devices.flat[0].platform == 'cpu'
 
 
 def fitting_batch_size(data: Any, mesh: Mesh, num_train_images: int) -> int:
