@@ -114,7 +114,7 @@ def test_fifty_steps_compile_once(data_dir, tmp_path, caplog):
   config = digits.get_config()
   config.data.data_dir = data_dir
   config.update_from_flattened_dict(
-    {'model.depth': 1, 'model.embed_dim': 32, 'model.token_dim': 16, 'data.image_size': 16, 'data.batch_size': 64}
+    {'model.depth': 1, 'model.embed_dim': 32, 'model.token_dim': 16, 'data.image_size': 16, 'data.batch_size': 16}
   )
   config.update_from_flattened_dict({'schedule.max_steps': 50, 'logging.every_steps': 10, 'mesh.data': 1})
   with jax.log_compiles():

@@ -30,14 +30,14 @@ def flags(workdir, data_dir, *, steps=STEPS, **changes):
   fields = {
     'data.data_dir': data_dir,
     'data.image_size': 16,
-    'data.batch_size': 64,
+    'data.batch_size': 16,
     'data.eval_batch_size': 100,
     'model.depth': 1,
     'schedule.max_steps': steps,
     'logging.every_steps': 1,
     'checkpoint.every_steps': 6,
     'augment.mixup_alpha': 0.8,
-    'augment.mixing_group_size': 16,  # of eight devices each has half a group
+    'augment.mixing_group_size': 4,  # of eight devices each has half a group
     'augment.random_erasing_probability': 0.25,
     'distributed.timeout_s': 120,
   } | changes
@@ -64,7 +64,7 @@ def final_state(workdir, data_dir):
   """Its last checkpoint, read by this process's two devices with the state divided."""
   config = digits.get_config()
   config.update_from_flattened_dict(
-    {'data.data_dir': data_dir, 'data.image_size': 16, 'data.batch_size': 64, 'model.depth': 1, 'mesh.fsdp': 2}
+    {'data.data_dir': data_dir, 'data.image_size': 16, 'data.batch_size': 16, 'model.depth': 1, 'mesh.fsdp': 2}
   )
   run = build_run(config)
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
@@ -94,7 +94,7 @@ def test_eight_devices_train_alike(alone, data_dir, tmp_path, fsdp):
   """From a checkpoint of one device; what it leaves is read by two. The evaluation has 360 images in batches of 100."""
   workdir = shutil.copytree(alone / 'begun', tmp_path / 'run')
   output = run(1, *flags(workdir, data_dir), f'--config.mesh.fsdp={fsdp}', devices=8)
-  assert f'mesh: data {8 // fsdp} x fsdp {fsdp}; each device has 8 images of a batch' in output
+  assert f'mesh: data {8 // fsdp} x fsdp {fsdp}; each device has 2 images of a batch' in output
   assert 'so devices exchange pixels' in output
   check_like_alone(workdir, alone, data_dir)
 
@@ -150,7 +150,7 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
     # Either a transfer fails, or it waits for the dead one until JAX itself ends the process.
     expected = {2: 'cannot reach the others any more', -signal.SIGABRT: 'another task died'}
     assert expected[code] in errors
-  assert any('mesh: data 2 x fsdp 4; each device has 8 images of a batch' in line for line in output)
+  assert any('mesh: data 2 x fsdp 4; each device has 2 images of a batch' in line for line in output)
   assert any('so devices exchange pixels' in line for line in output)
   rows = losses(workdir)
   assert {step: rows[step] for step in range(1, 5)} == pytest.approx(
@@ -158,7 +158,7 @@ def test_the_death_of_a_process_stops_the_others_and_fewer_go_on(alone, data_dir
   )
 
   output = run(2, *everyone, '--config.mesh.fsdp=2', devices=2)
-  assert 'mesh: data 2 x fsdp 2; each device has 16 images of a batch' in output
+  assert 'mesh: data 2 x fsdp 2; each device has 4 images of a batch' in output
   assert 'so devices exchange pixels' not in output
   begun = int(re.search(r'continuing from the checkpoint of step (\d+)', output)[1])
   assert begun % 4 == 0
