@@ -119,10 +119,14 @@ def refusing_bad_flags(argv: list[str], default_config: str | None = None) -> It
 
 
 def check_and_quiet(argv: list[str]) -> None:
-  """Ends the program if an argument has no flag, and silences libraries; for the start of `main`."""
+  """Ends the program if an argument has no flag or a flag no value, and silences libraries; for the start of `main`."""
   start_program()
   if len(argv) > 1:
     fail(f'arguments without a flag: {" ".join(argv[1:])}')
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, str) and value.startswith('--'):  # absl takes what comes next
+      fail(f'--{name} has no value: after it comes {value}')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs each of its files at INFO, tfds each folder
 

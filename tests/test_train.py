@@ -44,6 +44,8 @@ def run(cwd, *arguments, **environment):
     (['--config=configs/nothing.py'], 'there is no config file configs/nothing.py'),
     (['--config.data.batch_size=many'], 'invalid literal'),
     (['digits'], 'arguments without a flag: digits'),
+    (['--workdir', '--dry_run'], '--workdir has no value: after it comes --dry_run'),
+    (['--config.data.path', '--json'], '--config.data.path has no value: after it comes --json'),
     (['--config.model.name=t2t_vit_tinny'], "did you mean 't2t_vit_tiny'"),
     (['--workdir=file:///runs'], 'workdir file:///runs: give a folder, or a bucket as gs://BUCKET/RUN'),
   ],
