@@ -96,10 +96,11 @@ def costliest(operations: Sequence[Operation], unit: str) -> list[Operation]:
 def profile(operations: Sequence[Operation], unit: str) -> dict[str, dict[str, int]]:
   """Cost by the place in the model that operations come from, then by pass; the costliest place first."""
   costs: dict[str, dict[str, int]] = {}
-  for operation in costliest(operations, unit):
-    place, which = place_and_pass(operation.source)
-    passes = costs.setdefault(place, {})
-    passes[which] = passes.get(which, 0) + getattr(operation, unit)
+  for operation in operations:
+    if cost := getattr(operation, unit):
+      place, which = place_and_pass(operation.source)
+      passes = costs.setdefault(place, {})
+      passes[which] = passes.get(which, 0) + cost
   return dict(sorted(costs.items(), key=lambda item: -sum(item[1].values())))
 
 

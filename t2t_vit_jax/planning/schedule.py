@@ -106,15 +106,12 @@ class _Instruction:
 def read_schedule(text: str) -> Schedule:
   """Reads the schedule from `jax.stages.Compiled.as_text()` of a program that was compiled for TPU or GPU."""
   computations, entry = _computations(text)
-  cycles = launches = hbm_bytes = open_loops = 0
+  operations = _operations(computations, entry)
+  open_loops = 0
   collectives = []
   for name, times, is_open in _executed(computations, entry, 1, False):
-    types = {instruction.name: instruction.type for instruction in computations[name]}
     channels = set()
     for instruction in computations[name]:
-      cycles += times * _cycles(instruction)
-      launches += times * (not _is_free(instruction))
-      hbm_bytes += times * sum(num_bytes for _, num_bytes in _hbm_arrays(instruction, types))
       open_loops += instruction.opcode == 'while' and _trip_count(instruction, computations) is None
       for transfer in _transfers(instruction, computations):
         # A transfer that runs beside other work is spread over several fusions, which share a channel.
@@ -122,12 +119,21 @@ def read_schedule(text: str) -> Schedule:
         if transfer is instruction or channel is None or channel[1] not in channels:
           collectives.append(_collective(transfer, times, is_open))
         channels |= {channel[1]} if channel else set()
-  return Schedule(cycles, launches, hbm_bytes, tuple(collectives), open_loops)
+  return Schedule(
+    cycles=sum(operation.cycles for operation in operations),
+    launches=sum(operation.count for operation in operations),
+    hbm_bytes=sum(operation.hbm_bytes for operation in operations),
+    collectives=tuple(collectives),
+    open_loops=open_loops,
+  )
 
 
 def read_operations(text: str) -> list[Operation]:
   """Reads the operations that `read_schedule` adds up, in the order of the text; runs in a loop are one entry."""
-  computations, entry = _computations(text)
+  return _operations(*_computations(text))
+
+
+def _operations(computations: dict[str, list[_Instruction]], entry: str) -> list[Operation]:
   operations = []
   for name, times, _ in _executed(computations, entry, 1, False):
     types = {instruction.name: instruction.type for instruction in computations[name]}
@@ -224,10 +230,7 @@ def _is_free(instruction: _Instruction) -> bool:
 
 def _hbm_arrays(instruction: _Instruction, types: dict[str, str]) -> list[tuple[str, int]]:
   """Results and operands of an instruction, without those in on-chip memory, each with its bytes."""
-  opcode = instruction.opcode
-  if _is_free(instruction):
-    return []
-  if opcode in ('copy-start', 'slice-start'):  # of (result, operand, ...) the smaller one is what moves
+  if instruction.opcode in ('copy-start', 'slice-start'):  # of (result, operand, ...) the smaller one is what moves
     ends = [shape for shape in _SHAPE.findall(instruction.type) if shape[1] or 'S(2)' not in shape[2]]
     dtype, dims, _ = min(ends, key=lambda end: _num_bytes(*end[:2]))
     return [(f'{dtype}[{dims}]', _num_bytes(dtype, dims)) for _, _, layout in ends if _in_hbm(layout)]
