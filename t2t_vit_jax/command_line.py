@@ -25,8 +25,9 @@ class Parser(argparse.ArgumentParser):
     super().__init__(allow_abbrev=False, **options)
 
   def parse_args(self, argv: Any = None, namespace: Any = None) -> Any:
-    """Parses `argv`, or the program's own; see `with_home`."""
-    return super().parse_args(with_home(sys.argv[1:] if argv is None else argv), namespace)
+    """Parses `argv`, or the program's own; see `with_home`. Flags may have hyphens in place of underscores."""
+    argv = with_home(sys.argv[1:] if argv is None else argv)
+    return super().parse_args(list(map(_with_underscores, argv)), namespace)
 
   def error(self, message: str) -> NoReturn:
     raise UserError(message)
@@ -44,6 +45,12 @@ def start_program() -> None:
 def with_home(argv: Sequence[str]) -> list[str]:
   """Replaces ~ at the start of arguments and of flags' values by the home folder, which shells do not in --flag=~/x."""
   return [re.sub(r'^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + os.path.expanduser('~'), x) for x in argv]
+
+
+def _with_underscores(argument: str) -> str:
+  """A flag with underscores in its name in place of hyphens; any other argument as it is."""
+  name, equals, value = argument.partition('=')
+  return f'--{name[2:].replace("-", "_")}{equals}{value}' if name.startswith('--') else argument
 
 
 def run_tool(tool: Callable[[], int]) -> int:

@@ -14,6 +14,7 @@ import warnings
 
 Key = TypeVar('Key')
 Row = TypeVar('Row')
+MAX_NAMES = 80  # that a message lists
 FORMULA_STARTS = ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20')  # the last four: the first in full width
 
 
@@ -92,12 +93,12 @@ def csv_line(*values: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """A phrase with the names in `known` that are most like `name`, or with all of them if none is like it."""
+  """A phrase with the names in `known` that are most like `name`, or with all if none is like it and they are few."""
   known = sorted(set(known))
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
   if near:
     return f'did you mean {" or ".join(map(repr, near))}?'
-  return f'known names: {", ".join(known)}'
+  return f'known names: {", ".join(known)}' if len(known) <= MAX_NAMES else 'no name is like it'
 
 
 def check_positive(field: str, number: float) -> None:

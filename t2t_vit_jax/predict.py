@@ -115,7 +115,7 @@ def predict(
   workers = Workers(num_threads=os.cpu_count() or 1)
   for batch in eval_batches(source, classifier.prepare, share, workers):
     remarks.note(source, batch, warn)
-    with _explaining_memory(share.batch_size):
+    with explaining_memory(share.batch_size):
       outputs = _classify(classifier.model, classifier.normalize, top, classifier.variables, batch['image'])
       probabilities, labels = jax.device_get(outputs)
     if not np.isfinite(probabilities).all():
@@ -141,7 +141,8 @@ def _classify(
 
 
 @contextlib.contextmanager
-def _explaining_memory(batch_size: int) -> Iterator[None]:
+def explaining_memory(batch_size: int) -> Iterator[None]:
+  """Turns JAX's error about memory into a UserError that names the flag of this and other tools."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -226,14 +227,15 @@ def run(arguments: argparse.Namespace) -> int:
   return 1 if unreadable else 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+  """Type of a flag: a whole number from 1 on."""
   number = int(text)
   if number < 1:
     raise ValueError
   return number
 
 
-_positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
+positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -249,9 +251,9 @@ def main(argv: list[str] | None = None) -> int:
   for form in ('json', 'csv'):
     forms.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form.upper()}')
   parser.add_argument('--output', metavar='FILE', type=Path, help='write to a file; .json and .csv set its form too')
-  parser.add_argument('--top', metavar='N', type=_positive, default=5, help='classes to name (default: %(default)s)')
+  parser.add_argument('--top', metavar='N', type=positive, default=5, help='classes to name (default: %(default)s)')
   parser.add_argument(
-    '--batch_size', metavar='N', type=_positive, default=32, help='images computed at a time (default: %(default)s)'
+    '--batch_size', metavar='N', type=positive, default=32, help='images computed at a time (default: %(default)s)'
   )
   parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument(

@@ -86,8 +86,8 @@ FAULTS = (
   Fault(
     'an unreadable image is evaluated as one of class 0',
     'data/loader.py',
-    'return _example(self._black, UNREADABLE, index, bad=True)',
-    'return _example(self._black, 0, index, bad=True)',
+    'return _example(self._black, self._labels(UNREADABLE), index, bad=True)',
+    'return _example(self._black, self._labels(0), index, bad=True)',
   ),
   Fault(
     'raw weights are taken for the moving average',
@@ -145,7 +145,12 @@ FAULTS = (
     'y = y * share + y[:, ::-1] * (1 - share)',
     'y = y * share + y * (1 - share)',
   ),
-  Fault('an evaluation counts the padding', 'recipe/steps.py', 'jnp.sum(mask * hits[:, 0])', 'jnp.sum(hits[:, 0])'),
+  Fault(
+    'an evaluation counts the padding',
+    'recipe/evaluation.py',
+    'length = min(len(self.source), len(labels))  # the rest is padding',
+    'length = len(labels)',
+  ),
   Fault(
     'metrics of steps that are done again stay',
     'workdir/metrics.py',

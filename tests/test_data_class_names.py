@@ -1,11 +1,14 @@
 """Names of ImageNet's classes: their order, their source, and where they are used."""
 
+import json
+
 import pytest
 import tensorflow_datasets as tfds
 
 from docs.imagenet_names import class_names
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data.class_names import imagenet_names, labels_by_name, readable_names
+from t2t_vit_jax.data.class_names import imagenet_names, imagenet_subset, labels_by_name, readable_names
+from tests.golden import DATA
 
 
 def test_names_have_the_ids_and_the_order_of_tfds():
@@ -20,6 +23,13 @@ def test_names_are_those_that_everyone_knows_by_their_label():
   assert names[999] == 'toilet tissue, toilet paper, bathroom tissue'
   assert len(set(names)) == 1000
   assert [name for name in names if name.startswith('crane')] == ['crane (wading bird)', 'crane (lifting device)']
+
+
+def test_subsets_are_those_of_their_authors():
+  ids = list(imagenet_names())
+  for name, labels in json.loads((DATA / 'imagenet_subsets.json').read_text()).items():
+    assert [ids.index(synset) for synset in imagenet_subset(name)] == labels
+    assert len(labels) == 200
 
 
 def test_ids_become_words_and_other_names_stay():

@@ -1,6 +1,7 @@
 """Preparing datasets: small tars in ImageNet's layout through the real builder, and everything that goes wrong."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 import shlex
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from unittest import mock
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import checksums
 
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import prepare as prepare_module
@@ -348,3 +351,21 @@ def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
   assert fetching.startswith('fetching https://www.cs.toronto.edu/')
   assert error.startswith(f'error: cannot write {tmp_path}/cifar10/')
   assert 'timed out' in error
+
+
+def test_reassessed_labels_are_prepared_and_read(tars, tmp_path):
+  """tfds takes real.json from the folder of the tars, where it stands in for the download of that name."""
+  folder = tmp_path / 'tars'
+  folder.mkdir()
+  shutil.copy(tars[0] / 'ILSVRC2012_img_val.tar', folder)
+  labels = [[], [970, 795], [230, 231], [809], *([[number]] for number in range(6))]
+  (folder / 'real.json').write_text(json.dumps(labels))
+  builder = tfds.builder('imagenet2012_real', data_dir=tmp_path / 'data')
+  ((url, info),) = builder.url_infos.items()
+  assert info.filename == 'real.json'
+  with mock.patch.object(type(builder), 'url_infos', {url: checksums.compute_url_info(folder / 'real.json')}):
+    prepare('imagenet2012_real', str(tmp_path / 'data'), str(folder))
+  source = open_tfds('imagenet2012_real', 'validation', str(tmp_path / 'data'))
+  found = {record.id: [label for label in record.label if label >= 0] for record in source}
+  assert found == {f'ILSVRC2012_val_{number + 1:08d}.JPEG': each for number, each in enumerate(labels)}
+  assert {record.id: record.image for record in source} == {name: tars[1][name] for name in found}

@@ -21,6 +21,7 @@ MAY_IMPORT['recipe'] = {'errors', 'models', 'data', 'conversion', 'processes'}
 MAY_IMPORT['workdir'] = {'recipe', 'console'} | MAY_IMPORT['recipe']
 MAY_IMPORT['training'] = {'workdir'} | MAY_IMPORT['workdir']
 TOOLS = {
+  'evaluate',
   'predict',
   'visualize',
   'export',

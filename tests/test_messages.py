@@ -13,12 +13,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 't2t_vit_jax'
 TRAIN, CONVERT, PREPARE = ROOT / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'data' / 'prepare.py'
 SHRINK = PACKAGE / 'data' / 'shrink.py'
+EVALUATE = PACKAGE / 'evaluate' / '__main__.py'
 TOOLS = [PACKAGE / f'{name}.py' for name in ('export', 'plan', 'predict', 'visualize', 'weights')]
 # The tools whose users see what a part of the package says, where that part is no tool itself. `load_as_configured` and
 # `load_pretrained` put their own names in place of the converter's flags.
 SHOWN_BY = {
-  'conversion/files.py': [CONVERT, *(tool for tool in TOOLS if tool.stem not in ('plan', 'weights'))],
+  'conversion/files.py': [CONVERT, EVALUATE, *(tool for tool in TOOLS if tool.stem not in ('plan', 'weights'))],
   'conversion': [CONVERT],
+  'evaluate': [EVALUATE],
   'data/sources.py': [PREPARE],  # in the commands that it names
   '': [TRAIN],
 }
@@ -73,7 +75,7 @@ def tools_of(path, text):
     return [module / '__main__.py' if module.is_dir() else module.with_suffix('.py')]
   if 'python train.py' in text:
     return [TRAIN]
-  if path in (TRAIN, CONVERT, PREPARE, SHRINK, *TOOLS):
+  if path in (TRAIN, CONVERT, PREPARE, SHRINK, EVALUATE, *TOOLS):
     return [path]
   inside = path.relative_to(PACKAGE).as_posix()
   return next(tools for prefix, tools in SHOWN_BY.items() if inside.startswith(prefix))

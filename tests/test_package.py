@@ -80,7 +80,8 @@ def test_what_is_released(built):
     names = wheel.namelist()
     assert f'\nVersion: {version}\n' in wheel.read(f't2t_vit_jax-{version}.dist-info/METADATA').decode()
   assert {name.split('/')[0] for name in names} == {'t2t_vit_jax', f't2t_vit_jax-{version}.dist-info'}
-  assert 't2t_vit_jax/py.typed' in names
+  data = {f't2t_vit_jax/data/{name}.tsv' for name in ('imagenet_names', 'imagenet_subsets')}
+  assert {'t2t_vit_jax/py.typed', 't2t_vit_jax/evaluate/report.css', *data} <= set(names)
   with tarfile.open(built / f't2t_vit_jax-{version}.tar.gz') as sdist:
     files = {name.split('/', 1)[1] for name in sdist.getnames()}
   assert {'train.py', 'configs/default.py', 'docs/training.md', 'LICENSE', 'CHANGELOG.md'} <= files

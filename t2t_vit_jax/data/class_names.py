@@ -19,6 +19,17 @@ def imagenet_names() -> dict[str, str]:
   return {synset: name for synset, name in rows}  # noqa: C416 (dict() would take rows of any length for pairs)
 
 
+@functools.cache
+def imagenet_subset(name: str) -> tuple[str, ...]:
+  """Ids of the 200 classes of ImageNet-A ('a') or ImageNet-R ('r'), in the label order of ImageNet-1k.
+
+  `imagenet_subsets.tsv` has their source.
+  """
+  text = (resources.files('t2t_vit_jax.data') / 'imagenet_subsets.tsv').read_text(encoding='utf-8')
+  rows = (line.split('\t') for line in text.splitlines() if not line.startswith('#'))
+  return tuple(synset for synset, subsets in rows if name in subsets.split())
+
+
 def readable_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
   """One readable name for each class.
 

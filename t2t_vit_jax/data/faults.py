@@ -5,8 +5,8 @@ from collections.abc import Callable, Generator, Iterable
 import numpy as np
 
 from t2t_vit_jax.data.decoding import BadImage, Remark
-from t2t_vit_jax.data.loader import UNREADABLE, Batch
-from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.data.loader import Batch
+from t2t_vit_jax.data.sources import NO_LABEL, Source
 from t2t_vit_jax.errors import DataError
 
 MAX_NAMED = 20  # images; further ones are only counted
@@ -83,15 +83,19 @@ class Faults:
     for batch in batches:
       self._remarks.note(self._source, batch, self._warn)
       indices, bad, _ = batch.pop('index'), batch.pop('bad'), batch.pop('remarks')
-      self._check_labels(batch['label'], indices)
+      self._check_labels(batch['label'], indices, bad)
       for index in indices[bad].tolist():
         self._count_unreadable(index)
       yield batch
 
-  def _check_labels(self, labels: np.ndarray, indices: np.ndarray) -> None:
-    wrong = (labels >= len(self._source.class_names)) | ((labels < 0) & (labels != UNREADABLE))
+  def _check_labels(self, labels: np.ndarray, indices: np.ndarray, bad: np.ndarray) -> None:
+    labels = np.where(bad, 0, labels.T).T  # (B,) or (B, K)
+    wrong = (labels >= len(self._source.class_names)) | ((labels < 0) & ((labels != NO_LABEL) | (labels.ndim == 1)))
     if wrong.any():
-      label, example = labels[wrong][0], self._source[int(indices[wrong][0])].id
+      row = int(np.nonzero(wrong)[0][0])
+      label, example = labels[wrong][0], self._source[int(indices[row])].id
+      if label < 0:
+        raise DataError(f'{example} has no label ({label}), so {self._source.description} cannot be used')
       raise DataError(
         f'{example} has label {label}, but {self._source.description} has {len(self._source.class_names)} classes, '
         'numbered from 0: prepare the dataset again'

@@ -31,7 +31,8 @@ from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, pixels_of
 from t2t_vit_jax.errors import DataError, UserError, show_warnings_as_lines
 
-# image: uint8 (H, W, C); label: int32; mask: float32, 0 for padding; index: int64, number of the record;
+# image: uint8 (H, W, C); label: int32, or (K,) if the source has K labels for an image; mask: float32, 0 for padding;
+# index: int64, number of the record;
 # bad: bool, whether that record could not be read; remarks: uint8, see `Remark`. `faults.Faults` takes out three:
 # index, bad and remarks.
 Example = dict[str, Any]
@@ -133,13 +134,16 @@ class _EvalExample(grain.transforms.Map):
   def map(self, element: int) -> Example:
     index = self.share.global_position(element)
     if index >= len(self.source):
-      return _example(self._black, 0, index, mask=0)
+      return _example(self._black, self._labels(0), index, mask=0)
     try:
       record = self.source[index]
       file = self.source.image_of(record)
       return _example(self.transform(file.decode()), record.label, index, remarks=file.remarks)
     except BadImage:
-      return _example(self._black, UNREADABLE, index, bad=True)
+      return _example(self._black, self._labels(UNREADABLE), index, bad=True)
+
+  def _labels(self, label: int) -> int | tuple[int, ...]:
+    return label if self.source.num_labels == 1 else (label,) * self.source.num_labels
 
   @functools.cached_property
   def _black(self) -> Image.Image:
@@ -147,11 +151,17 @@ class _EvalExample(grain.transforms.Map):
 
 
 def _example(
-  image: Image.Image, label: int, index: int, *, mask: int = 1, bad: bool = False, remarks: Remark = Remark.NONE
+  image: Image.Image,
+  label: int | tuple[int, ...],
+  index: int,
+  *,
+  mask: int = 1,
+  bad: bool = False,
+  remarks: Remark = Remark.NONE,
 ) -> Example:
   return {
     'image': pixels_of(image),
-    'label': np.int32(label),
+    'label': np.array(label, np.int32),
     'mask': np.float32(mask),
     'index': np.int64(index),
     'bad': np.bool_(bad),

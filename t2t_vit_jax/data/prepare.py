@@ -34,6 +34,7 @@ PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
 # Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
 IMAGENET_TARS = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}
+CORRUPTIONS_NEED = ('cv2', 'skimage', 'scipy')  # libraries of tfds's builder, which it imports when it is too late
 IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 
 
@@ -71,6 +72,11 @@ def prepare(
       _require_space(target, [*tars, *tars[0].parent.glob('ILSVRC2012_img_test.tar')])
     if not isinstance(builder, Digits):
       _require_tensorflow()
+    if builder.name == 'imagenet2012_corrupted' and not all(map(importlib.util.find_spec, CORRUPTIONS_NEED)):
+      raise UserError(
+        'this step needs OpenCV, scikit-image and SciPy: pip install opencv-python-headless scikit-image scipy; the '
+        'published archives of ImageNet-C need no preparation, see docs/evaluate.md'
+      )
     with _writing(target), _impatient_downloads():
       builder.download_and_prepare(
         file_format=ARRAY_RECORD, download_config=tfds.download.DownloadConfig(manual_dir=manual_path)

@@ -65,6 +65,7 @@ class Shrinker:
     try:
       record = self.source[index]
       name = record.id
+      assert isinstance(record.label, int)  # `shrink` refuses others
       image = self.source.image_of(record)
       target = self.folder / folder_name(self.source.class_names[record.label]) / f'{index:08d}.jpg'
       if target.exists():
@@ -125,6 +126,8 @@ def shrink(shrinker: Shrinker) -> Iterator[Copy]:
     UserError: the folder cannot be written, two classes would share a folder, or a process died.
   """
   source, folder = shrinker.source, shrinker.folder
+  if source.num_labels > 1:
+    raise UserError(f'{source.description} has several labels for an image, so no folder is the one for it')
   names = {folder_name(name) for name in source.class_names}
   if len(names) < len(source.class_names):
     raise UserError(f'{source.description}: several classes would share a folder, since / is written as _')

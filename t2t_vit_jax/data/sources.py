@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import filecmp
 import hashlib
@@ -10,22 +11,27 @@ from pathlib import Path
 import re
 import shlex
 import stat
+import sys
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from t2t_vit_jax.data.class_names import comparable, labels_by_name
+from t2t_vit_jax.data.class_names import comparable, imagenet_names, labels_by_name
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, writing_problem
+from t2t_vit_jax.errors import DataError, UserError, did_you_mean, first_line, printable, writing_problem
 
 # What counts as an image in a folder, by its name: torchvision's list, and what else Pillow can read here.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
 IMAGE_SUFFIXES |= {'.avif', '.gif', '.jfif', '.jp2', '.jpe'} & Image.registered_extensions().keys()
 # Folders that systems and programs leave in others, beside those whose name begins with a dot.
 NO_DATA = frozenset(['@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'])
+LABEL_FEATURES = {'imagenet2012_real': 'real_label'}  # of tfds datasets whose label is not called so
+MAX_LABELS = 32  # of an image, where any of several is right
+NO_LABEL = -2  # fills up the labels of an image that has fewer
+NO_CLASS = -3  # for a label that is greater than its dataset's number of classes
 MAX_COMPARED = 20_000  # images of a folder that are searched for copies
 # Names that the folder of a split may have.
 SPLIT_FOLDERS = {'validation': ('validation', 'val', 'valid')}
@@ -35,7 +41,7 @@ class Record(NamedTuple):
   """One example as it is stored."""
 
   image: bytes  # an encoded image file
-  label: int
+  label: int | tuple[int, ...]  # several, of which any is right, in a source with `num_labels` > 1
   id: str  # name of the example in messages, the same in every run
 
 
@@ -46,6 +52,10 @@ class Records(Protocol):
 
   def __getitem__(self, index: int) -> Record: ...
 
+  def fingerprint(self) -> str:
+    """Checksum of names, labels, sizes and times of the files. Images are not read; see `Source.fingerprint`."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -55,6 +65,7 @@ class Source:
     records: the examples.
     class_names: one per label.
     description: what it is and where, for messages.
+    num_labels: number of labels of a record, which is filled up with `NO_LABEL`; 1 for a single label, a number.
     part: description of the part of a folder's images, if a share is held out.
     upright: whether images are turned as their EXIF data says.
     notes: lines for the user about what was left out, or looks wrong.
@@ -63,6 +74,7 @@ class Source:
   records: Records
   class_names: tuple[str, ...]
   description: str
+  num_labels: int = 1
   part: str = ''
   upright: bool = False
   notes: tuple[str, ...] = ()
@@ -95,6 +107,31 @@ class Source:
       return self
     return dataclasses.replace(self, records=_Relabelled(self.records, tuple(labels)), class_names=tuple(class_names))
 
+  def for_model(self, class_names: Sequence[str] | None, num_classes: int) -> 'Source':
+    """The same examples with the labels of a model's classes.
+
+    Args:
+      class_names: of the model; None if nobody knows them, as of published weights. With 1,000 classes they are then
+        ImageNet's, if the examples' are of ImageNet, and classes named 0, 1, 2 ... are numbers. Others are taken in
+        their order, which `notes` say.
+      num_classes: of the model.
+
+    Raises:
+      UserError: the model does not know one of the classes, or has another number of classes.
+    """
+    synsets, own = tuple(imagenet_names()), comparable(self.class_names)
+    if class_names is None and num_classes == len(synsets) and set(comparable(synsets)) >= set(own):
+      class_names = synsets
+    elif class_names is None and set(self.class_names) == set(map(str, range(num_classes))):
+      class_names = tuple(map(str, range(num_classes)))  # folders of labels are in the order of text, 0, 1, 10, ...
+    if class_names is not None:
+      return self.with_classes(class_names)
+    if num_classes != len(self.class_names):
+      raise UserError(f'the model has {num_classes} classes, but {self.description} has {len(self.class_names)}')
+    order = ', '.join(map(printable, self.class_names[:3]))
+    note = f'the weights have no class names: those of {self.description} are taken in their order, {order} ...'
+    return dataclasses.replace(self, notes=(*self.notes, note))
+
   def image_of(self, record: Record) -> EncodedImage:
     """Opens the image file of a record.
 
@@ -103,6 +140,14 @@ class Source:
     """
     return EncodedImage(record.image, upright=self.upright)
 
+  def fingerprint(self) -> str:
+    """Checksum that changes when the split does: its files, labels, classes, or how its images are turned.
+
+    A file counts as changed if its name, size or time of change differs; its content is not read. The folder that
+    holds the data does not count, so a copy that keeps the files' times has the same fingerprint.
+    """
+    return checksum([(self.records.fingerprint(), self.class_names, self.upright)])
+
 
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
@@ -110,16 +155,34 @@ class _TfdsRecords:
 
   examples: Any
   name: str  # dataset/split
+  label: str  # name of the feature
+  parts: tuple[Any, ...]  # of the files: tfds's `FileInstruction`s
 
   def __len__(self) -> int:
     return len(self.examples)
 
   def __getitem__(self, index: int) -> Record:
     example = self.examples[index]
-    file_name = example.get('file_name')
-    return Record(
-      example['image'], int(example['label']), f'{self.name}#{index}' if file_name is None else file_name.decode()
-    )
+    name = f'{self.name}#{index}' if 'file_name' not in example else example['file_name'].decode()
+    label = example[self.label]
+    return Record(example['image'], int(label) if np.ndim(label) == 0 else several_labels(label, name), name)
+
+  def fingerprint(self) -> str:
+    """See `Records`. Of each file, the range of its examples counts too."""
+    files = ((part, Path(part.filename)) for part in self.parts)
+    return checksum((file.name, *_size_and_time(file), part.skip, part.take) for part, file in files)
+
+
+def several_labels(labels: Iterable[int], name: str) -> tuple[int, ...]:
+  """The labels of an image of which any is right, filled up to `MAX_LABELS` with `NO_LABEL`.
+
+  Raises:
+    DataError: there are more.
+  """
+  found = tuple(map(int, labels))
+  if len(found) > MAX_LABELS:
+    raise DataError(f'{name} has {len(found)} labels: no more than {MAX_LABELS} can be read')
+  return found + (NO_LABEL,) * (MAX_LABELS - len(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +198,11 @@ class _FolderRecords:
 
   def __getitem__(self, index: int) -> Record:
     return Record(self.path(index).read_bytes(), int(self.labels[index]), os.fsdecode(self.names[index]))
+
+  def fingerprint(self) -> str:
+    """See `Records`."""
+    files = zip(self.names.tolist(), self.labels.tolist(), map(self.path, range(len(self))), strict=True)
+    return checksum((name, label, *_size_and_time(path)) for name, label, path in files)
 
   def path(self, index: int) -> Path:
     """The file of an image."""
@@ -165,9 +233,36 @@ class _Relabelled:
 
   def __getitem__(self, index: int) -> Record:
     record = self.records[index]
-    if not 0 <= record.label < len(self.labels):
-      return record._replace(label=-2)  # no class: it is refused later
-    return record._replace(label=self.labels[record.label])
+    if isinstance(record.label, tuple):
+      return record._replace(label=tuple(map(self._own, record.label)))
+    return record._replace(label=self._own(record.label))
+
+  def _own(self, label: int) -> int:
+    """The label in place of a dataset's; one that belongs to no class is refused later."""
+    if label < 0:
+      return label
+    return self.labels[label] if label < len(self.labels) else NO_CLASS
+
+  def fingerprint(self) -> str:
+    """See `Records`."""
+    return checksum([(self.records.fingerprint(), self.labels)])
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+  """Bytes of a file, and when it changed, in ns; (-1, -1) if it is not there."""
+  try:
+    status = path.stat()
+  except OSError:  # whoever reads the image will name it
+    return -1, -1
+  return status.st_size, status.st_mtime_ns
+
+
+def checksum(rows: Iterable[tuple[Any, ...]]) -> str:
+  """Checksum of numbers, strings and bytes."""
+  digest = hashlib.sha256()
+  for row in rows:
+    digest.update(repr(row).encode() + b'\n')
+  return digest.hexdigest()[:16]
 
 
 def open_folder(path: str | os.PathLike[str], split: str, class_names: tuple[str, ...] | None = None) -> Source:
@@ -227,6 +322,15 @@ def open_divided_folder(
     _select(whole, ~held_out, f'all but the held-out {eval_fraction:.0%} of each class'),
     _select(whole, held_out, f'{eval_fraction:.0%} of each class, held out'),
   )
+
+
+def open_classes(folder: Path) -> Source:
+  """Opens the images of `folder/<class>/...`; its class folders give the labels, see `open_folder`.
+
+  Raises:
+    UserError: it has no class folders, or a class has no image.
+  """
+  return _open_classes(folder, None)
 
 
 def _select(source: Source, chosen: np.ndarray, part: str) -> Source:
@@ -448,7 +552,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
   command = prepare_command(name, builder.data_dir_root)
   if not builder.info.splits:
     raise UserError(f'{name} is not prepared, {builder.data_path} has no data; prepare it with: {command}')
-  features = image_and_label(builder)
+  class_names, num_labels = image_and_label(builder)
   try:
     records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
@@ -459,14 +563,18 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
     raise UserError(f'{name} has no split {split!r}: {did_you_mean(split, builder.info.splits)}') from error
   if not len(records):
     raise UserError(f'split {split!r} of {name} is empty')
-  files = [os.fspath(part.filename) for part in builder.info.splits[split].file_instructions]
+  parts = tuple(builder.info.splits[split].file_instructions)
+  files = [os.fspath(part.filename) for part in parts]
   if missing := [file for file in files if not os.path.isfile(file)]:  # else each of their images would be a bad one
     raise UserError(
       f'{len(missing):,} of {len(files):,} files of {name} are missing, such as {missing[0]}: copy them again, or '
       f'prepare it anew with: {command}'
     )
   return Source(
-    _TfdsRecords(records, f'{name}/{split}'), tuple(features['label'].names), f'{name} {split} ({builder.data_path})'
+    _TfdsRecords(records, f'{name}/{split}', label_feature(builder), parts),
+    class_names,
+    f'{name} {split} ({builder.data_path})',
+    num_labels,
   )
 
 
@@ -496,7 +604,8 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
 def _prepare_digits(builder: Digits) -> Digits:
   tfds.disable_progress_bar()  # four bars for half a second's work
   try:
-    builder.download_and_prepare()  # returns at once where the files exist
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+      builder.download_and_prepare()  # returns at once where the files exist
     return builder
   except FileExistsError:  # another process was faster
     return Digits(data_dir=builder.data_dir_root, file_format='array_record')
@@ -521,18 +630,24 @@ def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
   )
 
 
-def image_and_label(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
-  """The features of a dataset, which must have an image and a class.
+def label_feature(builder: tfds.core.DatasetBuilder) -> str:
+  """Name of the feature of a dataset that is the label."""
+  return LABEL_FEATURES.get(builder.name, 'label')
+
+
+def image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[tuple[str, ...], int]:
+  """Names of the classes of a dataset, and the number of labels of an image: 1, or `MAX_LABELS` for a sequence.
 
   Raises:
-    UserError: the dataset has no such features.
+    UserError: the dataset lacks the features `image` and `label`.
   """
-  features = dict(builder.info.features or {})
-  if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(
-    features.get('label'), tfds.features.ClassLabel
-  ):
-    raise UserError(f'{builder.name} is no image-classification dataset: it lacks the features image and label')
-  return features
+  features, label = dict(builder.info.features or {}), label_feature(builder)
+  classes, num_labels = features.get(label), 1
+  if isinstance(classes, tfds.features.Sequence):
+    classes, num_labels = classes.feature, MAX_LABELS
+  if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(classes, tfds.features.ClassLabel):
+    raise UserError(f'{builder.name} is no image-classification dataset: it lacks the features image and {label}')
+  return tuple(classes.names), num_labels
 
 
 def local_folder(folder: str) -> str:

@@ -45,7 +45,7 @@ class Recipe:
   abstract_state: TrainState  # shapes, dtypes and shardings
   make_state: Callable[..., TrainState]  # (rng, variables=None) -> state, random without variables
   train_step: jax.stages.Wrapped  # (state, batch, rng) -> (state, metrics), see `steps.make_train_step`
-  eval_step: jax.stages.Wrapped  # (variables, batch) -> sums, see `steps.make_eval_step`
+  eval_step: jax.stages.Wrapped  # (variables, batch) -> outcome of each image, see `steps.make_eval_step`
 
   @property
   def num_parameters(self) -> int:
@@ -203,7 +203,7 @@ def fitting_batch_size(data: Any, mesh: Mesh, num_train_images: int) -> int:
 def make_eval_step(config: Any, mesh: Mesh, model: T2TViT) -> jax.stages.Wrapped:
   """The jitted `steps.make_eval_step` for images that are normalised as `config.data` says."""
   step = steps.make_eval_step(model, normalization=normalization(config))
-  return jax.jit(step, out_shardings=sharding.replicated(mesh))
+  return jax.jit(step, out_shardings=sharding.over_batch(mesh))
 
 
 def eval_batch_size(config: Any, mesh: Mesh) -> int:

@@ -132,10 +132,12 @@ def _build(config: Any, processes_here: int) -> Run:
   class_names = train_source.class_names
   if len(class_names) < 2:
     raise UserError(f'{train_source.description} has only one class, {class_names[0]!r}: a folder for each is expected')
+  if train_source.num_labels > 1:
+    raise UserError(f'{train_source.description} has several labels for an image: it is for evaluation alone')
   recipe = build_recipe(
     config, mesh, num_classes=len(class_names), num_train_images=len(train_source), class_names=class_names
   )
-  workers, note = choose_workers(config, recipe.order.batch_size // jax.process_count(), processes_here)
+  workers, note = choose_workers(config.data, recipe.order.batch_size // jax.process_count(), processes_here)
   return Run(
     recipe=recipe,
     train_source=train_source,
@@ -179,15 +181,14 @@ def _share(batch_size: int) -> loader.Share:
   return loader.Share(batch_size, jax.process_index(), jax.process_count())
 
 
-def choose_workers(config: Any, local_batch_size: int, processes_here: int) -> tuple[loader.Workers, str]:
-  """Data workers as `config.data` says, or by processors and memory; and a phrase about their number.
+def choose_workers(data: Any, local_batch_size: int, processes_here: int) -> tuple[loader.Workers, str]:
+  """Data workers as `data.num_workers` says, or by processors and memory; and a phrase about their number.
 
   Args:
-    config: of the run.
+    data: fields `num_workers`, `num_threads` and `image_size`, as `config.data` has them.
     local_batch_size: images of a batch in this process.
     processes_here: number of processes of the run on this host.
   """
-  data = config.data
   if data.num_workers is not None:
     return loader.Workers(data.num_workers, data.num_threads), 'as data.num_workers says'
 

@@ -15,7 +15,7 @@ from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.conversion.pretrained import MODEL, is_name
 from t2t_vit_jax.conversion.weight_format import Weights
 from t2t_vit_jax.data import pipeline
-from t2t_vit_jax.data.class_names import comparable, imagenet_names
+from t2t_vit_jax.data.class_names import comparable
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.processes import check_agreement, in_all_processes, processes_on_this_host
@@ -77,7 +77,7 @@ def evaluate_only(config: Any, source: str | os.PathLike[str]) -> dict[str, Accu
     if differences:
       warn(f'images are prepared otherwise than those of {path}: {"; ".join(differences)}')
   local_batch_size = eval_batch_size(config, mesh) // jax.process_count()
-  workers, _ = choose_workers(config, local_batch_size, processes_on_this_host())
+  workers, _ = choose_workers(config.data, local_batch_size, processes_on_this_host())
   return make_evaluator(config, mesh, model, eval_step, images, workers)(weights, warn)
 
 
@@ -101,18 +101,12 @@ def _open_source(config: Any, num_classes: int, class_names: Sequence[str] | Non
   Raises:
     UserError: the data is missing, has a class that the weights don't know, or lacks one.
   """
-  source, synsets = pipeline.open_eval_source(config.data), imagenet_names()
-  if class_names is None and num_classes == len(synsets) and synsets.keys() >= set(source.class_names):
-    class_names = tuple(synsets)  # published weights have no names
-  elif class_names is None and set(source.class_names) == set(map(str, range(num_classes))):
-    class_names = tuple(map(str, range(num_classes)))  # folders of labels are in the order of text, 0, 1, 10, ...
-  if class_names is None:
-    return source
-  labelled = source.with_classes(class_names)
-  num_missing = len(class_names) - len(set(comparable(source.class_names)))
+  source = pipeline.open_eval_source(config.data)
+  labelled = source.for_model(class_names, num_classes)
+  num_missing = num_classes - len(set(comparable(source.class_names)))
   if not config.data.allow_missing_classes and num_missing:
     raise UserError(
-      f'{source.description} lacks {num_missing} of the {len(class_names)} classes of the weights; to evaluate those '
+      f'{source.description} lacks {num_missing} of the {num_classes} classes of the weights; to evaluate those '
       'that it has: --config.data.allow_missing_classes=True'
     )
   return labelled

@@ -1,0 +1,306 @@
+"""Evaluates weights on ImageNet, its relatives and others: python -m t2t_vit_jax.evaluate WEIGHTS ... --sets=val,real,a
+
+docs/evaluate.md describes the sets and what it prints.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from pathlib import Path
+import sys
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from t2t_vit_jax import processes
+from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.console import note, say, warn
+from t2t_vit_jax.conversion import files, parse_image_size, pretrained
+from t2t_vit_jax.data.decoding import ORIENTATIONS
+from t2t_vit_jax.data.sources import Source
+from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Pair, Row, Runner, fit, open_candidate
+from t2t_vit_jax.evaluate.probe import Prober
+from t2t_vit_jax.evaluate.probe import render as render_probe
+from t2t_vit_jax.evaluate.report import ENDINGS as PAGES
+from t2t_vit_jax.evaluate.report import Section, write_report
+from t2t_vit_jax.evaluate.results import Results, read_results, render
+from t2t_vit_jax.evaluate.sets import (
+  NAMES,
+  ImageSet,
+  expand,
+  open_folder_set,
+  open_folder_splits,
+  open_set,
+  open_splits,
+)
+from t2t_vit_jax.evaluate.tables import ENDINGS
+from t2t_vit_jax.predict import explaining_memory, positive
+from t2t_vit_jax.recipe.build import DTYPES
+from t2t_vit_jax.recipe.sharding import make_mesh
+
+TIMEOUT_S = 300  # for processes that meet
+
+
+def open_sets(arguments: argparse.Namespace) -> list[ImageSet]:
+  """The sets that the command line names.
+
+  Raises:
+    UserError: there are none, or the images of some are missing.
+  """
+  names = expand(name for text in arguments.sets for name in text.split(',') if name)
+  sets, problems = [], []
+  for name in names:
+    try:
+      sets.append(open_set(name, arguments.data_dir, arguments.orientation))
+    except UserError as error:
+      problems.append((name, error))
+  if problems:
+    others = list(dict.fromkeys(name.partition('/')[0] for name, _ in problems))[1:]
+    raise UserError(f'{problems[0][1]}' + (f' (nor can be opened: {", ".join(others)})' if others else ''))
+  sets += [open_folder_set(folder, arguments.orientation) for folder in arguments.folder]
+  if not sets:
+    raise UserError(f'which images? Give --sets={",".join(NAMES)}, some of these or a dataset of tfds, or --folder=DIR')
+  return sets
+
+
+def open_candidates(names: Sequence[str], options: Options) -> list[Candidate]:
+  """Reads all weights."""
+  return [open_candidate(name, options.image_size) for name in names]
+
+
+def pair_up(names: Sequence[str], sets: Sequence[ImageSet], options: Options) -> list[Pair]:
+  """All weights with all sets, checked before anything is computed.
+
+  Raises:
+    UserError: weights can't be read, or don't fit a set.
+  """
+  candidates = open_candidates(names, options)
+  return [fit(candidate, image_set, options) for candidate in candidates for image_set in sets]
+
+
+def evaluate(pairs: Sequence[Pair], options: Options, known: Results, *, anew: bool = False) -> list[Row]:
+  """A row for each pair: those that `known` has, and the others evaluated and added to it.
+
+  Args:
+    pairs: of weights and sets, those of the same weights one after the other.
+    options: of all.
+    known: results of earlier calls.
+    anew: whether pairs that it has are evaluated again.
+
+  Raises:
+    UserError: one cannot be evaluated; what is done so far is kept.
+  """
+  mesh, processes_here = _mesh(), processes.processes_on_this_host()
+  rows: list[Row] = []
+  runner: tuple[Candidate, Runner] | None = None
+  for pair in pairs:
+    row = None if anew else known.find(pair.identity)
+    if row is None:
+      if runner is None or runner[0] is not pair.candidate:
+        runner = pair.candidate, Runner(pair.candidate, options, mesh, processes_here)
+      title = f'{pair.candidate.name} {pair.image_set.name}'
+      with explaining_memory(options.batch_size), show_bar(title, len(pair.source)) as progress:
+        row = runner[1](pair, warn, progress)
+      if jax.process_index() == 0:
+        known.add(row)
+        note(f'{row["weights"]} on {row["set"]}: top-1 {100 * row["top1"]:.2f} %, top-5 {100 * row["top5"]:.2f} %')
+    rows.append({**row, 'weights': pair.candidate.name})
+  return rows
+
+
+@contextlib.contextmanager
+def show_bar(title: str, num_images: int) -> Iterator[Callable[[int], object]]:
+  """A bar on a terminal; in the context is the function that moves it."""
+  hidden = jax.process_index() > 0 or not sys.stderr.isatty()
+  with tqdm(desc=title, total=num_images, unit='image', disable=hidden, dynamic_ncols=True) as bar:
+    yield bar.update
+
+
+def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
+  """Results of all methods that probe features, for all weights on all datasets.
+
+  Raises:
+    UserError: weights can't be read, or a dataset lacks images for training.
+  """
+
+  def prepare() -> tuple[list[Candidate], list[tuple[Source, ImageSet]]]:
+    names = expand(name for text in arguments.sets for name in text.split(',') if name)
+    splits = [open_splits(name, arguments.data_dir, arguments.orientation) for name in names]
+    splits += [open_folder_splits(folder, arguments.orientation) for folder in arguments.folder]
+    if not splits:
+      raise UserError('which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation')
+    return open_candidates(arguments.weights, options), splits
+
+  candidates, splits = processes.in_all_processes(prepare)
+  mesh, processes_here = _mesh(), processes.processes_on_this_host()
+  return [
+    row
+    for candidate in candidates
+    for train, test in splits
+    for row in Prober(candidate, options, mesh, processes_here, show_bar)(train, test)
+  ]
+
+
+def _mesh() -> Mesh:
+  return make_mesh(ConfigDict({'data': -1, 'fsdp': 1}))
+
+
+def sections(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Section]:
+  """What the report shows of each pair."""
+  return [
+    Section(
+      weights=row['weights'],
+      dataset=f'{row["set"]} ({row["version"]})',
+      facts={
+        'top-1': f'{100 * row["top1"]:.2f} %',
+        'top-5': f'{100 * row["top5"]:.2f} %',
+        'images': f'{row["count"]:,}',
+        'scored classes': f'{row["scored_classes"]:,}',
+      },
+      class_names=pair.candidate.class_names,
+      summary=row['reliability'],
+      picture=pair.image_set.picture,
+    )
+    for pair, row in zip(pairs, rows, strict=True)
+  ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
+  processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, TIMEOUT_S)
+  form = arguments.form or ENDINGS.get(arguments.output.suffix if arguments.output else '', 'text')
+  options = Options(
+    image_size=None if arguments.image_size is None else parse_image_size(arguments.image_size),
+    dtype=arguments.dtype,
+    batch_size=arguments.batch_size,
+    all_classes=arguments.all_classes,
+    allow_missing_classes=arguments.allow_missing_classes,
+    num_workers=arguments.num_workers,
+  )
+  processes.in_all_processes(lambda: None if jax.process_index() else _check_outputs(arguments))
+  if arguments.probe:
+    rows = probe(arguments, options)
+    text = render_probe(rows, form)
+  else:
+    rows = accuracies(arguments, options)
+    text = render(rows, form)
+  if jax.process_index() == 0:
+    _write(text, arguments.output)
+  return 0
+
+
+def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
+  """A row for all weights on all sets, evaluated or taken from the results; draws the report."""
+
+  def prepare() -> tuple[list[Pair], str]:
+    pairs = pair_up(arguments.weights, open_sets(arguments), options)
+    return pairs, read_results(arguments.results) if jax.process_index() == 0 else ''
+
+  pairs, text = processes.in_all_processes(prepare)
+  known = Results(arguments.results, processes.gather_texts(text)[0])  # all processes go by the first one's file
+  for line in dict.fromkeys(line for pair in pairs for line in pair.source.notes):
+    warn(line)
+  _say_what_is_known(pairs, known, arguments)
+  try:
+    rows = evaluate(pairs, options, known, anew=arguments.force)
+  except KeyboardInterrupt:
+    note(f'results so far are in {arguments.results}; the same command goes on')
+    raise
+  if jax.process_index() == 0 and arguments.report:
+    write_report(arguments.report, sections(pairs, rows), 'Evaluation')
+    note(f'wrote {arguments.report}')
+  return rows
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+  """Raises UserError if a file cannot be written, or has an unknown ending: before the work, not after it."""
+  for path in filter(None, (arguments.output, arguments.report)):
+    files.check_output(path, force=arguments.force)
+  if arguments.report and arguments.probe:
+    raise UserError('--report is about the accuracy of classifiers: leave out --probe')
+  files.check_output(arguments.results, force=True)
+  if arguments.report and arguments.report.suffix not in PAGES:
+    raise UserError(f'--report {arguments.report}: the name must end with {" or ".join(PAGES)}')
+
+
+def _say_what_is_known(pairs: Sequence[Pair], known: Results, arguments: argparse.Namespace) -> None:
+  if jax.process_index():
+    return
+  count = 0 if arguments.force else sum(known.find(pair.identity) is not None for pair in pairs)
+  if count:
+    note(f'{count} of {len(pairs)} results are those of {arguments.results}; --force evaluates again')
+  elif len(pairs) > 1:
+    note(f'results are kept in {arguments.results} as they come: after a stop, the same command goes on')
+
+
+def _write(text: str, output: Path | None) -> None:
+  if output is None:
+    sys.stdout.write(text)
+    return
+  files.write_file(output, lambda temporary: temporary.write_text(text, 'utf-8', 'backslashreplace', ''))
+  say(f'wrote {output}')
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    prog='python -m t2t_vit_jax.evaluate',
+    description='Evaluates weights on sets of labelled images, and prints one table.',
+    epilog='Exit code: 0; 2 if it failed. Results that were found before are kept.',
+  )
+  parser.add_argument('weights', metavar='WEIGHTS', nargs='+', help=pretrained.HELP)
+  parser.add_argument(
+    '--sets', metavar='NAME,...', action='append', default=[], help=f'{", ".join(NAMES)}, or NAME[:SPLIT] of tfds'
+  )
+  parser.add_argument(
+    '--folder', metavar='DIR', action='append', default=[], help='images as DIR/CLASS/IMAGE, classes of the weights'
+  )
+  parser.add_argument(
+    '--data_dir', metavar='DATA', help='folder of prepared datasets and unpacked archives (default: that of tfds)'
+  )
+  parser.add_argument(
+    '--results', metavar='FILE', type=Path, default=Path('evaluation.jsonl'), help='keeps results (%(default)s)'
+  )
+  parser.add_argument(
+    '--force', action='store_true', help='evaluate again what is in the results, and overwrite outputs'
+  )
+  chosen = parser.add_mutually_exclusive_group()
+  for form in ('json', 'csv', 'markdown'):
+    chosen.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form}')
+  parser.add_argument(
+    '--output', metavar='FILE', type=Path, help='write the table to a file; .json, .csv and .md set its form too'
+  )
+  parser.add_argument('--probe', action='store_true', help='classify by the features, which takes training images too')
+  parser.add_argument(
+    '--report', metavar='FILE', type=Path, help='draw how reliable the models are: an .html or .png file'
+  )
+  parser.add_argument(
+    '--batch_size', metavar='N', type=positive, default=256, help='images computed at a time (default: %(default)s)'
+  )
+  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the computation (default: %(default)s)')
+  parser.add_argument(
+    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: ignored; for --folder: upright)"
+  )
+  parser.add_argument(
+    '--all_classes', action='store_true', help='on sets of fewer classes: choose among all of the weights'
+  )
+  parser.add_argument('--allow_missing_classes', action='store_true', help='take sets that lack some of the classes')
+  parser.add_argument(
+    '--num_workers', metavar='N', type=int, help='processes that read images (default: as many as processors)'
+  )
+  parser.add_argument(
+    '--coordinator', metavar='HOST:PORT', help='of process 0, if JAX does not find the processes by itself'
+  )
+  parser.add_argument('--num_processes', metavar='N', type=int, help='with --coordinator: how many there are')
+  parser.add_argument(
+    '--process_id', metavar='N', type=int, help='with --coordinator: the number of this process, from 0 on'
+  )
+  return run_tool(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,211 @@
+"""The command that evaluates: its table in every form, results that it keeps, and what it refuses."""
+
+import csv
+import io
+import json
+import signal
+import sys
+import time
+
+import pytest
+
+from t2t_vit_jax.evaluate.__main__ import main
+from t2t_vit_jax.evaluate.results import render
+from t2t_vit_jax.evaluate.sets import ALEXNET_ERRORS
+from t2t_vit_jax.training.evaluate_only import evaluate_only
+from tests import golden
+from tests.image_folder import write_image_folder
+from tests.processes import ROOT, finish, process_flags, start_command
+from tests.test_training_evaluate_only import config_of
+
+SPLIT = 'digits:test[:40]'
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  """Two files of weights with ten classes without names: the same architecture, other numbers."""
+  folder = tmp_path_factory.mktemp('weights')
+  return [str(golden.converted(name, folder)) for name in ('performer', 'transformer')]
+
+
+@pytest.fixture
+def command(data_dir, tmp_path, capsys):
+  """Calls the command, whose results are kept in tmp_path; returns exit code, standard output and standard error."""
+
+  def call(*arguments):
+    results = f'--results={tmp_path / "results.jsonl"}'
+    code = main([*map(str, arguments), f'--data_dir={data_dir}', results])
+    return code, *capsys.readouterr()
+
+  return call
+
+
+def test_figures_are_those_of_train_evaluate(weights, command, data_dir):
+  code, output, _ = command(*weights, f'--sets={SPLIT}', '--json', '--batch-size=7')
+  rows = json.loads(output)
+  assert code == 0
+  for row, path in zip(rows, weights, strict=True):
+    changes = {'data.image_size': 64, 'data.crop_fraction': 0.9, 'data.interpolation': 'bicubic'}
+    changes |= {'data.mean': (0.485, 0.456, 0.406), 'data.std': (0.229, 0.224, 0.225)}
+    accuracy = evaluate_only(config_of(data_dir, **changes), path)['weights']
+    assert (row['correct'], row['correct_top5'], row['count']) == (accuracy.correct, accuracy.correct_top5, 40)
+    assert row['loss'] == pytest.approx(accuracy.loss, rel=1e-6)
+    assert row['weights'] == path
+  assert rows[0]['loss'] != pytest.approx(rows[1]['loss'], rel=1e-3)
+
+
+def test_results_are_kept_and_the_rest_is_evaluated(weights, command, tmp_path):
+  file = tmp_path / 'results.jsonl'
+  assert command(weights[0], f'--sets={SPLIT}')[0] == 0
+  (first,) = map(json.loads, file.read_text().splitlines())
+  file.write_text(file.read_text() + '{"weights": "half a li')  # as a killed process leaves it
+  code, output, errors = command(*weights, f'--sets={SPLIT},digits:test[40:60]', '--json')
+  rows = json.loads(output)
+  assert (code, len(rows)) == (0, 4)
+  assert rows[0] == first  # its time too: it was not evaluated again
+  assert '1 of 4 results are those of' in errors
+  lines = file.read_text().splitlines()
+  assert [json.loads(line)['set'] for line in lines if not line.endswith('half a li')] == [row['set'] for row in rows]
+  assert json.loads(command(*weights, f'--sets={SPLIT},digits:test[40:60]', '--json')[1]) == rows
+  # Other settings are another evaluation, and --force makes each again.
+  code, output, errors = command(weights[0], f'--sets={SPLIT}', '--image_size=32', '--json')
+  assert json.loads(output)[0]['image_size'] == 32
+  code, output, _ = command(weights[0], f'--sets={SPLIT}', '--json', '--force')
+  assert json.loads(output)[0]['seconds'] != first['seconds']
+
+
+def test_images_that_changed_are_evaluated_again(weights, command, tmp_path):
+  folder = write_image_folder(tmp_path / 'own', tuple('0123456789'), val=1)
+  classes = [weights[0], f'--folder={folder / "val"}', '--json']
+  before = json.loads(command(*classes)[1])
+  assert json.loads(command(*classes)[1]) == before
+  (folder / 'val' / '3' / '0.JPEG').write_bytes((folder / 'val' / '4' / '0.JPEG').read_bytes())
+  after = json.loads(command(*classes)[1])
+  assert after[0]['loss'] != before[0]['loss']
+
+
+ROW = {
+  'weights': 'a|b.safetensors',
+  'set': 'val',
+  'version': 'imagenet2012/5.1.0 validation',
+  'top1': 0.8149,
+  'top5': 0.95666,
+  'count': 50000,
+  'images_per_second': 1234.5,
+  'parameters': 21465806,
+  'image_size': [384, 192],
+  'unreadable': 2,
+  'left_out': 0,
+  'sha256': '',
+  'model': 't2t_vit_14',
+  'bytes': 1,
+  'dtype': 'float32',
+}
+
+
+def test_tables_for_people_and_programs():
+  corrupted = [
+    {**ROW, 'set': f'c/{name}/{severity}', 'top1': 0.5, 'version': 'imagenet2012_corrupted/x', 'unreadable': 0}
+    for name in ALEXNET_ERRORS
+    for severity in range(1, 6)
+  ]
+  rows = [ROW, *corrupted]
+  text, markdown = render(rows, 'text'), render(rows, 'markdown')
+  assert text.splitlines()[:3] == [
+    'weights          set  top-1 %  top-5 %     images  images/s  parameters       px  data',
+    'a|b.safetensors  val    81.49    95.67     50,000     1,234      21.5 M  384x192  imagenet2012/5.1.0 validation',
+    'a|b.safetensors  c      50.00    95.67  3,750,000     1,234      21.5 M  384x192  '
+    '75 of 75 parts of imagenet2012_corrupted',
+  ]
+  assert 'gaussian_noise           50.00       50.00       50.00       50.00       50.00    56.41\n' in text
+  assert text.splitlines()[-2].endswith('a|b.safetensors on val: 2 images cannot be read; they count as wrong')
+  assert '| a\\|b.safetensors | val | 81.49 | 95.67 | 50,000 | 1,234 | 21.5 M | 384x192 |' in markdown
+  table = list(csv.DictReader(io.StringIO(render(rows, 'csv'))))
+  assert len(table) == 77
+  assert (table[0]['top1'], table[0]['image_size'], table[0]['mean_corruption_error']) == ('0.8149', '384x192', '')
+  expected = sum(0.5 / error for error in ALEXNET_ERRORS.values()) / 15
+  assert float(table[-1]['mean_corruption_error']) == pytest.approx(expected)
+
+
+def test_the_table_goes_to_a_file_whose_ending_is_its_form(weights, command, tmp_path):
+  sets = [weights[0], f'--sets={SPLIT}']
+  for name, start in (('t.md', '| weights |'), ('t.csv', 'weights,set,'), ('t.json', '[\n {'), ('t.txt', 'weights ')):
+    code, output, _ = command(*sets, f'--output={tmp_path / name}')
+    assert (code, output) == (0, f'wrote {tmp_path / name}\n')
+    assert (tmp_path / name).read_text().startswith(start)
+  code, _, errors = command(*sets, f'--output={tmp_path / "t.md"}')
+  assert code == 2
+  assert errors.splitlines()[-1].endswith('t.md: exists already; --force overwrites it')
+
+
+def test_what_cannot_be_evaluated_gets_one_line_before_anything_is_computed(weights, command, tmp_path):
+  (tmp_path / 'notes.txt').write_text('my notes')
+  cat = write_image_folder(tmp_path / 'pets', ('cat', 'dog'), val=1) / 'val'
+  for arguments, message in (
+    ([weights[0]], 'which images? Give --sets=val,'),
+    ([weights[0], '--sets=val'], 'val is not in '),
+    (
+      [weights[0], f'--sets={SPLIT}', f'--folder={cat}'],
+      f'{weights[0]} on {cat}: the model has 10 classes, but {cat} has 2',
+    ),
+    (['nothing.safetensors', f'--sets={SPLIT}'], 'nothing.safetensors: no such file'),
+    ([weights[0], f'--sets={SPLIT}', '--batch_size=0'], 'argument --batch_size: invalid number value'),
+    ([weights[0], f'--sets={SPLIT}', '--report=page.pdf'], '--report page.pdf: the name must end with .html or .png'),
+    ([weights[0], f'--sets={SPLIT}', f'--output={tmp_path / "no" / "t.md"}'], 'its folder does not exist'),
+  ):
+    code, output, errors = command(*arguments)
+    assert (code, output) == (2, ''), arguments
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+  assert not (tmp_path / 'results.jsonl').exists()
+  code = main([weights[0], f'--sets={SPLIT}', f'--results={tmp_path / "notes.txt"}'])
+  assert code == 2
+  assert (tmp_path / 'notes.txt').read_text() == 'my notes'
+
+
+def start(*arguments, **environment):
+  return start_command(sys.executable, '-m', 't2t_vit_jax.evaluate', *arguments, PYTHONPATH=str(ROOT), **environment)
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
+  results = tmp_path / 'results.jsonl'
+  flags = [
+    weights[0],
+    f'--sets={SPLIT},digits:train',
+    f'--data_dir={data_dir}',
+    f'--results={results}',
+    '--batch_size=2',
+  ]
+  process = start(*flags)
+  while not (results.exists() and results.read_text().endswith('\n')):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  ((code, output, errors),) = finish([process])
+  assert (code, output) == (130, '')
+  assert errors.splitlines()[-2:] == [f'results so far are in {results}; the same command goes on', 'interrupted']
+  ((code, output, errors),) = finish([start(*flags, '--json')])
+  assert '1 of 2 results are those of' in errors
+  first, second = json.loads(output)
+  assert (first['count'], second['count']) == (40, 1437)
+  assert first == json.loads(results.read_text().splitlines()[0])
+
+
+@pytest.mark.slow
+def test_devices_and_processes_agree(weights, data_dir, tmp_path):
+  """One process with one device, one with four, and two with two."""
+  found = []
+  for number, (count, devices) in enumerate(((1, 1), (1, 4), (2, 2))):
+    output = tmp_path / f'{number}.json'  # standard output has lines of the library by which CPU processes talk, too
+    flags = [weights[0], f'--sets={SPLIT}', f'--data_dir={data_dir}', '--batch_size=7', f'--output={output}']
+    flags.append(f'--results={tmp_path / str(number)}')
+    own = process_flags(count) if count > 1 else [[]]
+    done = finish([start(*flags, *each, JAX_NUM_CPU_DEVICES=str(devices)) for each in own])
+    assert [code for code, _, _ in done] == [0] * count, done
+    assert [f'wrote {output}' in text for _, text, _ in done] == [True] + [False] * (count - 1)
+    found += json.loads(output.read_text())
+  assert len(found) == 3
+  for row in found:
+    assert (row['correct'], row['correct_top5'], row['count']) == (found[0]['correct'], found[0]['correct_top5'], 40)
+    assert row['loss'] == pytest.approx(found[0]['loss'], rel=1e-6)
