@@ -354,15 +354,14 @@ def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
 
 
 def test_reassessed_labels_are_prepared_and_read(tars, tmp_path):
-  """tfds takes real.json from the folder of the tars, where it stands in for the download of that name."""
+  """In the folder of the tars, real.json stands in for the download of that name."""
   folder = tmp_path / 'tars'
   folder.mkdir()
   shutil.copy(tars[0] / 'ILSVRC2012_img_val.tar', folder)
-  labels = [[], [970, 795], [230, 231], [809], *([[number]] for number in range(6))]
+  labels = [[], [970, 795], [230, 231], [809], *([number] for number in range(6))]
   (folder / 'real.json').write_text(json.dumps(labels))
   builder = tfds.builder('imagenet2012_real', data_dir=tmp_path / 'data')
-  ((url, info),) = builder.url_infos.items()
-  assert info.filename == 'real.json'
+  (url,) = (url for url, info in builder.url_infos.items() if info.filename == 'real.json')
   with mock.patch.object(type(builder), 'url_infos', {url: checksums.compute_url_info(folder / 'real.json')}):
     prepare('imagenet2012_real', str(tmp_path / 'data'), str(folder))
   source = open_tfds('imagenet2012_real', 'validation', str(tmp_path / 'data'))

@@ -38,11 +38,13 @@ RUN = {
   r'python -m t2t_vit_jax\.visualize .*': '',
   r'python -m t2t_vit_jax\.export .*': '',
   r'python -m t2t_vit_jax\.weights.*': '',
+  r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
 WITHOUT_DATA = [
   r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data)\S*)+',
   r'python -m t2t_vit_jax\.data\.(prepare|shrink) .*',
+  r'python -m t2t_vit_jax\.evaluate .*--sets=.*',
   r'python convert_torch_weights\.py 81\.5_T2T_ViT_14\.pth\.tar .*',
 ]
 LEFT_OUT = {

@@ -7,11 +7,16 @@ import signal
 import sys
 import time
 
+import numpy as np
+from PIL import Image
 import pytest
 
+from t2t_vit_jax.evaluate import classifiers
 from t2t_vit_jax.evaluate.__main__ import main
+from t2t_vit_jax.evaluate.features import Features
 from t2t_vit_jax.evaluate.results import render
 from t2t_vit_jax.evaluate.sets import ALEXNET_ERRORS
+from t2t_vit_jax.predict import open_classifier
 from t2t_vit_jax.training.evaluate_only import evaluate_only
 from tests import golden
 from tests.image_folder import write_image_folder
@@ -161,6 +166,53 @@ def test_what_cannot_be_evaluated_gets_one_line_before_anything_is_computed(weig
   code = main([weights[0], f'--sets={SPLIT}', f'--results={tmp_path / "notes.txt"}'])
   assert code == 2
   assert (tmp_path / 'notes.txt').read_text() == 'my notes'
+
+
+def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkeypatch):
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
+  folder = write_image_folder(tmp_path / 'own', ('ant', 'bee', 'cat'), train=6, val=4)
+  code, output, errors = command(weights[0], '--probe', f'--folder={folder}', '--json')
+  rows = json.loads(output)
+  assert (code, [row['method'] for row in rows]) == (0, ['10-NN', '20-NN', 'linear', '1-shot', '5-shot', '10-shot'] * 2)
+  assert {(row['train_images'], row['test_images']) for row in rows} == {(18, 12)}
+
+  def features(split):
+    classifier = open_classifier(weights[0])
+    for label, name in enumerate(('ant', 'bee', 'cat')):
+      for path in sorted((folder / split / name).iterdir()):
+        pixels = np.asarray(classifier.prepare(Image.open(path)))[None]
+        found = golden.apply(classifier.model, classifier.variables, classifier.normalize(pixels), features=True)
+        yield found.cls[0], found.tokens.mean(axis=(1, 2))[0], label
+
+  train, test = (Features(*map(np.array, zip(*features(split), strict=True))) for split in ('train', 'val'))
+  expected = [row for field in ('cls', 'mean') for row in classifiers.knn(train, test, field)]
+  assert [(row['method'], row['accuracy']) for row in rows if 'NN' in row['method']] == [
+    (row.method, pytest.approx(row.accuracy)) for row in expected
+  ]
+  assert 'features are read from' not in errors
+  code, table, errors = command(weights[0], '--probe', f'--folder={folder}')
+  assert errors.count('features are read from') == 2
+  assert f'{folder} ({folder}): 18 training images, 12 that are classified' in table
+  for arguments, message in (
+    (['--sets=a'], 'a has no training images: --probe takes val, datasets of tfds and folders'),
+    ([f'--folder={folder}', '--report=page.html'], '--report is about the accuracy of classifiers: leave out --probe'),
+    ([], 'which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation'),
+    ([f'--folder={folder / "train"}'], 'has no folder train: images are expected as'),
+  ):
+    code, _, errors = command(weights[0], '--probe', *arguments)
+    assert (code, message in errors) == (2, True), errors
+
+
+def test_the_report_is_drawn_from_kept_results(weights, command, tmp_path):
+  page = tmp_path / 'page.html'
+  arguments = [weights[0], f'--sets={SPLIT}', f'--report={page}']
+  assert command(*arguments)[0] == 0
+  first = page.read_text()
+  assert 'Most confused classes' in first
+  assert 'data:image/jpeg;base64,' in first  # of a confused pair
+  page.unlink()
+  code, _, errors = command(*arguments)
+  assert (code, '1 of 1 results are those of' in errors, page.read_text() == first) == (0, True, True)
 
 
 def start(*arguments, **environment):

@@ -138,7 +138,7 @@ def test_the_numbers_of_the_diagrams(tmp_path):
   assert '0.0 to 6.7 %0--' in rows
   # Of 299 images that could be read, 60 are a fifth.
   fifth = given.summary['coverage'][4]
-  assert f'20%60{percent(100 * fifth["least_confidence"])}{percent(100 * fifth["accuracy"])}' in rows
+  assert f'20 %60{percent(100 * fifth["least_confidence"])}{percent(100 * fifth["accuracy"])}' in rows
 
 
 def test_the_page_needs_nothing_and_runs_nothing(tmp_path):
@@ -205,6 +205,15 @@ def test_pictures_that_cannot_be_read_and_sets_without_pictures(tmp_path):
   page = read(path)
   assert not pictures(page)
   assert ', '.join(map(str, given.summary['confused'][0]['examples'])) in page.all('td')
+
+
+def test_texts_of_any_kind_stay_on_one_line(tmp_path):
+  path = tmp_path / 'page.html'
+  write_report(path, [section(weights='a\nb', dataset='\x1b[2J', facts={'c\u202e': 'd\0'})], 'e\r\nf')
+  page = read(path)
+  assert page.all('title') == page.all('h1') == ['e\\r\\nf']
+  assert page.all('h2') == ['a\\nb on \\x1b[2J']
+  assert 'c\\u202ed\\x00' in page.all('tr')
 
 
 def test_labels_tell_classes_of_one_name_apart(tmp_path):

@@ -90,7 +90,7 @@ def as_svg(draw: Callable[['FigureBase', Summary], None], summary: Summary, name
     figure = Figure(figsize=(4.8, 3.8))
     figure.subplots_adjust(left=0.2, right=0.95, top=0.93, bottom=0.13, hspace=0.1)
     draw(figure, summary)
-    figure.savefig(file, format='svg', transparent=True, metadata={'Date': None})
+    figure.savefig(file, format='svg', transparent=True)
   svg = file.getvalue()
   svg = re.sub(r'<metadata>.*?</metadata>| id="[\w.]+_\d+"', '', svg[svg.index('<svg') :], flags=re.DOTALL)
   return svg.replace('<svg ', f'<svg role="img" aria-label="{name}" ', 1).replace(INK, 'currentColor')

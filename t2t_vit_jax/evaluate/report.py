@@ -220,7 +220,7 @@ def _reliability(number: int, section: Section) -> str:
 def _coverage(number: int, section: Section) -> str:
   curve = section.summary['coverage']
   rows = [
-    [f'{row["share"]:.0%}', f'{row["kept"]:,}', _percent(row['least_confidence']), _percent(row['accuracy'])]
+    [f'{100 * row["share"]:.0f} %', f'{row["kept"]:,}', _percent(row['least_confidence']), _percent(row['accuracy'])]
     for row in curve
   ]
   example = next(row for row in curve if row['share'] == 0.8)
