@@ -9,7 +9,7 @@ Images are one batch, repeated: nothing is read. Both are timed in turn; medians
 
 import argparse
 from collections.abc import Callable, Iterator
-import statistics
+import functools
 import time
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from benchmarks import common
 from t2t_vit_jax import create_model
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.recipe import sharding, steps
@@ -94,17 +95,18 @@ def main() -> None:
   for part in (number // 5, number):
     ways['evaluation'](repeated(batch, part))
     memory.append(resident_bytes() / 1e6)
-  seconds: dict[str, list[float]] = {name: [] for name in ways}
-  for _ in range(arguments.rounds):
-    for name, way in ways.items():
-      start = time.perf_counter()
-      way(repeated(batch, number))
-      seconds[name].append(time.perf_counter() - start)
-  ratios = [plain / ours for plain, ours in zip(seconds['plain'], seconds['evaluation'], strict=True)]
+
+  def rate(way: Callable[[Iterator[dict[str, np.ndarray]]], int]) -> float:
+    start = time.perf_counter()
+    way(repeated(batch, number))
+    return images / (time.perf_counter() - start)
+
   images = number * arguments.batch_size
-  for name, times in seconds.items():
-    print(f'{name}: {images / statistics.median(times):,.0f} images/s')
-  print(f'throughput of evaluation / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})')
+  rates = common.in_turn({name: functools.partial(rate, way) for name, way in ways.items()}, arguments.rounds)
+  for name, values in rates.items():
+    print(f'{name}: {common.spread(values, 0)} images/s')
+  ratios = (ours / plain for plain, ours in zip(rates['plain'], rates['evaluation'], strict=True))
+  print(f'throughput of evaluation / plain: {common.spread(ratios, 3)}')
   print(f'memory after {images // 5:,} and {images:,} images: {memory[0]:.1f} and {memory[1]:.1f} MB')
 
 

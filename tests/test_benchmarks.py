@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -237,3 +238,11 @@ def test_device(tmp_path):
   page = (tmp_path / 'page' / 'device.md').read_text()
   assert page in output
   assert 'FAIL' not in page
+
+
+@pytest.mark.slow
+def test_evaluation_beside_a_plain_loop():
+  code, output, errors = benchmark('evaluation', '--images=40', '--batch-size=10', '--rounds=1')
+  assert code == 0, errors
+  assert re.search(r'^throughput of evaluation / plain: \d\.\d{3} \(', output, re.MULTILINE)
+  assert re.search(r'^memory after 8 and 40 images: [\d.]+ and [\d.]+ MB$', output, re.MULTILINE)

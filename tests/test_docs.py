@@ -55,7 +55,7 @@ LEFT_OUT = {
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
   r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
-  r'python -m benchmarks\.(model|compiler|scaling|device).*': 'takes minutes: tests/test_benchmarks.py, on less',
+  r'python -m benchmarks\.(model|compiler|scaling|device|evaluation).*': 'minutes: tests/test_benchmarks.py, on less',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
 }
 

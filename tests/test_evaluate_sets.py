@@ -135,7 +135,10 @@ def prepared(tmp_path_factory, files, data):
   return str(root), data[1]
 
 
-@pytest.mark.parametrize(('batch_size', 'num_devices'), [(1, 1), (7, 2), (64, 2)])
+BATCHES = [(7, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(64, 2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(('batch_size', 'num_devices'), BATCHES)
 @pytest.mark.parametrize('name', ['val', 'real', 'v2', 'a', 'r', 'sketch', 'c/fog/3'])
 def test_figures_equal_numpy(classifier, data, name, batch_size, num_devices):
   check_figures(classifier, data, name, num_devices, batch_size)
@@ -143,7 +146,7 @@ def test_figures_equal_numpy(classifier, data, name, batch_size, num_devices):
 
 @pytest.mark.slow
 @pytest.mark.needs('tensorflow')
-@pytest.mark.parametrize(('batch_size', 'num_devices'), [(1, 1), (7, 2), (64, 2)])
+@pytest.mark.parametrize(('batch_size', 'num_devices'), BATCHES)
 @pytest.mark.parametrize('name', ['val', 'real', 'v2', 'a', 'r', 'sketch', 'c/fog/3'])
 def test_figures_of_datasets_of_tfds_equal_numpy(classifier, prepared, name, batch_size, num_devices):
   row = check_figures(classifier, prepared, name, num_devices, batch_size)
