@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 import signal
 import sys
 import time
@@ -11,17 +12,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from t2t_vit_jax.data.sources import find_images
 from t2t_vit_jax.evaluate import classifiers
 from t2t_vit_jax.evaluate.__main__ import main
 from t2t_vit_jax.evaluate.features import Features
 from t2t_vit_jax.evaluate.results import render
 from t2t_vit_jax.evaluate.sets import ALEXNET_ERRORS
-from t2t_vit_jax.predict import open_classifier
+from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.training.evaluate_only import evaluate_only
 from tests import golden
 from tests.image_folder import write_image_folder
 from tests.processes import ROOT, finish, process_flags, start_command
-from tests.test_training_evaluate_only import config_of
+from tests.test_training_evaluate_only import config_of, photographs
 
 SPLIT = 'digits:test[:40]'
 
@@ -89,6 +91,16 @@ def test_images_that_changed_are_evaluated_again(weights, command, tmp_path):
   assert after[0]['loss'] != before[0]['loss']
 
 
+def test_photographs_are_turned_as_in_prediction(weights, command, tmp_path):
+  folder = photographs(tmp_path, tuple('0123456789')) / 'val'
+  (row,) = json.loads(command(weights[0], f'--folder={folder}', '--json')[1])
+  predictions = predict(open_classifier(weights[0]), find_images([folder]), top=1)
+  right = [int(Path(image).parent.name) == guesses[0].label for image, guesses, _ in predictions]
+  assert (row['correct'], row['count'], row['orientation']) == (sum(right), 20, 'upright')
+  (ignored,) = json.loads(command(weights[0], f'--folder={folder}', '--orientation=ignored', '--json')[1])
+  assert ignored['loss'] != pytest.approx(row['loss'], rel=1e-4)
+
+
 ROW = {
   'weights': 'a|b.safetensors',
   'set': 'val',
@@ -103,7 +115,7 @@ ROW = {
   'left_out': 0,
   'sha256': '',
   'model': 't2t_vit_14',
-  'bytes': 1,
+  'bytes': 86_212_823,
   'dtype': 'float32',
 }
 
@@ -117,14 +129,15 @@ def test_tables_for_people_and_programs():
   rows = [ROW, *corrupted]
   text, markdown = render(rows, 'text'), render(rows, 'markdown')
   assert text.splitlines()[:3] == [
-    'weights          set  top-1 %  top-5 %     images  images/s  parameters       px  data',
-    'a|b.safetensors  val    81.49    95.67     50,000     1,234      21.5 M  384x192  imagenet2012/5.1.0 validation',
-    'a|b.safetensors  c      50.00    95.67  3,750,000     1,234      21.5 M  384x192  '
+    'weights          set  top-1 %  top-5 %     images  images/s  parameters    MB       px  data',
+    'a|b.safetensors  val    81.49    95.67     50,000     1,234      21.5 M  86.2  384x192  '
+    'imagenet2012/5.1.0 validation',
+    'a|b.safetensors  c      50.00    95.67  3,750,000     1,234      21.5 M  86.2  384x192  '
     '75 of 75 parts of imagenet2012_corrupted',
   ]
   assert 'gaussian_noise           50.00       50.00       50.00       50.00       50.00    56.41\n' in text
   assert text.splitlines()[-2].endswith('a|b.safetensors on val: 2 images cannot be read; they count as wrong')
-  assert '| a\\|b.safetensors | val | 81.49 | 95.67 | 50,000 | 1,234 | 21.5 M | 384x192 |' in markdown
+  assert '| a\\|b.safetensors | val | 81.49 | 95.67 | 50,000 | 1,234 | 21.5 M | 86.2 | 384x192 |' in markdown
   table = list(csv.DictReader(io.StringIO(render(rows, 'csv'))))
   assert len(table) == 77
   assert (table[0]['top1'], table[0]['image_size'], table[0]['mean_corruption_error']) == ('0.8149', '384x192', '')

@@ -162,7 +162,7 @@ def sections(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Section]:
       },
       class_names=pair.candidate.class_names,
       summary=row['reliability'],
-      picture=pair.image_set.picture,
+      picture=pair.picture,
     )
     for pair, row in zip(pairs, rows, strict=True)
   ]
@@ -283,7 +283,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the computation (default: %(default)s)')
   parser.add_argument(
-    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: ignored; for --folder: upright)"
+    '--orientation',
+    choices=ORIENTATIONS,
+    help="what to do with EXIF's (default: ignored; for --folder: as the weights say)",
   )
   parser.add_argument(
     '--all_classes', action='store_true', help='on sets of fewer classes: choose among all of the weights'

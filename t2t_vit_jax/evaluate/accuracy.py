@@ -17,10 +17,11 @@ from PIL import Image
 from t2t_vit_jax.conversion import files, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights
 from t2t_vit_jax.data.class_names import readable_names
+from t2t_vit_jax.data.decoding import BadImage
 from t2t_vit_jax.data.loader import Share, Workers
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import ResizeCenterCrop, pixels_of
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import DataError, UserError
 from t2t_vit_jax.evaluate.reliability import summary
 from t2t_vit_jax.evaluate.sets import ImageSet
 from t2t_vit_jax.models.preprocessing import Normalization
@@ -93,6 +94,13 @@ class Pair:
     """Share of the resized short side that is kept."""
     return 1.0 if self.image_set.is_cropped else self.candidate.weights.data['crop_fraction']
 
+  def picture(self, index: int) -> Image.Image | None:
+    """The image of a number; None if it cannot be read."""
+    try:
+      return self.source.image_of(self.source[index]).decode()
+    except (BadImage, DataError, IndexError):
+      return None
+
   @functools.cached_property
   def facts(self) -> Row:
     """Fields of the row that are known before the evaluation."""
@@ -154,6 +162,7 @@ def fit(candidate: Candidate, image_set: ImageSet, options: Options) -> Pair:
     )
   except UserError as error:
     raise UserError(f'{candidate.name} on {image_set.name}: {error}') from error
+  source = dataclasses.replace(source, upright=image_set.upright(weights.data))
   return Pair(candidate, image_set, source, None if options.all_classes else classes, options)
 
 

@@ -51,7 +51,11 @@ class Prober:
     check_same_classes(train, test.source)
     if train.num_labels > 1 or test.source.num_labels > 1:
       raise UserError(f'{test.name} has several labels for an image: features are probed with a single one')
-    ours, theirs = self.features(train, f'{test.name}, training images'), self.features(test.source, test.name)
+    upright = test.upright(self.candidate.weights.data)
+    ours, theirs = (
+      self.features(dataclasses.replace(source, upright=upright), title)
+      for source, title in ((train, f'{test.name}, training images'), (test.source, test.name))
+    )
     facts = {
       'weights': self.candidate.name,
       'sha256': self.candidate.sha256,

@@ -12,8 +12,8 @@ from t2t_vit_jax.evaluate.sets import ALEXNET_ERRORS, SEVERITIES
 from t2t_vit_jax.evaluate.tables import Table, percent
 
 CORRUPTED = 'c'  # name of the row that sums up ImageNet-C
-COLUMNS = ('weights', 'set', 'top-1 %', 'top-5 %', 'images', 'images/s', 'parameters', 'px', 'data')
-NUMBERS = COLUMNS[2:8]  # columns whose cells are aligned on the right
+COLUMNS = ('weights', 'set', 'top-1 %', 'top-5 %', 'images', 'images/s', 'parameters', 'MB', 'px', 'data')
+NUMBERS = COLUMNS[2:9]  # columns whose cells are aligned on the right
 CSV_FIELDS = (
   'weights',
   'set',
@@ -157,6 +157,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     f'{row["count"]:,}',
     f'{row["images_per_second"]:,.0f}',
     f'{row["parameters"] / 1e6:.1f} M',
+    f'{row["bytes"] / 1e6:.1f}',
     _pixels(row['image_size']),
     printable(row['version']),
   )

@@ -1,16 +1,15 @@
 """The sets of labelled images that weights are evaluated on: ImageNet, its relatives, any tfds dataset, any folder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
 import os
 from pathlib import Path
 import re
-
-from PIL import Image
+from typing import Any
 
 from t2t_vit_jax.data.class_names import comparable, imagenet_names, imagenet_subset, labels_by_name
-from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
+from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.sources import (
   MAX_LABELS,
   SPLIT_FOLDERS,
@@ -95,6 +94,7 @@ class ImageSet:
     expected: names of the classes that it should have; None for all of the model.
     subset: names of the classes that are scored; None for all of the model.
     is_cropped: whether its images are the centre of a picture already: they are resized, not cropped again.
+    turned: whether images are turned as their EXIF data says; None for what the weights were trained with.
   """
 
   name: str
@@ -103,6 +103,11 @@ class ImageSet:
   expected: tuple[str, ...] | None = None
   subset: tuple[str, ...] | None = None
   is_cropped: bool = False
+  turned: bool | None = False
+
+  def upright(self, data: Mapping[str, Any]) -> bool:
+    """Whether images are turned; `data` are the fields of the weights that say how images are prepared."""
+    return ORIENTATIONS[data.get('orientation', 'upright')] if self.turned is None else self.turned
 
   def for_model(
     self, class_names: Sequence[str] | None, num_classes: int, *, allow_missing: bool = False
@@ -130,13 +135,6 @@ class ImageSet:
       return source, None
     return source, tuple(sorted(labels_by_name(self.subset, source.class_names, self.name)))
 
-  def picture(self, index: int) -> Image.Image | None:
-    """The image of a number; None if it cannot be read."""
-    try:
-      return self.source.image_of(self.source[index]).decode()
-    except (BadImage, DataError, IndexError):
-      return None
-
 
 def expand(names: Iterable[str]) -> list[str]:
   """Names of single sets, each once: `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities."""
@@ -160,9 +158,8 @@ def open_set(name: str, data_dir: str | None = None, orientation: str | None = N
   Raises:
     UserError: there is no such set, or its images are missing; the message has the command that prepares them.
   """
-  upright = ORIENTATIONS[orientation or 'ignored']
   found = _open_imagenet(name, SETS[name], _root(data_dir)) if name in SETS else _open_dataset(name, data_dir)
-  return dataclasses.replace(found, source=dataclasses.replace(found.source, upright=upright))
+  return dataclasses.replace(found, turned=ORIENTATIONS[orientation or 'ignored'])
 
 
 def open_folder_set(folder: str, orientation: str | None = None) -> ImageSet:
@@ -170,14 +167,17 @@ def open_folder_set(folder: str, orientation: str | None = None) -> ImageSet:
 
   Args:
     folder: the folder of the classes.
-    orientation: 'upright' or 'ignored', EXIF's; None for 'upright'.
+    orientation: 'upright' or 'ignored', EXIF's; None for what the weights were trained with, else 'upright'.
 
   Raises:
     UserError: there is no such folder, or it has no classes or no images.
   """
   path = Path(os.path.expanduser(folder))
-  source = dataclasses.replace(open_classes(path), upright=ORIENTATIONS[orientation or 'upright'])
-  return ImageSet(folder, source, str(path.absolute()))
+  return ImageSet(folder, open_classes(path), str(path.absolute()), turned=_turned(orientation))
+
+
+def _turned(orientation: str | None) -> bool | None:
+  return None if orientation is None else ORIENTATIONS[orientation]
 
 
 def open_splits(name: str, data_dir: str | None = None, orientation: str | None = None) -> tuple[Source, ImageSet]:
@@ -193,14 +193,14 @@ def open_splits(name: str, data_dir: str | None = None, orientation: str | None 
   """
   if name in SETS and name != 'val':
     raise UserError(f'{name} has no training images: --probe takes val, datasets of tfds and folders')
-  test, upright = open_set(name, data_dir, orientation), ORIENTATIONS[orientation or 'ignored']
+  test = open_set(name, data_dir, orientation)
   if name != 'val':
     train = open_tfds(name.partition(':')[0], 'train', data_dir)
   elif _prepared_version(SETS[name].tfds, root := _root(data_dir)):
     train = open_tfds(SETS[name].tfds, 'train', str(root))
   else:
     train = open_folder(root, 'train')
-  return dataclasses.replace(train, upright=upright), test
+  return train, test
 
 
 def open_folder_splits(folder: str, orientation: str | None = None) -> tuple[Source, ImageSet]:
@@ -213,11 +213,11 @@ def open_folder_splits(folder: str, orientation: str | None = None) -> tuple[Sou
   Raises:
     UserError: there are no such folders, or they have different classes.
   """
-  path, upright = Path(os.path.expanduser(folder)), ORIENTATIONS[orientation or 'upright']
-  train = dataclasses.replace(open_folder(path, 'train'), upright=upright)
+  path = Path(os.path.expanduser(folder))
+  train = open_folder(path, 'train')
   names = (name for name in (*SPLIT_FOLDERS['validation'], 'test') if (path / name).is_dir())
   test = open_folder(path, next(names, 'validation'), train.class_names)
-  return train, ImageSet(folder, dataclasses.replace(test, upright=upright), str(path.absolute()))
+  return train, ImageSet(folder, test, str(path.absolute()), turned=_turned(orientation))
 
 
 def _open_imagenet(name: str, definition: Definition, root: Path) -> ImageSet:
