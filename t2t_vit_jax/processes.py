@@ -194,15 +194,21 @@ def in_all_processes(action: Callable[[], T]) -> T:
   return result  # type: ignore[return-value]  # there is one, since nothing failed
 
 
-def lost_process(error: Exception) -> LostProcessError | None:
-  """The error to raise in place of JAX's `error` when another process is gone; None if it is something else."""
+def lost_process(
+  error: Exception, remedy: str = 'The same command, on any number of processes, continues from the last checkpoint'
+) -> LostProcessError | None:
+  """The error to raise in place of JAX's `error` when another process is gone; None if it is something else.
+
+  Args:
+    error: of JAX, or any other.
+    remedy: sentence that says what to do.
+  """
   if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
     return None
   if not any(sign in str(error) for sign in SIGNS_OF_LOSS):
     return None
   return LostProcessError(
-    f'process {jax.process_index()} cannot reach the others any more ({first_line(error, kind=False)[:160]}). '
-    'The same command, on any number of processes, continues from the last checkpoint'
+    f'process {jax.process_index()} cannot reach the others any more ({first_line(error, kind=False)[:160]}). {remedy}'
   )
 
 

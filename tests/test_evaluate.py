@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+import re
 import signal
 import sys
 import time
@@ -255,6 +256,29 @@ def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
   first, second = json.loads(output)
   assert (first['count'], second['count']) == (40, 1437)
   assert first == json.loads(results.read_text().splitlines()[0])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(weights, data_dir, tmp_path):
+  results = tmp_path / 'results.jsonl'
+  flags = [
+    weights[0],
+    f'--sets={SPLIT},digits:train',
+    f'--data_dir={data_dir}',
+    f'--results={results}',
+    '--batch_size=2',
+  ]
+  running = [start(*flags, *own) for own in process_flags(2)]
+  while not (results.exists() and results.read_text().endswith('\n')):
+    assert running[0].poll() is None, running[0].communicate()
+    time.sleep(0.1)
+  running[1].kill()
+  (code, _, errors), _ = finish(running)
+  assert code == 2, errors
+  assert re.fullmatch(
+    'error: process 0 cannot reach the others any more .* command goes on .*', errors.splitlines()[-1]
+  )
+  assert len(results.read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

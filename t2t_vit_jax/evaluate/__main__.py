@@ -6,8 +6,11 @@ docs/evaluate.md describes the sets and what it prints.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
+import json
 from pathlib import Path
 import sys
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from t2t_vit_jax import processes
-from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.command_line import Parser, print_error, run_tool
 from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS
@@ -26,7 +29,7 @@ from t2t_vit_jax.evaluate.probe import Prober
 from t2t_vit_jax.evaluate.probe import render as render_probe
 from t2t_vit_jax.evaluate.report import ENDINGS as PAGES
 from t2t_vit_jax.evaluate.report import Section, write_report
-from t2t_vit_jax.evaluate.results import Results, read_results, render
+from t2t_vit_jax.evaluate.results import Results, render
 from t2t_vit_jax.evaluate.sets import (
   NAMES,
   ImageSet,
@@ -41,6 +44,7 @@ from t2t_vit_jax.predict import explaining_memory, positive
 from t2t_vit_jax.recipe.build import DTYPES
 from t2t_vit_jax.recipe.sharding import make_mesh
 
+T = TypeVar('T')
 TIMEOUT_S = 300  # for processes that meet
 
 
@@ -68,7 +72,7 @@ def open_sets(arguments: argparse.Namespace) -> list[ImageSet]:
 
 def open_candidates(names: Sequence[str], options: Options) -> list[Candidate]:
   """Reads all weights."""
-  return [open_candidate(name, options.image_size) for name in names]
+  return [open_candidate(name, options.image_size) for name in dict.fromkeys(names)]
 
 
 def pair_up(names: Sequence[str], sets: Sequence[ImageSet], options: Options) -> list[Pair]:
@@ -81,14 +85,14 @@ def pair_up(names: Sequence[str], sets: Sequence[ImageSet], options: Options) ->
   return [fit(candidate, image_set, options) for candidate in candidates for image_set in sets]
 
 
-def evaluate(pairs: Sequence[Pair], options: Options, known: Results, *, anew: bool = False) -> list[Row]:
-  """A row for each pair: those that `known` has, and the others evaluated and added to it.
+def evaluate(pairs: Sequence[Pair], known: Sequence[Row | None], options: Options, results: Results) -> list[Row]:
+  """A row for each pair.
 
   Args:
     pairs: of weights and sets, those of the same weights one after the other.
+    known: rows that are there already, None for pairs that are to be evaluated; the same in all processes.
     options: of all.
-    known: results of earlier calls.
-    anew: whether pairs that it has are evaluated again.
+    results: where rows are kept as they come.
 
   Raises:
     UserError: one cannot be evaluated; what is done so far is kept.
@@ -96,19 +100,23 @@ def evaluate(pairs: Sequence[Pair], options: Options, known: Results, *, anew: b
   mesh, processes_here = _mesh(), processes.processes_on_this_host()
   rows: list[Row] = []
   runner: tuple[Candidate, Runner] | None = None
-  for pair in pairs:
-    row = None if anew else known.find(pair.identity)
+  for pair, row in zip(pairs, known, strict=True):
     if row is None:
       if runner is None or runner[0] is not pair.candidate:
         runner = pair.candidate, Runner(pair.candidate, options, mesh, processes_here)
       title = f'{pair.candidate.name} {pair.image_set.name}'
       with explaining_memory(options.batch_size), show_bar(title, len(pair.source)) as progress:
         row = runner[1](pair, warn, progress)
+      in_first_process(functools.partial(results.add, row))
       if jax.process_index() == 0:
-        known.add(row)
         note(f'{row["weights"]} on {row["set"]}: top-1 {100 * row["top1"]:.2f} %, top-5 {100 * row["top5"]:.2f} %')
     rows.append({**row, 'weights': pair.candidate.name})
   return rows
+
+
+def in_first_process(action: Callable[[], T]) -> T | None:
+  """Result of `action` in the first process, None in the others; if it raises a UserError, all do."""
+  return processes.in_all_processes(lambda: None if jax.process_index() else action())
 
 
 @contextlib.contextmanager
@@ -180,32 +188,41 @@ def run(arguments: argparse.Namespace) -> int:
     allow_missing_classes=arguments.allow_missing_classes,
     num_workers=arguments.num_workers,
   )
-  processes.in_all_processes(lambda: None if jax.process_index() else _check_outputs(arguments))
-  if arguments.probe:
-    rows = probe(arguments, options)
-    text = render_probe(rows, form)
-  else:
-    rows = accuracies(arguments, options)
-    text = render(rows, form)
-  if jax.process_index() == 0:
-    _write(text, arguments.output)
+  with ending_together():
+    in_first_process(lambda: _check_outputs(arguments))
+    text = (
+      render_probe(probe(arguments, options), form) if arguments.probe else render(accuracies(arguments, options), form)
+    )
+    if jax.process_index() == 0:
+      _write(text, arguments.output)
   return 0
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Ends this one of several processes after an error in a way that the others end too."""
+  try:
+    yield
+  except Exception as error:
+    lost = processes.lost_process(error, 'The same command goes on with what is not evaluated yet')
+    if jax.process_count() == 1 or not (lost or isinstance(error, UserError)):
+      raise
+    print_error(lost or error)
+    processes.leave(2, lost=lost is not None)
 
 
 def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
   """A row for all weights on all sets, evaluated or taken from the results; draws the report."""
-
-  def prepare() -> tuple[list[Pair], str]:
-    pairs = pair_up(arguments.weights, open_sets(arguments), options)
-    return pairs, read_results(arguments.results) if jax.process_index() == 0 else ''
-
-  pairs, text = processes.in_all_processes(prepare)
-  known = Results(arguments.results, processes.gather_texts(text)[0])  # all processes go by the first one's file
-  for line in dict.fromkeys(line for pair in pairs for line in pair.source.notes):
+  pairs = processes.in_all_processes(lambda: pair_up(arguments.weights, open_sets(arguments), options))
+  for line in dict.fromkeys(line for pair in pairs for line in pair.source.notes) if jax.process_index() == 0 else ():
     warn(line)
-  _say_what_is_known(pairs, known, arguments)
+  results = Results(arguments.results)
+  known = in_first_process(lambda: [None if arguments.force else results.find(pair.identity) for pair in pairs])
+  known = json.loads(processes.gather_texts(json.dumps(known))[0])  # all go by what the first one finds
+  if jax.process_index() == 0:
+    _say_what_is_known(known, arguments.results)
   try:
-    rows = evaluate(pairs, options, known, anew=arguments.force)
+    rows = evaluate(pairs, known, options, results)
   except KeyboardInterrupt:
     note(f'results so far are in {arguments.results}; the same command goes on')
     raise
@@ -226,14 +243,11 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     raise UserError(f'--report {arguments.report}: the name must end with {" or ".join(PAGES)}')
 
 
-def _say_what_is_known(pairs: Sequence[Pair], known: Results, arguments: argparse.Namespace) -> None:
-  if jax.process_index():
-    return
-  count = 0 if arguments.force else sum(known.find(pair.identity) is not None for pair in pairs)
-  if count:
-    note(f'{count} of {len(pairs)} results are those of {arguments.results}; --force evaluates again')
-  elif len(pairs) > 1:
-    note(f'results are kept in {arguments.results} as they come: after a stop, the same command goes on')
+def _say_what_is_known(known: Sequence[Row | None], file: Path) -> None:
+  if count := sum(row is not None for row in known):
+    note(f'{count} of {len(known)} results are those of {file}; --force evaluates again')
+  elif len(known) > 1:
+    note(f'results are kept in {file} as they come: after a stop, the same command goes on')
 
 
 def _write(text: str, output: Path | None) -> None:

@@ -1,6 +1,7 @@
 """Rows of figures of evaluations: kept in a file as they come, summed up, and shown as one table."""
 
 from collections.abc import Iterable, Iterator, Sequence
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,29 @@ class Results:
 
   Args:
     path: the file, which need not exist.
-    text: its content, from `read_results`.
   """
 
-  def __init__(self, path: Path, text: str = ''):
+  def __init__(self, path: Path):
     self._path = path
-    self._rows = {identity(row): row for row in map(_parse, text.splitlines()) if row}
+
+  @functools.cached_property
+  def _rows(self) -> dict[tuple[Any, ...], Row]:
+    """Rows by their `identity`, the newest of each."""
+    try:
+      lines = self._path.read_text('utf-8').splitlines() if self._path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f'{self._path} cannot be read as results of evaluations: choose another --results') from error
+    rows = list(filter(None, map(_parse, lines)))
+    if lines and not rows:
+      raise UserError(f'{self._path} holds no results of evaluations: choose another --results')
+    return {identity(row): row for row in rows}
 
   def find(self, wanted: tuple[Any, ...]) -> Row | None:
-    """The newest row of the evaluation with this `identity`."""
+    """The newest row of the evaluation with this `identity`; None if there is none.
+
+    Raises:
+      UserError: the file can't be read, or holds something else.
+    """
     return self._rows.get(wanted)
 
   def add(self, row: Row) -> None:
@@ -60,28 +75,12 @@ class Results:
     Raises:
       UserError: the file can't be written.
     """
-    self._rows[identity(row)] = row
     try:
       with self._path.open('a+b') as file:
         broken = file.tell() and (file.seek(-1, 2), file.read(1))[1] != b'\n'  # a killed process may leave half a line
         file.write((b'\n' if broken else b'') + json.dumps(row).encode() + b'\n')
     except OSError as error:
       raise UserError(f'{self._path} cannot be written: {writing_problem(error, self._path)}') from error
-
-
-def read_results(path: Path) -> str:
-  """Content of a file of results; empty if there is none.
-
-  Raises:
-    UserError: the file can't be read, or holds something else.
-  """
-  try:
-    text = path.read_text('utf-8') if path.exists() else ''
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} cannot be read as results of evaluations: choose another --results') from error
-  if text.strip() and not any(map(_parse, text.splitlines())):
-    raise UserError(f'{path} holds no results of evaluations: choose another --results')
-  return text
 
 
 def _parse(line: str) -> Row | None:
