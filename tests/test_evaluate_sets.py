@@ -123,7 +123,7 @@ def run(path, name, data_dir, num_devices=1, **options):
   options = Options(allow_missing_classes=True, num_workers=0, **options)
   mesh = make_mesh(ConfigDict({'data': -1, 'fsdp': 1}), jax.devices()[:num_devices])
   pair = fit(open_candidate(str(path)), open_set(name, data_dir), options)
-  return Runner(pair.candidate, options, mesh, 1)(pair, print, lambda number: None)
+  return Runner(pair.candidate, options, mesh)(pair, print, lambda number: None)
 
 
 @pytest.fixture(scope='module')

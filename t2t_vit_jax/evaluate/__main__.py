@@ -97,13 +97,13 @@ def evaluate(pairs: Sequence[Pair], known: Sequence[Row | None], options: Option
   Raises:
     UserError: one cannot be evaluated; what is done so far is kept.
   """
-  mesh, processes_here = _mesh(), processes.processes_on_this_host()
+  mesh = _mesh()
   rows: list[Row] = []
   runner: tuple[Candidate, Runner] | None = None
   for pair, row in zip(pairs, known, strict=True):
     if row is None:
       if runner is None or runner[0] is not pair.candidate:
-        runner = pair.candidate, Runner(pair.candidate, options, mesh, processes_here)
+        runner = pair.candidate, Runner(pair.candidate, options, mesh)
       title = f'{pair.candidate.name} {pair.image_set.name}'
       with explaining_memory(options.batch_size), show_bar(title, len(pair.source)) as progress:
         row = runner[1](pair, warn, progress)
@@ -143,12 +143,12 @@ def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
     return open_candidates(arguments.weights, options), splits
 
   candidates, splits = processes.in_all_processes(prepare)
-  mesh, processes_here = _mesh(), processes.processes_on_this_host()
+  mesh = _mesh()
   return [
     row
     for candidate in candidates
     for train, test in splits
-    for row in Prober(candidate, options, mesh, processes_here, show_bar)(train, test)
+    for row in Prober(candidate, options, mesh, show_bar)(train, test)
   ]
 
 

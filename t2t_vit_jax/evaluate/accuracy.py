@@ -26,6 +26,7 @@ from t2t_vit_jax.evaluate.reliability import summary
 from t2t_vit_jax.evaluate.sets import ImageSet
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
+from t2t_vit_jax.processes import processes_on_this_host
 from t2t_vit_jax.recipe import sharding, steps
 from t2t_vit_jax.recipe.build import DTYPES
 from t2t_vit_jax.recipe.evaluation import Evaluator
@@ -181,44 +182,30 @@ def prepared(candidate: Candidate, crop_fraction: float) -> ResizeCenterCrop:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-  """How images are read: in batches of which each process has a part, by data workers.
+def share_and_workers(
+  options: Options, image_size: ImageSize, num_devices: int, source: Source
+) -> tuple[Share, Workers]:
+  """This process's part of each batch of a split, and its data workers. With several processes all must call it.
 
-  Attributes:
-    batch_size: images of all devices, a multiple of their number.
-    image_size: px, the longer side.
-    num_workers: processes; None for a number by processors and memory.
-    processes_here: number of processes of this run on this host.
+  Args:
+    options: of the evaluation; its batch is rounded up to a multiple of the number of devices.
+    image_size: px, of the model.
+    num_devices: of all processes.
+    source: the split.
   """
-
-  batch_size: int
-  image_size: int
-  num_workers: int | None
-  processes_here: int
-
-  def for_images(self, number: int) -> tuple[Share, Workers]:
-    """This process's part of each batch, and its workers for a split of so many images."""
-    count = jax.process_count()
-    settings = SimpleNamespace(num_workers=self.num_workers, num_threads=1, image_size=self.image_size)
-    workers: Workers = choose_workers(settings, self.batch_size // count, self.processes_here)[0]
-    return Share(self.batch_size, jax.process_index(), count), workers.for_images(number // count)
-
-
-def reading(candidate: Candidate, options: Options, mesh: Mesh, processes_here: int) -> Reading:
-  """How images are read for a model."""
-  batch_size = math.ceil(options.batch_size / mesh.size) * mesh.size
-  image_size = int(np.max(candidate.weights.arguments['image_size']))
-  return Reading(batch_size, image_size, options.num_workers, processes_here)
+  count, batch_size = jax.process_count(), math.ceil(options.batch_size / num_devices) * num_devices
+  settings = SimpleNamespace(num_workers=options.num_workers, num_threads=1, image_size=np.max(image_size))
+  workers, _ = choose_workers(settings, batch_size // count, processes_on_this_host())
+  return Share(batch_size, jax.process_index(), count), workers.for_images(len(source) // count)
 
 
 class Runner:
   """Weights on the devices of a mesh, which are evaluated on one set after another."""
 
-  def __init__(self, candidate: Candidate, options: Options, mesh: Mesh, processes_here: int):
+  def __init__(self, candidate: Candidate, options: Options, mesh: Mesh):
     self._model, variables, self._normalization = build(candidate, options)
     self._variables = jax.device_put(jax.device_get(variables), sharding.replicated(mesh))
-    self._mesh, self._reading = mesh, reading(candidate, options, mesh, processes_here)
+    self._mesh = mesh
     self._step = functools.cache(self._make_step)
 
   def _make_step(self, classes: tuple[int, ...] | None) -> Any:
@@ -233,16 +220,15 @@ class Runner:
     """
     evaluator = self.evaluator(pair)
     self._compile(evaluator)
-    seconds, done = [time.perf_counter()], [0]
+    starts = [(time.perf_counter(), 0)]  # and images that are done by then
 
     def note_time(number: int) -> None:
-      seconds.append(time.perf_counter())
-      done.append(number)
+      if len(starts) == 1 and number < len(pair.source):  # the first of several batches
+        starts.append((time.perf_counter(), number))
       progress(number)
 
     guesses = evaluator.guesses({'weights': self._variables}, warn, progress=note_time)['weights']
-    end = time.perf_counter()
-    first = 1 if len(done) > 2 else 0  # batch whose end the clock starts at
+    end, (start, done) = time.perf_counter(), starts[-1]
     if not len(guesses.index):
       raise UserError(f'{pair.source.description}: none of the images has a label of the scored classes')
     if not np.isfinite(guesses.confidence).all():
@@ -250,15 +236,16 @@ class Runner:
     return {
       **pair.facts,
       **guesses.accuracy(pair.source.class_names).as_dict(),
-      'seconds': end - seconds[0],
-      'images_per_second': sum(done[first + 1 :]) / (end - seconds[first]),
+      'seconds': end - starts[0][0],
+      'images_per_second': (len(pair.source) - done) / (end - start),
       'devices': f'{self._mesh.size} {jax.devices()[0].device_kind}',
       'reliability': summary(guesses),
     }
 
   def evaluator(self, pair: Pair) -> Evaluator:
     """The evaluation of a pair, not yet begun."""
-    share, workers = self._reading.for_images(len(pair.source))
+    image_size = pair.candidate.weights.arguments['image_size']
+    share, workers = share_and_workers(pair.options, image_size, self._mesh.size, pair.source)
     return Evaluator(
       step=self._step(pair.classes),
       source=pair.source,

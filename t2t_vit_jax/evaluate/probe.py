@@ -12,7 +12,7 @@ from t2t_vit_jax.conversion import pretrained
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.evaluate import tables
-from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Row, build, prepared, reading
+from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Row, build, prepared, share_and_workers
 from t2t_vit_jax.evaluate.classifiers import check_same_classes, probe
 from t2t_vit_jax.evaluate.features import Features, cached_features, extract
 from t2t_vit_jax.evaluate.sets import ImageSet
@@ -32,14 +32,12 @@ class Prober:
     candidate: the weights.
     options: of the computation.
     mesh: the devices.
-    processes_here: number of processes of this run on this host.
     bar: shows progress.
   """
 
   candidate: Candidate
   options: Options
   mesh: Mesh
-  processes_here: int
   bar: Bar
 
   def __call__(self, train: Source, test: ImageSet) -> list[Row]:
@@ -81,8 +79,7 @@ class Prober:
 
     def compute() -> Features:
       model, variables, normalization = build(self.candidate, self.options)
-      how = reading(self.candidate, self.options, self.mesh, self.processes_here)
-      share, workers = how.for_images(len(source))
+      share, workers = share_and_workers(self.options, model.image_size, self.mesh.size, source)
       transform = prepared(self.candidate, weights.data['crop_fraction'])
       with self.bar(f'{self.candidate.name} {title}', len(source)) as progress:
         return extract(model, variables, transform, normalization, source, share, workers, self.mesh, warn, progress)
