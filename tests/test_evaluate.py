@@ -208,6 +208,7 @@ def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkey
   assert errors.count('features are read from') == 2
   assert f'{folder} ({folder}): 18 training images, 12 that are classified' in table
   for arguments, message in (
+    (['--sets=digits:train'], 'digits:train: these are the training images themselves: name another split'),
     (['--sets=a'], 'a has no training images: --probe takes val, datasets of tfds and folders'),
     ([f'--folder={folder}', '--report=page.html'], '--report is about the accuracy of classifiers: leave out --probe'),
     ([], 'which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation'),

@@ -47,6 +47,8 @@ class Prober:
       UserError: the two have different classes, several labels for an image, or too few images.
     """
     check_same_classes(train, test.source)
+    if train.fingerprint() == test.source.fingerprint():
+      raise UserError(f'{test.name}: these are the training images themselves: name another split')
     if train.num_labels > 1 or test.source.num_labels > 1:
       raise UserError(f'{test.name} has several labels for an image: features are probed with a single one')
     upright = test.upright(self.candidate.weights.data)
