@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
   def parse_args(self, argv: Any = None, namespace: Any = None) -> Any:
     """Parses `argv`, or the program's own; see `with_home`. Flags may have hyphens in place of underscores."""
     argv = with_home(sys.argv[1:] if argv is None else argv)
-    return super().parse_args(list(map(_with_underscores, argv)), namespace)
+    flags = argv.index('--') if '--' in argv else len(argv)  # what comes after it are names
+    return super().parse_args([*map(_with_underscores, argv[:flags]), *argv[flags:]], namespace)
 
   def error(self, message: str) -> NoReturn:
     raise UserError(message)

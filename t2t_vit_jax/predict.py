@@ -145,8 +145,8 @@ def explaining_memory(batch_size: int) -> Iterator[None]:
   """Turns JAX's error about memory into a UserError that names the flag of this and other tools."""
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
       raise
     raise UserError(f'a batch of {batch_size} images does not fit into memory: set a smaller --batch_size') from error
 

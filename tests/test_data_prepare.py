@@ -353,6 +353,7 @@ def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
   assert 'timed out' in error
 
 
+@pytest.mark.needs('tensorflow')
 def test_reassessed_labels_are_prepared_and_read(tars, tmp_path):
   """In the folder of the tars, real.json stands in for the download of that name."""
   folder = tmp_path / 'tars'

@@ -82,6 +82,32 @@ def test_results_are_kept_and_the_rest_is_evaluated(weights, command, tmp_path):
   assert json.loads(output)[0]['seconds'] != first['seconds']
 
 
+def test_half_a_line_and_rows_by_hand_are_no_results(weights, command, tmp_path):
+  file = tmp_path / 'results.jsonl'
+  file.write_text('{"weights": "half a li')  # the disk was full
+  assert command(weights[0], f'--sets={SPLIT}')[0] == 0
+  row = json.loads(file.read_text().splitlines()[-1])
+  changes = (
+    {'set': {}},
+    {'image_size': [[1]]},
+    {'top1': '0.9'},
+    {'reliability': None},
+    {'top1': None},
+    {'unreadable': 1},
+  )
+  file.write_text(''.join(json.dumps({**row, **change}) + '\n' for change in changes))
+  code, _, errors = command(weights[0], f'--sets={SPLIT}')
+  assert (code, 'results are those of' in errors) == (0, False)
+
+
+def test_a_folder_may_be_called_like_a_part_of_a_set(weights, command, tmp_path, monkeypatch):
+  write_image_folder(tmp_path / 'c', tuple('0123456789'), fog=1)
+  monkeypatch.chdir(tmp_path)
+  code, output, _ = command(weights[0], '--folder=c/fog', '--folder=c/fog')
+  assert (code, len(output.splitlines())) == (0, 2)
+  assert output.splitlines()[1].split()[1] == 'c/fog'
+
+
 def test_images_that_changed_are_evaluated_again(weights, command, tmp_path):
   folder = write_image_folder(tmp_path / 'own', tuple('0123456789'), val=1)
   classes = [weights[0], f'--folder={folder / "val"}', '--json']
@@ -123,7 +149,14 @@ ROW = {
 
 def test_tables_for_people_and_programs():
   corrupted = [
-    {**ROW, 'set': f'c/{name}/{severity}', 'top1': 0.5, 'version': 'imagenet2012_corrupted/x', 'unreadable': 0}
+    {
+      **ROW,
+      'set': f'c/{name}/{severity}',
+      'corruption': [name, severity],
+      'top1': 0.5,
+      'version': 'imagenet2012_corrupted/x',
+      'unreadable': 0,
+    }
     for name in ALEXNET_ERRORS
     for severity in range(1, 6)
   ]
@@ -169,6 +202,12 @@ def test_what_cannot_be_evaluated_gets_one_line_before_anything_is_computed(weig
     ),
     (['nothing.safetensors', f'--sets={SPLIT}'], 'nothing.safetensors: no such file'),
     ([weights[0], f'--sets={SPLIT}', '--batch_size=0'], 'argument --batch_size: invalid number value'),
+    ([weights[0], f'--sets={SPLIT}', '--num_workers=-1'], 'argument --num_workers: invalid number value'),
+    (
+      [weights[0], f'--sets={SPLIT}', '--output=t.xls'],
+      '--output t.xls: the name must end with .txt, .json, .csv, .md',
+    ),
+    ([weights[0], f'--sets={SPLIT}', '--output=t.html', '--report=t.html'], '--results must be different files'),
     ([weights[0], f'--sets={SPLIT}', '--report=page.pdf'], '--report page.pdf: the name must end with .html or .png'),
     ([weights[0], f'--sets={SPLIT}', f'--output={tmp_path / "no" / "t.md"}'], 'its folder does not exist'),
   ):

@@ -118,7 +118,7 @@ from t2t_vit_jax.evaluate.features import cached_features, extract
 from t2t_vit_jax.predict import open_classifier
 from t2t_vit_jax.recipe.sharding import make_mesh
 
-weights, folder, process, port, output = sys.argv[1:]
+weights, folder, count, process, port, output = sys.argv[1:]
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(f'localhost:{port}', 2, int(process))
 c, mesh, lines = open_classifier(weights), make_mesh(ConfigDict({'data': -1, 'fsdp': 1})), []
@@ -128,7 +128,7 @@ def compute():
   return extract(c.model, c.variables, c.prepare, c.normalize, source, share, Workers(), mesh, lines.append)
 file = Path(output).parent / f'cache{process}.npz'  # each has its own disk
 for _ in range(2):
-  features = cached_features(file, {}, compute, lines.append, lines.append)
+  features = cached_features(file, {}, compute, int(count), lines.append, lines.append)
 np.savez(output, **features._asdict())
 print(len(lines), file.exists())
 """
@@ -138,7 +138,7 @@ print(len(lines), file.exists())
 def test_each_process_gets_all_rows(tmp_path, folder, expected):
   weights, port = golden.converted('performer', tmp_path), free_port()
   outputs = [tmp_path / f'{i}.npz' for i in range(2)]
-  command = [sys.executable, '-c', IN_PROCESSES, weights, folder]
+  command = [sys.executable, '-c', IN_PROCESSES, weights, folder, len(expected.label)]
   results = finish([start_command(*command, i, port, outputs[i], cwd=ROOT) for i in range(2)])
   # Each names its own unreadable image, in both passes, since the second process finds no file.
   said = [(code, output.splitlines()[-1]) for code, output, _ in results]
@@ -163,11 +163,13 @@ class Cache:
     self.file, self.computed, self.notes, self.warnings = file, 0, [], []
 
   def __call__(self, key, features=None):
+    features = features or some_features()
+
     def compute():
       self.computed += 1
-      return features or some_features()
+      return features
 
-    return cached_features(self.file, key, compute, self.notes.append, self.warnings.append)
+    return cached_features(self.file, key, compute, len(features.label), self.notes.append, self.warnings.append)
 
 
 def same(features, others):
@@ -187,6 +189,14 @@ def test_features_are_computed_once_for_each_key(tmp_path):
   assert same(cache({**key, 'weights': 'abd', 'size': 64}), some_features(1))
   assert (cache.computed, cache.warnings) == (2, [])
   assert list(cache.file.parent.iterdir()) == [cache.file]
+
+
+def test_features_without_some_of_the_images_are_not_kept(tmp_path):
+  file = tmp_path / 'train.npz'
+  cached_features(file, {}, some_features, 7, print, print)
+  assert not file.exists()
+  cached_features(file, {}, some_features, 6, print, print)
+  assert file.exists()
 
 
 def test_no_damage_goes_unnoticed(tmp_path):

@@ -212,7 +212,7 @@ def test_mean_corruption_error_is_the_published_formula():
   facts = dict(weights='w', sha256='', model=None, parameters=1, bytes=1, image_size=224, dtype='float32')
   facts |= dict(version='imagenet2012_corrupted/x', count=10, unreadable=0, left_out=0, images_per_second=1.0, top5=1.0)
   rows = [
-    {**facts, 'set': f'c/{name}/{severity}', 'top1': accuracies[i, severity - 1]}
+    {**facts, 'set': f'c/{name}/{severity}', 'corruption': (name, severity), 'top1': accuracies[i, severity - 1]}
     for i, name in enumerate(ALEXNET_ERRORS)
     for severity in range(1, 6)
   ]

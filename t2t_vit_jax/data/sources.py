@@ -179,7 +179,7 @@ def several_labels(labels: Iterable[int], name: str) -> tuple[int, ...]:
   Raises:
     DataError: there are more.
   """
-  found = tuple(map(int, labels))
+  found = tuple(dict.fromkeys(map(int, labels)))
   if len(found) > MAX_LABELS:
     raise DataError(f'{name} has {len(found)} labels: no more than {MAX_LABELS} can be read')
   return found + (NO_LABEL,) * (MAX_LABELS - len(found))

@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -21,7 +21,7 @@ from t2t_vit_jax import processes
 from t2t_vit_jax.command_line import Parser, print_error, run_tool
 from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
-from t2t_vit_jax.data.decoding import ORIENTATIONS
+from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Pair, Row, Runner, fit, open_candidate
@@ -64,7 +64,7 @@ def open_sets(arguments: argparse.Namespace) -> list[ImageSet]:
   if problems:
     others = list(dict.fromkeys(name.partition('/')[0] for name, _ in problems))[1:]
     raise UserError(f'{problems[0][1]}' + (f' (nor can be opened: {", ".join(others)})' if others else ''))
-  sets += [open_folder_set(folder, arguments.orientation) for folder in arguments.folder]
+  sets += [open_folder_set(folder, arguments.orientation) for folder in dict.fromkeys(arguments.folder)]
   if not sets:
     raise UserError(f'which images? Give --sets={",".join(NAMES)}, some of these or a dataset of tfds, or --folder=DIR')
   return sets
@@ -143,6 +143,8 @@ def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
     return open_candidates(arguments.weights, options), splits
 
   candidates, splits = processes.in_all_processes(prepare)
+  images = [[*_signs(train), *_signs(test.source)] for train, test in splits]
+  _check_same([*(candidate.sha256 for candidate in candidates), *images])
   mesh = _mesh()
   return [
     row
@@ -150,6 +152,25 @@ def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
     for train, test in splits
     for row in Prober(candidate, options, mesh, show_bar)(train, test)
   ]
+
+
+def _signs(source: Source) -> list[Any]:
+  """What a split is known by in another process, whose files may be copies with other paths and times."""
+  count = len(source)
+  return [count, source.class_names, [_id(source, index) for index in range(0, count, max(1, count // 8))]]
+
+
+def _id(source: Source, index: int) -> Any:
+  try:
+    return source[index][1:]
+  except BadImage:
+    return None
+
+
+def _check_same(things: Any) -> None:
+  """Raises UserError unless all processes have the same weights and images."""
+  if len(set(processes.gather_texts(json.dumps(things, default=str)))) > 1:
+    raise UserError('the processes do not have the same weights and images: give all of them the same')
 
 
 def _mesh() -> Mesh:
@@ -179,7 +200,7 @@ def sections(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Section]:
 def run(arguments: argparse.Namespace) -> int:
   """Does what the command line asks for; returns the exit code."""
   processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, TIMEOUT_S)
-  form = arguments.form or ENDINGS.get(arguments.output.suffix if arguments.output else '', 'text')
+  form = arguments.form or ENDINGS.get(arguments.output.suffix.lower() if arguments.output else '', 'text')
   options = Options(
     image_size=None if arguments.image_size is None else parse_image_size(arguments.image_size),
     dtype=arguments.dtype,
@@ -189,6 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
     num_workers=arguments.num_workers,
   )
   with ending_together():
+    own = {'process_id', 'weights', 'folder', 'data_dir'}  # paths may differ: what they lead to is compared later
+    processes.check_agreement(ConfigDict({name: str(x) for name, x in vars(arguments).items() if name not in own}))
     in_first_process(lambda: _check_outputs(arguments))
     text = (
       render_probe(probe(arguments, options), form) if arguments.probe else render(accuracies(arguments, options), form)
@@ -214,6 +237,7 @@ def ending_together() -> Iterator[None]:
 def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
   """A row for all weights on all sets, evaluated or taken from the results; draws the report."""
   pairs = processes.in_all_processes(lambda: pair_up(arguments.weights, open_sets(arguments), options))
+  _check_same([[pair.candidate.sha256, pair.classes, *_signs(pair.source)] for pair in pairs])
   for line in dict.fromkeys(line for pair in pairs for line in pair.source.notes) if jax.process_index() == 0 else ():
     warn(line)
   results = Results(arguments.results)
@@ -224,7 +248,8 @@ def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
   try:
     rows = evaluate(pairs, known, options, results)
   except KeyboardInterrupt:
-    note(f'results so far are in {arguments.results}; the same command goes on')
+    if any(known) or results.added:
+      note(f'results so far are in {arguments.results}; the same command goes on')
     raise
   if jax.process_index() == 0 and arguments.report:
     write_report(arguments.report, sections(pairs, rows), 'Evaluation')
@@ -234,11 +259,23 @@ def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
   """Raises UserError if a file cannot be written, or has an unknown ending: before the work, not after it."""
-  for path in filter(None, (arguments.output, arguments.report)):
+  outputs = list(filter(None, (arguments.output, arguments.report)))
+  for path in outputs:
     files.check_output(path, force=arguments.force)
+  if len({path.resolve() for path in (*outputs, arguments.results)}) <= len(outputs):
+    raise UserError('--output, --report and --results must be different files')
+  if arguments.output and arguments.output.suffix.lower() not in ('', '.txt', *ENDINGS):
+    raise UserError(f'--output {arguments.output}: the name must end with .txt, {", ".join(ENDINGS)}')
   if arguments.report and arguments.probe:
     raise UserError('--report is about the accuracy of classifiers: leave out --probe')
   files.check_output(arguments.results, force=True)
+  is_new = not arguments.results.exists()
+  try:
+    arguments.results.open('ab').close()
+    if is_new:
+      arguments.results.unlink()
+  except OSError as error:
+    raise UserError(f'{arguments.results} cannot be written: {error.strerror}') from error
   if arguments.report and arguments.report.suffix not in PAGES:
     raise UserError(f'--report {arguments.report}: the name must end with {" or ".join(PAGES)}')
 
@@ -256,6 +293,14 @@ def _write(text: str, output: Path | None) -> None:
     return
   files.write_file(output, lambda temporary: temporary.write_text(text, 'utf-8', 'backslashreplace', ''))
   say(f'wrote {output}')
+
+
+def not_negative(text: str) -> int:
+  """Type of a flag: a whole number from 0 on."""
+  return positive(text) if text != '0' else 0
+
+
+not_negative.__name__ = 'number'  # as argparse names it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--allow_missing_classes', action='store_true', help='take sets that lack some of the classes')
   parser.add_argument(
-    '--num_workers', metavar='N', type=int, help='processes that read images (default: as many as processors)'
+    '--num_workers', metavar='N', type=not_negative, help='processes that read images (default: as many as processors)'
   )
   parser.add_argument(
     '--coordinator', metavar='HOST:PORT', help='of process 0, if JAX does not find the processes by itself'

@@ -26,7 +26,7 @@ from t2t_vit_jax.evaluate.reliability import summary
 from t2t_vit_jax.evaluate.sets import ImageSet
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
-from t2t_vit_jax.processes import processes_on_this_host
+from t2t_vit_jax.processes import code_digest, processes_on_this_host
 from t2t_vit_jax.recipe import sharding, steps
 from t2t_vit_jax.recipe.build import DTYPES
 from t2t_vit_jax.recipe.evaluation import Evaluator
@@ -45,6 +45,7 @@ IDENTITY = (
   'orientation',
   'dtype',
   'scored_classes',
+  'code',
 )
 
 
@@ -113,6 +114,7 @@ class Pair:
       'parameters': candidate.num_parameters,
       'bytes': candidate.num_bytes,
       'set': self.image_set.name,
+      'corruption': self.image_set.corruption,
       'version': self.image_set.version,
       'fingerprint': self.image_set.source.fingerprint(),
       'image_size': weights.arguments['image_size'],
@@ -121,6 +123,7 @@ class Pair:
       'orientation': 'upright' if source.upright else 'ignored',
       'dtype': self.options.dtype,
       'scored_classes': len(source.class_names) if self.classes is None else len(self.classes),
+      'code': code_digest(),  # of this package: another version may compute something else
     }
 
   @property
@@ -262,7 +265,7 @@ class Runner:
     number, labels = evaluator.share.local_batch_size, evaluator.source.num_labels
     black = pixels_of(evaluator.transform(Image.new('RGB', (1, 1))))
     batch = {
-      'image': np.stack([black] * number),
+      'image': np.broadcast_to(black, (number, *black.shape)),
       'label': np.zeros((number, labels) if labels > 1 else number, np.int32),
     }
     jax.block_until_ready(evaluator.step(self._variables, sharding.to_devices(batch, self._mesh)))

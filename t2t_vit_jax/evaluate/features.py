@@ -141,7 +141,7 @@ def _joined(parts: Iterator[Features], most: int) -> Features:
 
 
 def cached_features(
-  file: Path, key: dict[str, Any], compute: Callable[[], Features], note: Callback, warn: Callback
+  file: Path, key: dict[str, Any], compute: Callable[[], Features], num_images: int, note: Callback, warn: Callback
 ) -> Features:
   """Reads features from `file` if it was written with this `key`; else computes them and replaces the file.
 
@@ -152,6 +152,7 @@ def cached_features(
     key: JSON of all that the features depend on, such as a checksum of the weights, the image size and
       `Source.fingerprint`.
     compute: computes the features.
+    num_images: of the split; features of fewer are not kept.
     note: gets a line that says that the file is used, or why it is not.
     warn: gets a line if the file cannot be written.
   """
@@ -164,7 +165,7 @@ def cached_features(
   if problem:
     note(f'{file} {problem}: the features are computed anew')
   features = compute()
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and len(features.label) == num_images:  # unreadable images may be readable next time
     try:
       _write_features(file, key, features)
     except (UserError, OSError) as error:

@@ -87,7 +87,7 @@ class Prober:
         return extract(model, variables, transform, normalization, source, share, workers, self.mesh, warn, progress)
 
     file = pretrained.cache_folder() / 'features' / f'{self.candidate.sha256[:12]}-{fingerprint}.npz'
-    return cached_features(file, key, compute, note, warn)
+    return cached_features(file, key, compute, len(source), note, warn)
 
 
 def render(rows: Sequence[Row], form: str) -> str:

@@ -15,6 +15,15 @@ from t2t_vit_jax.evaluate.tables import Table, percent
 CORRUPTED = 'c'  # name of the row that sums up ImageNet-C
 COLUMNS = ('weights', 'set', 'top-1 %', 'top-5 %', 'images', 'images/s', 'parameters', 'MB', 'px', 'data')
 NUMBERS = COLUMNS[2:9]  # columns whose cells are aligned on the right
+START = '{"weights": '  # of each line
+FIELDS: dict[str, Any] = {  # that a row must have, and their kinds
+  **dict.fromkeys(('weights', 'sha256', 'set', 'version', 'dtype'), str),
+  **dict.fromkeys(('top1', 'top5', 'loss', 'seconds', 'images_per_second'), float),
+  **dict.fromkeys(('count', 'correct', 'correct_top5', 'unreadable', 'left_out', 'parameters', 'bytes'), int),
+  'scored_classes': int,
+  'image_size': int | list,
+  'reliability': dict,
+}
 CSV_FIELDS = (
   'weights',
   'set',
@@ -48,6 +57,7 @@ class Results:
 
   def __init__(self, path: Path):
     self._path = path
+    self.added = 0  # rows
 
   @functools.cached_property
   def _rows(self) -> dict[tuple[Any, ...], Row]:
@@ -57,9 +67,10 @@ class Results:
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'{self._path} cannot be read as results of evaluations: choose another --results') from error
     rows = list(filter(None, map(_parse, lines)))
-    if lines and not rows:
+    # A process that was killed, or a full disk, leaves the start of a line: that is no other file.
+    if not rows and any(line[: len(START)] != START[: len(line)] for line in lines):
       raise UserError(f'{self._path} holds no results of evaluations: choose another --results')
-    return {identity(row): row for row in rows}
+    return {identity(row): row for row in rows if not row['unreadable']}  # they may be readable by now
 
   def find(self, wanted: tuple[Any, ...]) -> Row | None:
     """The newest row of the evaluation with this `identity`; None if there is none.
@@ -79,6 +90,7 @@ class Results:
       with self._path.open('a+b') as file:
         broken = file.tell() and (file.seek(-1, 2), file.read(1))[1] != b'\n'  # a killed process may leave half a line
         file.write((b'\n' if broken else b'') + json.dumps(row).encode() + b'\n')
+      self.added += 1
     except OSError as error:
       raise UserError(f'{self._path} cannot be written: {writing_problem(error, self._path)}') from error
 
@@ -87,9 +99,11 @@ def _parse(line: str) -> Row | None:
   """The row of a line; None for anything else, such as the half line of a process that was killed."""
   try:
     row = json.loads(line)
-  except (ValueError, RecursionError):
+    complete = isinstance(row, dict) and all(isinstance(row[field], kind) for field, kind in FIELDS.items())
+    hash(identity(row))
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return None
-  return row if isinstance(row, dict) and {'sha256', 'set', 'top1', 'reliability'} <= row.keys() else None
+  return row if complete else None
 
 
 def corruption_row(rows: Sequence[Row]) -> Row | None:
@@ -99,12 +113,12 @@ def corruption_row(rows: Sequence[Row]) -> Row | None:
   severity, and its error: the sum over severities as a share of AlexNet's, see `ALEXNET_ERRORS`. Their mean is the
   `mean_corruption_error`. Errors are None where a severity is missing.
   """
-  parts = {row['set']: row for row in rows if row['set'].startswith(f'{CORRUPTED}/')}
+  parts = {tuple(row['corruption']): row for row in rows if row.get('corruption')}
   if not parts:
     return None
   corruptions: dict[str, dict[str, Any]] = {}
   for name, alexnet_error in ALEXNET_ERRORS.items():
-    found = [parts.get(f'{CORRUPTED}/{name}/{severity}') for severity in SEVERITIES]
+    found = [parts.get((name, severity)) for severity in SEVERITIES]
     top1 = [None if row is None else row['top1'] for row in found]
     mean = _mean(top1)
     corruptions[name] = {'top1': top1, 'error': None if mean is None else (1 - mean) / alexnet_error}
@@ -168,9 +182,9 @@ def _pixels(size: int | Sequence[int]) -> str:
 
 def _tables(rows: Sequence[Row]) -> Iterator[Table]:
   """The main table, and one for each model's accuracies on ImageNet-C."""
-  yield Table(COLUMNS, [_cells(row) for row in rows if not row['set'].startswith(f'{CORRUPTED}/')], NUMBERS)
+  yield Table(COLUMNS, [_cells(row) for row in rows if not row.get('corruption')], NUMBERS)
   for row in rows:
-    if row['set'] == CORRUPTED:
+    if 'corruptions' in row:
       numbers = (*(f'severity {severity}' for severity in SEVERITIES), 'error %')
       cells = [(name, *map(percent, each['top1']), percent(each['error'])) for name, each in row['corruptions'].items()]
       columns = zip(*(each['top1'] for each in row['corruptions'].values()), strict=True)
@@ -186,7 +200,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
       yield f'{where}: {row["unreadable"]:,} images cannot be read; they count as wrong'
     if row['left_out']:
       yield f'{where}: {row["left_out"]:,} images have no label of the scored classes; they do not count'
-  if any(row['set'] == CORRUPTED for row in rows):
+  if any('corruptions' in row for row in rows):
     yield "error: of all severities, as a share of AlexNet's; top-1 % and top-5 % of c are means over its parts"
 
 

@@ -59,13 +59,14 @@ class Definition:
   split: str
   folders: tuple[str, ...]  # where its unpacked archive may lie below the data folder, as FOLDER/CLASS/IMAGE
   subset: str | None = None  # name of the classes that are scored, see `imagenet_subset`; None for all
+  corruption: tuple[str, int] | None = None  # name and severity, of a part of ImageNet-C
   is_cropped: bool = False  # whether its images are the centre of a picture already
 
 
 def _corrupted(corruption: str, severity: int) -> Definition:
   folder = f'{corruption}/{severity}'
   config = f'imagenet2012_corrupted/{corruption}_{severity}'
-  return Definition(config, 'validation', (f'imagenet-c/{folder}', folder), is_cropped=True)
+  return Definition(config, 'validation', (f'imagenet-c/{folder}', folder), None, (corruption, severity), True)
 
 
 _VALIDATION = ('val', 'validation', 'imagenet/val')
@@ -93,6 +94,7 @@ class ImageSet:
     version: the tfds dataset with config, version and split; or the path of the folder.
     expected: names of the classes that it should have; None for all of the model.
     subset: names of the classes that are scored; None for all of the model.
+    corruption: name and severity, of a part of ImageNet-C.
     is_cropped: whether its images are the centre of a picture already: they are resized, not cropped again.
     turned: whether images are turned as their EXIF data says; None for what the weights were trained with.
   """
@@ -102,6 +104,7 @@ class ImageSet:
   version: str
   expected: tuple[str, ...] | None = None
   subset: tuple[str, ...] | None = None
+  corruption: tuple[str, int] | None = None
   is_cropped: bool = False
   turned: bool | None = False
 
@@ -137,9 +140,14 @@ class ImageSet:
 
 
 def expand(names: Iterable[str]) -> list[str]:
-  """Names of single sets, each once: `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities."""
+  """Names of single sets, each once: `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities.
+
+  Datasets of tfds that belong to a set become that set, since it has rules of its own.
+  """
   found: list[str] = []
+  of_tfds = {definition.tfds: name for name, definition in SETS.items()} | {'imagenet_v2': 'v2'}
   for name in names:
+    name = of_tfds.get(name, name)
     parts = [key for key in SETS if key.startswith(f'{name}/')]
     found += parts or [name]
   return list(dict.fromkeys(found))
@@ -223,7 +231,8 @@ def open_folder_splits(folder: str, orientation: str | None = None) -> tuple[Sou
 def _open_imagenet(name: str, definition: Definition, root: Path) -> ImageSet:
   source, version = _find_images(name, definition, root)
   subset = None if definition.subset is None else imagenet_subset(definition.subset)
-  return ImageSet(name, source, version, subset or tuple(imagenet_names()), subset, definition.is_cropped)
+  expected, corruption = subset or tuple(imagenet_names()), definition.corruption
+  return ImageSet(name, source, version, expected, subset, corruption, definition.is_cropped)
 
 
 def _find_images(name: str, definition: Definition, root: Path) -> tuple[Source, str]:
@@ -276,8 +285,10 @@ class _Reassessed:
   def __getitem__(self, index: int) -> Record:
     record = self.records[index]
     number = re.search(r'ILSVRC2012_val_(\d{8})\.', record.id)
-    if number is None or not 1 <= int(number[1]) <= len(self.labels):
+    if number is None:
       raise DataError(f'{record.id} is not named like ILSVRC2012_val_00000001.JPEG, so its labels cannot be found')
+    if not 1 <= int(number[1]) <= len(self.labels):
+      raise DataError(f'{REAL_LABELS} has labels for {len(self.labels):,} images, and none for {record.id}')
     return record._replace(label=several_labels(self.labels[int(number[1]) - 1], record.id))
 
   def fingerprint(self) -> str:
