@@ -1,4 +1,4 @@
-"""What counting costs: exact evaluation beside a plain loop over the same batches: `python -m benchmarks.evaluation`.
+"""Measures exact evaluation beside a plain loop over the same batches: `python -m benchmarks.evaluation`.
 
   plain       computes the logits of each batch, one batch ahead, and adds up on the host whether the largest is right
   evaluation  `recipe.evaluation`: the five likeliest classes, confidence and loss of each image, and all sums

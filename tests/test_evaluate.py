@@ -273,20 +273,24 @@ def start(*arguments, **environment):
   return start_command(sys.executable, '-m', 't2t_vit_jax.evaluate', *arguments, PYTHONPATH=str(ROOT), **environment)
 
 
-@pytest.mark.slow
-def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
-  results = tmp_path / 'results.jsonl'
-  flags = [
-    weights[0],
-    f'--sets={SPLIT},digits:train',
-    f'--data_dir={data_dir}',
-    f'--results={results}',
-    '--batch_size=2',
-  ]
-  process = start(*flags)
+def two_sets(weights, data_dir, results):
+  """Flags for a short set and a long one."""
+  sets = [f'--sets={SPLIT},digits:train', f'--data_dir={data_dir}']
+  return [weights[0], *sets, f'--results={results}', '--batch_size=2']
+
+
+def wait_for_a_result(process, results):
   while not (results.exists() and results.read_text().endswith('\n')):
     assert process.poll() is None, process.communicate()
     time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
+  results = tmp_path / 'results.jsonl'
+  flags = two_sets(weights, data_dir, results)
+  process = start(*flags)
+  wait_for_a_result(process, results)
   process.send_signal(signal.SIGINT)
   ((code, output, errors),) = finish([process])
   assert (code, output) == (130, '')
@@ -301,17 +305,9 @@ def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(weights, data_dir, tmp_path):
   results = tmp_path / 'results.jsonl'
-  flags = [
-    weights[0],
-    f'--sets={SPLIT},digits:train',
-    f'--data_dir={data_dir}',
-    f'--results={results}',
-    '--batch_size=2',
-  ]
+  flags = two_sets(weights, data_dir, results)
   running = [start(*flags, *own) for own in process_flags(2)]
-  while not (results.exists() and results.read_text().endswith('\n')):
-    assert running[0].poll() is None, running[0].communicate()
-    time.sleep(0.1)
+  wait_for_a_result(running[0], results)
   running[1].kill()
   (code, _, errors), _ = finish(running)
   assert code == 2, errors

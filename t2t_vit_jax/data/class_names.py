@@ -1,6 +1,6 @@
 """Names of classes: readable ones for ImageNet's ids of WordNet synsets, and labels by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import functools
 from importlib import resources
 import unicodedata
@@ -14,9 +14,13 @@ def imagenet_names() -> dict[str, str]:
 
   The words are WordNet's; `imagenet_names.tsv` has their source.
   """
-  text = (resources.files('t2t_vit_jax.data') / 'imagenet_names.tsv').read_text(encoding='utf-8')
-  rows = (line.split('\t') for line in text.splitlines() if not line.startswith('#'))
-  return {synset: name for synset, name in rows}  # noqa: C416 (dict() would take rows of any length for pairs)
+  return {synset: name for synset, name in _rows('imagenet_names.tsv')}  # noqa: C416 (dict() takes other lengths too)
+
+
+def _rows(file: str) -> Iterator[list[str]]:
+  """Rows of a file of this folder, but for its comments."""
+  text = (resources.files('t2t_vit_jax.data') / file).read_text(encoding='utf-8')
+  return (line.split('\t') for line in text.splitlines() if not line.startswith('#'))
 
 
 @functools.cache
@@ -25,9 +29,7 @@ def imagenet_subset(name: str) -> tuple[str, ...]:
 
   `imagenet_subsets.tsv` has their source.
   """
-  text = (resources.files('t2t_vit_jax.data') / 'imagenet_subsets.tsv').read_text(encoding='utf-8')
-  rows = (line.split('\t') for line in text.splitlines() if not line.startswith('#'))
-  return tuple(synset for synset, subsets in rows if name in subsets.split())
+  return tuple(synset for synset, subsets in _rows('imagenet_subsets.tsv') if name in subsets.split())
 
 
 def readable_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

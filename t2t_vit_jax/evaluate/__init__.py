@@ -1,1 +1,1 @@
-"""What weights are worth: their accuracy on many sets, how far it can be relied on, and what their features know."""
+"""Measures what weights are worth: accuracy on many sets, how reliable guesses are, and what features know."""

@@ -54,9 +54,8 @@ def open_sets(arguments: argparse.Namespace) -> list[ImageSet]:
   Raises:
     UserError: there are none, or the images of some are missing.
   """
-  names = expand(name for text in arguments.sets for name in text.split(',') if name)
   sets, problems = [], []
-  for name in names:
+  for name in expand(arguments.sets):
     try:
       sets.append(open_set(name, arguments.data_dir, arguments.orientation))
     except UserError as error:
@@ -135,8 +134,7 @@ def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
   """
 
   def prepare() -> tuple[list[Candidate], list[tuple[Source, ImageSet]]]:
-    names = expand(name for text in arguments.sets for name in text.split(',') if name)
-    splits = [open_splits(name, arguments.data_dir, arguments.orientation) for name in names]
+    splits = [open_splits(name, arguments.data_dir, arguments.orientation) for name in expand(arguments.sets)]
     splits += [open_folder_splits(folder, arguments.orientation) for folder in arguments.folder]
     if not splits:
       raise UserError('which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation')
@@ -155,7 +153,7 @@ def probe(arguments: argparse.Namespace, options: Options) -> list[Row]:
 
 
 def _signs(source: Source) -> list[Any]:
-  """What a split is known by in another process, whose files may be copies with other paths and times."""
+  """Facts that a split has in every process, though files may be copies with other paths and times."""
   count = len(source)
   return [count, source.class_names, [_id(source, index) for index in range(0, count, max(1, count // 8))]]
 
@@ -178,7 +176,7 @@ def _mesh() -> Mesh:
 
 
 def sections(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Section]:
-  """What the report shows of each pair."""
+  """Sections of the report, one for each pair."""
   return [
     Section(
       weights=row['weights'],

@@ -51,7 +51,7 @@ IDENTITY = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the user chooses for all weights and sets."""
+  """Choices of the user for all weights and sets."""
 
   image_size: ImageSize | None = None  # px; None: the weights' own
   dtype: str = 'float32'  # of computation
@@ -116,7 +116,7 @@ class Pair:
       'set': self.image_set.name,
       'corruption': self.image_set.corruption,
       'version': self.image_set.version,
-      'fingerprint': self.image_set.source.fingerprint(),
+      'fingerprint': self.image_set.fingerprint,
       'image_size': weights.arguments['image_size'],
       'crop_fraction': self.crop_fraction,
       'interpolation': weights.data['interpolation'],
@@ -128,7 +128,7 @@ class Pair:
 
   @property
   def identity(self) -> tuple[Any, ...]:
-    """What tells this evaluation from others."""
+    """Values that tell this evaluation from others."""
     return identity(self.facts)
 
 

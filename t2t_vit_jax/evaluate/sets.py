@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -108,6 +109,11 @@ class ImageSet:
   is_cropped: bool = False
   turned: bool | None = False
 
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Checksum of the images' files, see `Source.fingerprint`: looked up once for all weights."""
+    return self.source.fingerprint()
+
   def upright(self, data: Mapping[str, Any]) -> bool:
     """Whether images are turned; `data` are the fields of the weights that say how images are prepared."""
     return ORIENTATIONS[data.get('orientation', 'upright')] if self.turned is None else self.turned
@@ -139,14 +145,16 @@ class ImageSet:
     return source, tuple(sorted(labels_by_name(self.subset, source.class_names, self.name)))
 
 
-def expand(names: Iterable[str]) -> list[str]:
-  """Names of single sets, each once: `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities.
+def expand(texts: Iterable[str]) -> list[str]:
+  """Names of single sets, each once, in texts such as 'val,a'.
+
+  `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities.
 
   Datasets of tfds that belong to a set become that set, since it has rules of its own.
   """
   found: list[str] = []
   of_tfds = {definition.tfds: name for name, definition in SETS.items()} | {'imagenet_v2': 'v2'}
-  for name in names:
+  for name in filter(None, ','.join(texts).split(',')):
     name = of_tfds.get(name, name)
     parts = [key for key in SETS if key.startswith(f'{name}/')]
     found += parts or [name]
