@@ -6,6 +6,7 @@ is given on the command line runs, fast or not.
 
 import atexit
 from collections import Counter
+import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
@@ -40,6 +41,8 @@ os.environ['XLA_FLAGS'] = ' '.join([
 import jax
 import pytest
 
+from t2t_vit_jax.recipe import run as recipe_run
+from t2t_vit_jax.recipe.build import build_recipe
 from tests.processes import end_all
 
 tempfile.tempdir = os.environ['TMPDIR']
@@ -195,6 +198,37 @@ def no_program_left():
   jax.clear_caches()
   gc.unfreeze()
   gc.collect()
+
+
+# Fields of a config that no compiled program depends on.
+NOT_COMPUTED = {
+  '': ('seed', 'log_images', 'init_from', 'checkpoint', 'logging', 'distributed'),
+  'schedule': ('max_steps',),
+  'data': (
+    *('source', 'name', 'data_dir', 'path', 'train_split', 'eval_split', 'eval_fraction', 'allow_missing_classes'),
+    *('num_workers', 'num_threads', 'fast_decode', 'max_bad_fraction', 'orientation'),
+  ),
+}
+
+
+@pytest.fixture(scope='module')
+def shared_programs():
+  """Runs of a file whose configs differ in `NOT_COMPUTED` alone share their traced and compiled programs."""
+  programs = {}
+
+  def build_once(config, mesh, **facts):
+    recipe = build_recipe(config, mesh, **facts)
+    fields = config.copy_and_resolve_references().to_dict()
+    for group, names in NOT_COMPUTED.items():
+      for name in names:
+        del (fields[group] if group else fields)[name]
+    key = repr((fields, mesh.devices.tolist(), mesh.axis_names, facts['num_classes'], facts['num_train_images']))
+    own = {name: getattr(recipe, name) for name in ('make_state', 'train_step', 'eval_step')}
+    return dataclasses.replace(recipe, **programs.setdefault(key, own))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(recipe_run, 'build_recipe', build_once)
+    yield
 
 
 @pytest.fixture

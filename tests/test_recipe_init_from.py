@@ -24,6 +24,8 @@ from tests import golden
 from tests.image_folder import write_image_folder
 from tests.weights_cache import put_into_cache
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 @pytest.fixture(name='config')
 def fixture_config(data_dir):

@@ -22,6 +22,8 @@ from t2t_vit_jax.workdir.description import description
 from tests.image_folder import encoded, write_image_folder
 from tests.test_training_loop import performer_config
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -28,6 +28,8 @@ from tests.processes import run
 from tests.test_training_loop import small_config
 from tests.weights_cache import put_into_cache
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 def config_of(data_dir, **changes):
   config = digits.get_config()

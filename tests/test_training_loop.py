@@ -34,6 +34,8 @@ from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description
 from tests.image_folder import write_image_folder
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 def small_config(data_dir, **changes):
   """Digits with a model that compiles in seconds; changes are given with dots, as on the command line.

@@ -27,6 +27,8 @@ from tests.processes import ROOT, finish, start_command, start_process
 from tests.small_disk import small_disk
 from tests.test_training_loop import small_config
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 @pytest.fixture(scope='module')
 def run(data_dir):

@@ -28,6 +28,8 @@ from tests import golden
 from tests.small_disk import fill, small_disk
 from tests.test_training_loop import small_config
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 STEPS = 3
 CHANGES = {'schedule.max_steps': STEPS, 'data.eval_split': 'test[:100]', 'ema.decay': 0.5}
 

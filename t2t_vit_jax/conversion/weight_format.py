@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -222,7 +223,12 @@ def check_field(path: str, value: Any, name: str) -> None:
 
 def expected_shapes(arguments: Mapping[str, Any], channels: int) -> dict[str, tuple[int, ...]]:
   """Path -> shape of every variable of the model; computes none."""
-  model = T2TViT(**arguments)
+  # With tuples in place of lists, and without qk_scale, which may be an array and changes no shape: it can be hashed.
+  return dict(_shapes(T2TViT(**{**_from_json(dict(arguments)), 'qk_scale': None}), channels))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: T2TViT, channels: int) -> dict[str, tuple[int, ...]]:
   height, width = sides(model.image_size)
   variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, channels))))
   return {key: leaf.shape for key, leaf in flatten_dict(variables, sep='/').items()}

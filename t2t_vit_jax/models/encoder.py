@@ -11,7 +11,7 @@ import numpy as np
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.attention import AttentionForm, attention_weights, cudnn_attention, takes_cudnn, weighted_sum
 from t2t_vit_jax.models.layers import Dense, DenseParameters, Dtype, LayerNorm, Mlp, StochasticDepth
-from t2t_vit_jax.models.products import einsum
+from t2t_vit_jax.models.products import direct, einsum
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ def _derivative_of_projections(
   (x, kernel), (dx, dkernel) = primals, tangents
   dim, parts, *heads = kernel.shape
   product = functools.partial(einsum, 'btd,de->bte')
-  joint = product(dx, kernel.reshape(dim, -1)) + product(x, dkernel.reshape(dim, -1))
+  joint = product(dx, kernel.reshape(dim, -1)) + product(x, direct(dkernel.reshape(dim, -1)))
   return project_to_heads(x, kernel), [y.reshape(*y.shape[:-1], *heads) for y in jnp.split(joint, parts, axis=-1)]
 
 

@@ -19,14 +19,14 @@ from jax import lax
 from jax.nn import initializers
 import jax.numpy as jnp
 
-from t2t_vit_jax.models.products import dot_general
+from t2t_vit_jax.models.products import kernel_product
 
 Array = jax.Array
 Dtype = Any
 
 EPSILON = 1e-5  # of LayerNorm
 # timm's "truncated" normal cuts at an absolute +-2, a hundred standard deviations out: it is a plain normal.
-Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02), dot_general=dot_general)
+Dense = functools.partial(nn.Dense, kernel_init=initializers.normal(0.02), dot_general=kernel_product)
 
 
 class LayerNorm(nn.LayerNorm):
