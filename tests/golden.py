@@ -166,6 +166,16 @@ def loss_and_gradients(model):
   return jax.jit(jax.value_and_grad(loss_of, has_aux=True))
 
 
+def shapes_of(model, images):
+  """Shapes and dtypes of a model's variables; each model is traced once for images of a size."""
+  return _shapes_of(model, images.shape[1:])
+
+
+@functools.cache
+def _shapes_of(model, sizes):
+  return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *sizes), np.float32))
+
+
 def random_variables(model, images, seed=0):
   """Variables of a model that no program had to be compiled for: weights of a size that matters, frozen ones too."""
   rng = np.random.default_rng(seed)
@@ -176,4 +186,4 @@ def random_variables(model, images, seed=0):
       return noise / np.float32(np.prod(leaf.shape[:-1])) ** np.float32(0.5)
     return 0.2 * noise + (path[-1].key == 'scale')
 
-  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))
+  return jax.tree_util.tree_map_with_path(draw, shapes_of(model, images))

@@ -84,7 +84,7 @@ def test_config_builds(name):
   config = resolve(config)
   model = build_model(config, num_classes=10)
   size = config.data.image_size
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+  shapes = golden.shapes_of(model, jnp.zeros((1, size, size, 3)))
   height, width = token_grid((size, size))
   assert shapes['frozen']['pos_embed'].shape == (1, 1 + height * width, model.embed_dim)
   schedule = optimizer.learning_rate_schedule(config.schedule, steps_per_epoch=10, batch_size=config.data.batch_size)

@@ -39,7 +39,7 @@ def test_padded_tokens_change_neither_values_nor_gradients(length):
 def lowered(fields, platform, dtype=jnp.bfloat16, **options):
   """Text of the program for loss and gradients, where kernels by cuDNN are seen."""
   model = T2TViT(**{**golden.TINY, 'depth': 3, **fields}, dtype=dtype)
-  variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  variables = golden.shapes_of(model, IMAGES)
 
   def loss(variables, images):
     return model.apply(variables, images, rngs={'dropout': jax.random.key(0)}, **options).sum()

@@ -61,7 +61,7 @@ def test_shapes_at_a_size_that_no_stride_divides(fields, channels):
   """Rows, (size + 2 * padding - kernel) // stride + 1: of 50 px 12, 6 and 3; columns of 71 px 18, 9 and 5."""
   model = T2TViT(**{**golden.TINY, **fields})
   images = jax.ShapeDtypeStruct((2, 50, 71, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   pyramid = jax.eval_shape(functools.partial(feature_pyramid, model), variables, images)
   first, second, last = channels
   assert [level.shape for level in pyramid] == [(2, 12, 18, first), (2, 6, 9, second), (2, 3, 5, last)]
@@ -72,7 +72,7 @@ def test_shapes_at_a_size_that_no_stride_divides(fields, channels):
 
 def test_shapes_of_a_published_model():
   model, images = create_model('t2t_vit_14'), jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   pyramid = jax.eval_shape(functools.partial(feature_pyramid, model), variables, images)
   assert [level.shape for level in pyramid] == [(8, 56, 56, 64), (8, 28, 28, 64), (8, 14, 14, 384)]
 
@@ -80,7 +80,7 @@ def test_shapes_of_a_published_model():
 def test_nothing_is_computed_beyond_the_features():
   model = T2TViT(**golden.TINY_MODELS['performer'])
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   features = jax.jit(functools.partial(model.apply, features=True))
   pyramid = jax.jit(functools.partial(feature_pyramid, model))
   assert count_flops(pyramid, variables, images) == count_flops(features, variables, images)

@@ -40,7 +40,7 @@ def precisions(text):
 def lowered(name, dtype):
   """Text of the program for loss and gradients, with respect to parameters and images, for TPU and CUDA."""
   model = T2TViT(**MODELS[name], dtype=dtype)
-  variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  variables = golden.shapes_of(model, IMAGES)
 
   def loss(params, images):
     rngs = {'dropout': jax.random.key(0)}

@@ -75,7 +75,7 @@ def test_the_second_head_costs_nothing_where_it_is_not_used():
   plain, two_heads = tiny('performer'), tiny('performer', token_labeling=True)
 
   def program(model, **options):
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = golden.shapes_of(model, images)
     variables = {**variables, 'params': {key: x for key, x in variables['params'].items() if key != 'aux_head'}}
     rngs = {'dropout': jax.random.key(0)}
     return jax.jit(functools.partial(model.apply, rngs=rngs, **options)).lower(variables, images).as_text()
@@ -138,7 +138,7 @@ def test_devices_that_share_a_batch_exchange_gradients_of_parameters_only(tokens
   divided, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['data'], []))
   model = tiny('performer', tokens_type=tokens_type)
   images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32, sharding=divided)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), variables['params'])
   frozen = golden.random_variables(model, images)['frozen']
 
@@ -228,7 +228,7 @@ def test_a_loop_over_blocks_makes_a_small_program():
 
   def lines(depth):
     model = tiny('performer', depth=depth, scan_blocks=True)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = golden.shapes_of(model, images)
     return jax.jit(model.apply).lower(variables, images).as_text().count('dot_general')
 
   assert lines(12) == lines(2)
@@ -242,7 +242,7 @@ def test_the_last_block_computes_what_the_head_needs():
 
   def spared(name):
     model = tiny(name)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = golden.shapes_of(model, images)
     features = jax.jit(functools.partial(model.apply, features=True))
     return count_flops(features, shapes, images) + head - count_flops(jax.jit(model.apply), shapes, images)
 

@@ -43,7 +43,7 @@ def test_chunked_attention_never_holds_all_scores():
 def test_auto_is_chunked_where_tokens_are_many(form, loops):
   model = T2TViT(**{**golden.TINY_MODELS['transformer'], 'token_attention_form': form})
   images = jnp.zeros((1, 160, 160, 3))  # 1,600 tokens after the first split, 400 after the second
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   assert str(jax.make_jaxpr(model.apply)(variables, images)).count('scan[') == loops
 
 

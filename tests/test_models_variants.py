@@ -16,14 +16,14 @@ def test_every_named_model_has_a_golden_row():
 @pytest.mark.parametrize('name', golden.PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
   model = t2t_vit_jax.create_model(name)
-  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+  variables = golden.shapes_of(model, jnp.zeros((1, 224, 224, 3)))
   everything, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (variables, variables['params']))
   assert (everything, trained) == golden.PARAMETERS[name]
 
 
 def test_a_second_head_adds_a_linear_layer_of_the_heads_shape():
   model = t2t_vit_jax.create_model('t2t_vit_24', token_labeling=True)
-  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+  variables = golden.shapes_of(model, jnp.zeros((1, 224, 224, 3)))
   everything = sum(x.size for x in jax.tree.leaves(variables))
   assert everything == golden.PARAMETERS['t2t_vit_24'][0] + 512 * 1000 + 1000
 

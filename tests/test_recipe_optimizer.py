@@ -97,7 +97,7 @@ def test_max_steps_cuts_the_run():
 @pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14', 't2t_vit_14_se', 't2t_vit_16_ghost', 't2t_vit_dense'])
 def test_what_decays_is_what_has_two_axes_in_torch(name):
   model = t2t_vit_jax.create_model(name)
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))['params']
+  params = golden.shapes_of(model, jnp.zeros((1, 64, 64, 3)))['params']
   for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.weight_decay_mask(params)):
     leaf = path[-1].key
     assert leaf in ('kernel', 'bias', 'scale', 'cls_token')

@@ -77,7 +77,7 @@ def test_it_shows_what_predict_predicts_and_the_layers_compute(weights, photo):
 def test_stages_and_blocks_of_every_kind_of_model(name, overrides, blocks):
   model = create_model(name, **overrides)
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = golden.shapes_of(model, images)
   assert attention_blocks(model, variables, images) == [f'blocks_{number}' for number in blocks]
   layers = stage_layers(model).values()
   outputs = jax.eval_shape(lambda *arguments: layer_outputs(model, *arguments, list(layers))[1], variables, images)

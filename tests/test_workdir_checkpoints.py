@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+import tensorstore
 
 from t2t_vit_jax import UserError
 from t2t_vit_jax.recipe.run import build_run
@@ -99,6 +100,16 @@ def test_a_damaged_small_file_costs_a_checkpoint_at_most(tiny, tmp_path, step, n
   assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=True) == outcome
   (aside,) = (tmp_path / 'damaged').iterdir()
   assert aside.name == ('7-metrics' if outcome.endswith('without metrics') else str(step))
+
+
+def test_a_changed_number_in_files_that_are_in_order_costs_the_checkpoint(tiny, tmp_path):
+  """As if memory had failed before the number was written: no checksum of a file can notice."""
+  run, folder, states = tiny
+  shutil.copytree(folder, tmp_path / 'checkpoints')
+  where = {'driver': 'ocdbt', 'base': f'file://{tmp_path}/checkpoints/7/state/'}
+  array = tensorstore.open({'driver': 'zarr3', 'kvstore': where, 'path': 'params.head.bias/'}).result()
+  array[3] = array[3].read().result() + 1e-3
+  assert damage_checkpoints.check(run, tmp_path / 'checkpoints', states, save=False) == 'the one before'
 
 
 @pytest.mark.parametrize(

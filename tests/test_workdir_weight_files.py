@@ -217,7 +217,7 @@ def test_named_models_keep_their_names_and_old_checkpoints_have_no_class_names()
   config = digits.get_config()
   config.data.orientation, config.data.channels = 'ignored', 3
   model = create_model('t2t_vit_tiny', num_classes=10)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  shapes = golden.shapes_of(model, np.zeros((1, 32, 32, 3), np.float32))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   weights = weight_files.weights_of_checkpoint({'config': config.to_dict()}, variables, 'raw', 7, 'old')
   assert (weights.model, weights.class_names) == ('t2t_vit_tiny', None)
@@ -253,7 +253,7 @@ def test_names_in_a_card_are_names_and_nothing_else():
   config['data'] |= {'eval_split': 'x ' * 60 + '``` `` <b>', 'orientation': 'ignored', 'channels': 3}
   config['init_from'] = 'runs/<i>/weights/model.safetensors'
   model = create_model('t2t_vit_tiny', num_classes=10)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  shapes = golden.shapes_of(model, np.zeros((1, 32, 32, 3), np.float32))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   description = {'config': config, 'class_names': hostile, 'eval_part': '10% of each class, held out'}
   weights = weight_files.weights_of_checkpoint(description, variables, 'raw', 7, 'run')

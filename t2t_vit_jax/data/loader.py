@@ -227,7 +227,8 @@ class Workers:
       raise
     finally:
       _close(batches)
-      _free_shared_memory()
+      if self.num_workers:
+        _free_shared_memory()
 
   def _problem(self, error: Exception, num_bytes: Callable[[], int]) -> str:
     """A line about a worker that died, or what its processes lack; empty for other errors.

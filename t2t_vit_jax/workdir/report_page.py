@@ -43,14 +43,15 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
 
   from matplotlib.figure import Figure  # late: it takes half a second, and every process of a run would wait for it
 
-  figure = Figure(figsize=(12, 8), layout='constrained')  # without pyplot: no display, no global state
+  # Without pyplot: no display, no global state. Without a layout engine, which takes a second.
+  figure = Figure(figsize=(12, 8))
   figure.suptitle(printable(title), parse_math=False)
   curves, sample = figure.subfigures(2, 1, squeeze=False).flat
-  loss, accuracy, rate = curves.subplots(1, 3)
+  loss, accuracy, rate = curves.subplots(1, 3, gridspec_kw={'left': 0.05, 'right': 0.98, 'bottom': 0.12, 'top': 0.82})
   _curve(loss, 'loss', {'train, with augmentation': trained} | evaluated, 'loss')
   _curve(accuracy, 'top-1 accuracy', evaluated, 'top1')
   _curve(rate, 'learning rate', {'': trained}, 'learning_rate')
-  axes = sample.subplots()
+  axes = sample.subplots(gridspec_kw={'left': 0.02, 'right': 0.98, 'bottom': 0.02, 'top': 0.92})
   axes.imshow(image_grid(images), interpolation='nearest')
   axes.set_title('training images as the network saw them', fontsize='medium')
   axes.axis('off')
