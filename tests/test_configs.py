@@ -22,6 +22,7 @@ from t2t_vit_jax.recipe.build import build_model
 from t2t_vit_jax.recipe.init_from import resolve, resolve_for_evaluation
 from t2t_vit_jax.training import loop
 from tests import golden
+from tests.parameters import slow_but
 
 NAMES = recipe_table.config_names()
 
@@ -75,7 +76,7 @@ def differences(config, other):
   return {field for field in one if one[field] != two[field]}
 
 
-@pytest.mark.parametrize('name', ['default', *NAMES])
+@pytest.mark.parametrize('name', slow_but(('default', 'digits', 'finetune', 't2t_vit_14_cifar10'), ['default', *NAMES]))
 def test_config_builds(name):
   config, _ = load(name)
   if name == 'finetune':  # as with weights that say how their images are prepared

@@ -21,6 +21,7 @@ from t2t_vit_jax.models import positions
 from t2t_vit_jax.models.variants import VARIANTS
 from tests import checkpoints, golden
 from tests.checkpoints import torch
+from tests.parameters import slow_but
 
 LOGITS_ATOL = 1e-5
 HEADS = {'num_heads': 4}
@@ -48,7 +49,7 @@ def logits_of(path, images, **options):
   return golden.apply(model, variables, images)
 
 
-@pytest.mark.parametrize('name', golden.TINY_MODELS)
+@pytest.mark.parametrize('name', slow_but(('performer', 'transformer', 'se'), golden.TINY_MODELS))
 def test_golden_checkpoints_give_the_references_logits(name, tmp_path):
   convert_to(golden_file(name), tmp_path / 'weights.safetensors', settings=settings_of(name))
   model, variables = load_pretrained(tmp_path / 'weights.safetensors')
@@ -355,7 +356,7 @@ def shapes_of(name, **overrides):
   return shapes
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', slow_but(('t2t_vit_14', 't2t_vit_t_14', 't2t_vit_16_ghost'), VARIANTS))
 def test_named_models_are_recognised(name):
   inferred = infer.infer_arguments(shapes_of(name, image_size=224))
   assert inferred['image_size'] == 224

@@ -213,6 +213,7 @@ def weights_of_7(tmp_path_factory):
   return folder / 'tensors'
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_fetch_once(tmp_path, weights_of_7):
   with file_server() as running:
     # A file's format is recognised by its first bytes, not by its name.

@@ -118,6 +118,7 @@ def test_images_that_changed_are_evaluated_again(weights, command, tmp_path):
   assert after[0]['loss'] != before[0]['loss']
 
 
+@pytest.mark.slow
 def test_photographs_are_turned_as_in_prediction(weights, command, tmp_path):
   folder = photographs(tmp_path, tuple('0123456789')) / 'val'
   (row,) = json.loads(command(weights[0], f'--folder={folder}', '--json')[1])
@@ -221,6 +222,7 @@ def test_what_cannot_be_evaluated_gets_one_line_before_anything_is_computed(weig
   assert (tmp_path / 'notes.txt').read_text() == 'my notes'
 
 
+@pytest.mark.slow
 def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkeypatch):
   monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
   folder = write_image_folder(tmp_path / 'own', ('ant', 'bee', 'cat'), train=6, val=4)
@@ -257,6 +259,7 @@ def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkey
     assert (code, message in errors) == (2, True), errors
 
 
+@pytest.mark.slow
 def test_the_report_is_drawn_from_kept_results(weights, command, tmp_path):
   page = tmp_path / 'page.html'
   arguments = [weights[0], f'--sets={SPLIT}', f'--report={page}']

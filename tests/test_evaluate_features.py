@@ -22,6 +22,7 @@ from t2t_vit_jax.predict import open_classifier
 from t2t_vit_jax.recipe.sharding import make_mesh
 from tests import golden
 from tests.image_folder import write_image_folder
+from tests.parameters import slow
 from tests.processes import ROOT, finish, free_port, start_command
 
 CLASSES = ('ant', 'bee', 'cat')
@@ -67,8 +68,8 @@ def extracted(classifier, source, batch_size=8, devices=1, warn=print, progress=
   return extract(*parts, source, Share(batch_size), Workers(num_threads=2), mesh(devices), warn, progress)
 
 
-@pytest.mark.parametrize('devices', [1, 2])
-@pytest.mark.parametrize('batch_size', [1, 7, 64])
+@pytest.mark.parametrize('devices', [slow(1), 2])
+@pytest.mark.parametrize('batch_size', [slow(1), 7, slow(64)])
 def test_features_are_the_models_in_any_batch(classifier, folder, expected, batch_size, devices):
   lines, counts = [], []
   features = extracted(classifier, open_folder(folder, 'train'), batch_size, devices, lines.append, counts.append)

@@ -23,6 +23,7 @@ from t2t_vit_jax.models.variants import DataDefaults
 from t2t_vit_jax.recipe.sharding import make_mesh
 from tests import golden, imagenet_sets
 from tests.image_folder import encoded
+from tests.parameters import slow
 
 IDS = tuple(imagenet_names())
 NUM_IMAGES = 23  # no batch size divides it
@@ -135,11 +136,11 @@ def prepared(tmp_path_factory, files, data):
   return str(root), data[1]
 
 
-BATCHES = [(7, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(64, 2, marks=pytest.mark.slow)]
+BATCHES = [(7, 2), slow(1, 1), slow(64, 2)]
 
 
 @pytest.mark.parametrize(('batch_size', 'num_devices'), BATCHES)
-@pytest.mark.parametrize('name', ['val', 'real', 'v2', 'a', 'r', 'sketch', 'c/fog/3'])
+@pytest.mark.parametrize('name', ['val', 'real', slow('v2'), 'a', slow('r'), slow('sketch'), slow('c/fog/3')])
 def test_figures_equal_numpy(classifier, data, name, batch_size, num_devices):
   check_figures(classifier, data, name, num_devices, batch_size)
 
@@ -169,6 +170,7 @@ def check_figures(classifier, data, name, num_devices, batch_size):
   return row
 
 
+@pytest.mark.slow
 def test_a_subset_is_scored_over_all_classes_on_request(classifier, data):
   path, logits = classifier
   data_dir, expected = data
@@ -180,6 +182,7 @@ def test_a_subset_is_scored_over_all_classes_on_request(classifier, data):
   assert (row['correct'], row['correct_top5'], row['count'], row['scored_classes']) == (top1, top5, count, 1000)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_count_as_wrong(classifier, files, tmp_path, capsys):
   path, logits = classifier
   best = [int(row.argmax()) for row in logits]

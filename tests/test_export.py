@@ -21,6 +21,7 @@ from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.export import export_weights, main
 from tests import checkpoints, golden
+from tests.parameters import slow
 from tests.weights_cache import put_into_cache
 
 ROOT = Path(__file__).parents[1]
@@ -57,11 +58,11 @@ def logits_of_model(weights, images, mean=MEAN, std=STD, dtype=jnp.float32, **op
 @pytest.mark.parametrize(
   ('name', 'batches'),
   [
-    ('performer_qkbias_qkscale', [1, 3, 8]),
+    slow('performer_qkbias_qkscale', [1, 3, 8]),
     ('transformer', [1, 3, 8]),
-    ('se', [3]),
-    ('ghost', [3]),
-    ('dense', [3]),
+    slow('se', [3]),
+    slow('ghost', [3]),
+    slow('dense', [3]),
   ],
 )
 def test_logits_equal_the_models_for_any_batch(name, batches, tmp_path):
@@ -76,6 +77,7 @@ def test_logits_equal_the_models_for_any_batch(name, batches, tmp_path):
     np.testing.assert_allclose(logits, expected[:batch], atol=ATOL)
 
 
+@pytest.mark.slow
 def test_both_heads_of_token_labeling_are_exported(performer):
   bias, images = np.linspace(-3, 3, 10), random_images(1)
   program, arrays, _ = exported(golden.with_second_head(performer, bias))
@@ -112,6 +114,7 @@ def test_normalisation_and_class_names_come_with_the_weights(tmp_path):
   assert metadata['versions']['jax'] == jax.__version__
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_as_the_model_does(performer):
   program, arrays, metadata = exported(performer, dtype='bfloat16')
   images = random_images(3)
@@ -122,6 +125,7 @@ def test_bfloat16_computes_as_the_model_does(performer):
   assert 'xbf16>' in program.mlir_module()
 
 
+@pytest.mark.slow
 def test_another_image_size_resizes_the_positions(performer):
   program, arrays, metadata = exported(performer, image_size=(96, 128))
   images = random_images(2, 96, 128)
@@ -130,6 +134,7 @@ def test_another_image_size_resizes_the_positions(performer):
   np.testing.assert_allclose(jax.jit(program.call)(arrays, images), expected, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_file_and_it_names_no_source_file(performer, tmp_path):
   for name in ('a', 'b'):
     export_weights(performer, tmp_path / name)
@@ -259,6 +264,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(arguments, says, perform
   assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_keeps_what_was_there(performer, tmp_path, capsys):
   output = tmp_path / 'out.npz'
   output.write_bytes(b'before')

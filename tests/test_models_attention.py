@@ -13,6 +13,7 @@ import pytest
 from t2t_vit_jax import T2TViT
 from t2t_vit_jax.models.attention import cudnn_attention, full_attention, padded_attention
 from tests import golden
+from tests.parameters import slow
 
 IMAGES = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
 
@@ -21,7 +22,7 @@ def queries_keys_values(length, dtype=jnp.float32):
   return [jax.random.normal(jax.random.key(i), (2, length, 3, 16), dtype) for i in range(3)]
 
 
-@pytest.mark.parametrize('length', [16, 17])
+@pytest.mark.parametrize('length', [slow(16), 17])
 def test_padded_tokens_change_neither_values_nor_gradients(length):
   """The computation for cuDNN, in XLA's own implementation."""
 
@@ -75,6 +76,7 @@ def test_where_the_kernel_cannot_do_it_the_products_do():
   assert kernels(lowered(dropping, 'cuda')) == (2, 2)  # in evaluation nothing is dropped
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_products_where_the_kernel_is_not():
   arguments = queries_keys_values(17, jnp.bfloat16)
   np.testing.assert_array_equal(cudnn_attention(*arguments), full_attention(*arguments))

@@ -41,6 +41,7 @@ def test_a_model_with_one_block_has_nothing_to_stack():
   )
 
 
+@pytest.mark.slow
 def test_each_block_adds_the_same_to_the_cost_of_gradients_on_a_cpu():
   """Were the gradient of the residual stream not stored, each block would add more than the one before."""
   model = T2TViT(10, 32, embed_dim=64, depth=1, num_heads=4)

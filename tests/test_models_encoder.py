@@ -9,6 +9,7 @@ import pytest
 from t2t_vit_jax.models.block_variants import BLOCK_TYPES
 from t2t_vit_jax.models.encoder import project_to_heads
 from tests import golden
+from tests.parameters import slow
 
 
 def normal(*shape, seed=0):
@@ -29,8 +30,8 @@ def test_projections_have_the_derivatives_of_finite_differences(parts):
     check_grads(lambda x, kernel: [jnp.sin(y) for y in project_to_heads(x, kernel)], (x, kernel), order=2, rtol=1e-5)
 
 
-@pytest.mark.parametrize('block_type', ['standard', 'se', 'ghost', 'dense'])
-@pytest.mark.parametrize('qkv_bias', [False, True])
+@pytest.mark.parametrize('block_type', ['standard', slow('se'), slow('ghost'), 'dense'])
+@pytest.mark.parametrize('qkv_bias', [slow(False), True])
 def test_the_first_tokens_alone_are_those_of_all_with_their_gradients(block_type, qkv_bias):
   block = BLOCK_TYPES[block_type].block(num_heads=2, mlp_ratio=3, qkv_bias=qkv_bias)
   x = normal(3, 7, 16)

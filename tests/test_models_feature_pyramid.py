@@ -86,6 +86,7 @@ def test_nothing_is_computed_beyond_the_features():
   assert count_flops(pyramid, variables, images) == count_flops(features, variables, images)
 
 
+@pytest.mark.slow
 def test_gradients_reach_images_and_the_layers_before_each_map():
   variables, images = golden.load_variables('performer'), golden.load_numbers('tiny_performer')['images_nhwc']
   model = T2TViT(**golden.TINY_MODELS['performer'])
@@ -112,6 +113,7 @@ def test_gradients_reach_images_and_the_layers_before_each_map():
   assert reached[2] == {'attention1', 'attention2', 'project', 'cls_token', 'blocks_0', 'blocks_1', 'norm'}
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_in_training_only():
   variables, images = golden.load_variables('performer'), golden.load_numbers('tiny_performer')['images_nhwc']
   model = T2TViT(**golden.TINY_MODELS['performer'])

@@ -10,6 +10,7 @@ import torch
 from t2t_vit_jax import T2TViT, UserError
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from tests import golden, torch_reference
+from tests.parameters import slow
 
 
 def tiny(name, **overrides):
@@ -65,7 +66,7 @@ def torch_outputs(name):
   return found, attended
 
 
-@pytest.mark.parametrize('name', ['performer_qkbias_qkscale', 'transformer', 'se', 'ghost', 'dense'])
+@pytest.mark.parametrize('name', ['performer_qkbias_qkscale', 'transformer', slow('se'), slow('ghost'), slow('dense')])
 def test_outputs_equal_torch_in_every_layer(name):
   expected, attended = torch_outputs(name)
   features, found = outputs(name, [*expected, *attended, 'tokens_to_token'])
@@ -88,6 +89,7 @@ def test_attention_in_chunks_shows_the_same_weights():
   np.testing.assert_allclose(found[layer], torch_outputs('transformer')[0][layer], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_distributions_at_any_image_size():
   model = tiny('performer')
   images = np.random.default_rng(0).normal(size=(1, 48, 80, 3)).astype(np.float32)

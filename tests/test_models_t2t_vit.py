@@ -18,6 +18,7 @@ from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.models.t2t_vit import classify
 from t2t_vit_jax.planning.flops import count_flops
 from tests import golden
+from tests.parameters import slow
 
 LOGITS_ATOL = 1e-5
 GRADIENT_RTOL = 2e-5  # of the tensor's largest entry
@@ -132,7 +133,7 @@ def test_gradients_equal_the_references(name):
   assert max(jax.tree.leaves(errors)) <= GRADIENT_RTOL, errors
 
 
-@pytest.mark.parametrize('tokens_type', ['performer', 'transformer', 'convolution'])
+@pytest.mark.parametrize('tokens_type', [slow('performer'), slow('transformer'), 'convolution'])
 def test_devices_that_share_a_batch_exchange_gradients_of_parameters_only(tokens_type):
   mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
   divided, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (['data'], []))
@@ -168,10 +169,10 @@ def test_the_forms_of_the_soft_split_share_parameters_and_results():
   [
     ('performer', {'scan_blocks': True}),
     ('performer', {'scan_blocks': True, 'remat': 'dots_with_no_batch_dims_saveable'}),
-    ('performer', {'remat': 'nothing_saveable'}),
-    ('se', {'scan_blocks': True}),
-    ('ghost', {'scan_blocks': True}),
-    ('dense', {'remat': 'dots_saveable'}),
+    slow('performer', {'remat': 'nothing_saveable'}),
+    slow('se', {'scan_blocks': True}),
+    slow('ghost', {'scan_blocks': True}),
+    slow('dense', {'remat': 'dots_saveable'}),
   ],
 )
 def test_blocks_in_a_loop_and_computed_again_are_the_same_model(name, fields):
@@ -297,7 +298,7 @@ def test_features_do_not_depend_on_the_other_images_of_the_batch():
   np.testing.assert_allclose(golden.apply(tiny('transformer'), variables, images[1:]), both[1:], atol=1e-5)
 
 
-@pytest.mark.parametrize('tokens_type', ['performer', 'transformer', 'convolution'])
+@pytest.mark.parametrize('tokens_type', ['performer', slow('transformer'), slow('convolution')])
 def test_training_mode_draws_from_the_dropout_rng(tokens_type):
   model = tiny('performer', tokens_type=tokens_type, dropout_rate=0.1, attention_dropout_rate=0.1)
   images = golden.load_numbers('tiny_performer')['images_nhwc']
@@ -325,6 +326,7 @@ def test_the_performers_dropout_is_on_by_default_and_can_be_turned_off():
   assert difference(performer_dropout_rate=0.0) == 0
 
 
+@pytest.mark.slow
 def test_within_flax_nnx_it_is_the_same_model_and_only_params_are_trained():
   numbers, variables = golden.load_numbers('tiny_performer'), golden.load_variables('performer')
   images, labels = numbers['images_nhwc'], numbers['labels']

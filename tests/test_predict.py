@@ -125,6 +125,7 @@ def test_preparation_is_what_the_weights_say(tmp_path, photos):
   np.testing.assert_allclose(classifier.normalize(pixels[None])[0], (pixels / 255 - mean) / std, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_there_get_one_line(weights, photos):
   command = [sys.executable, '-m', 't2t_vit_jax.predict', weights, photos]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cuda', 'PYTHONPATH': str(ROOT)}

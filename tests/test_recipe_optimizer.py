@@ -19,6 +19,7 @@ from t2t_vit_jax.models.blocks import stack_blocks
 from t2t_vit_jax.recipe import optimizer
 from tests import golden
 from tests.golden import DATA
+from tests.parameters import slow
 
 
 def schedule_config(**changes):
@@ -94,7 +95,9 @@ def test_max_steps_cuts_the_run():
   assert optimizer.total_steps(schedule_config(epochs=2, cooldown_epochs=1), 100) == 300
 
 
-@pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14', 't2t_vit_14_se', 't2t_vit_16_ghost', 't2t_vit_dense'])
+@pytest.mark.parametrize(
+  'name', ['t2t_vit_7', slow('t2t_vit_t_14'), 't2t_vit_14_se', slow('t2t_vit_16_ghost'), slow('t2t_vit_dense')]
+)
 def test_what_decays_is_what_has_two_axes_in_torch(name):
   model = t2t_vit_jax.create_model(name)
   params = golden.shapes_of(model, jnp.zeros((1, 64, 64, 3)))['params']

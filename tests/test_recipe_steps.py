@@ -45,6 +45,7 @@ def random_batch(size, seed=0):
   }
 
 
+@pytest.mark.slow
 def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
   sgd = optax.sgd(0.1)
   state = fresh_state(model, sgd, with_ema=True)
@@ -145,6 +146,7 @@ def test_micro_batches_have_whole_groups_of_every_devices_images():
   np.testing.assert_array_equal(dealt, [[0, 3], [1, 4], [2, 5]])
 
 
+@pytest.mark.slow
 def test_micro_batches_have_other_dropout_masks():
   model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
   still = optax.set_to_zero()

@@ -307,6 +307,7 @@ def test_tensorboard_gets_what_metrics_jsonl_has(four_steps):
     assert written[name, row['step']] == pytest.approx(row[name.split('/')[-1]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_changes_are_allowed_when_asked_for(data_dir, four_steps, tmp_path, capsys):
   shutil.copytree(four_steps, tmp_path / 'run')
   changes = {'seed': 7, 'schedule.max_steps': 5, 'checkpoint.allow_changes': True}
@@ -346,6 +347,7 @@ def untimed_rows(workdir):
   return [{name: x for name, x in row.items() if name not in ('images_per_second', 'data_wait')} for row in rows]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_ended_is_made_by_the_next_start(data_dir, tmp_path, monkeypatch, capsys):
   """Two steps an epoch; learning so fast that the accuracy after the first epoch is the best one."""
   changes = {
@@ -448,6 +450,7 @@ def test_a_picture_of_augmented_images_is_made_when_asked_for(data_dir, tmp_path
   np.testing.assert_allclose(grid[1:17, 19:35], batch['image'][1], atol=1)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_orientation_was_a_field_goes_on_without_it(data_dir, tmp_path, capsys):
   folder = write_image_folder(tmp_path / 'data', ('cat', 'dog', 'emu'), train=8, val=2)
   for path in folder.rglob('*.JPEG'):
