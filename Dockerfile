@@ -6,9 +6,9 @@
 #   docker run --rm --gpus all --shm-size=8g -v "$PWD:/home/t2t/here" t2t-vit:cuda train --workdir=here/runs/digits
 #   docker run --rm --privileged --net=host -v "$PWD:/home/t2t/here" t2t-vit:tpu train --workdir=here/runs/digits
 #
-# The user has the id 1000, and must be able to write to a mounted folder that results go to. CUDA comes with jax's
-# wheels; the host needs the driver and NVIDIA's container toolkit. A TPU VM may give its devices to root alone: then
-# add `--user 0`.
+# `--build-arg EXTRAS=fast,hub,gcs` installs other extras of pyproject.toml. The user has the id 1000, and must be able to
+# write to a mounted folder that results go to. CUDA comes with jax's wheels; the host needs the driver and NVIDIA's
+# container toolkit. A TPU VM may give its devices to root alone: then add `--user 0`.
 FROM python:3.13-slim AS builder
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/t2t
@@ -16,15 +16,16 @@ WORKDIR /source
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY configs configs
 COPY t2t_vit_jax t2t_vit_jax
+ARG EXTRAS=fast,hub
 
 FROM builder AS builder-cpu
-RUN /opt/t2t/bin/pip install .
+RUN /opt/t2t/bin/pip install ".[${EXTRAS}]"
 
 FROM builder AS builder-cuda
-RUN /opt/t2t/bin/pip install '.[cuda13]'
+RUN /opt/t2t/bin/pip install ".[cuda13,${EXTRAS}]"
 
 FROM builder AS builder-tpu
-RUN /opt/t2t/bin/pip install '.[tpu]'
+RUN /opt/t2t/bin/pip install ".[tpu,${EXTRAS}]"
 
 FROM python:3.13-slim AS base
 RUN useradd --create-home --uid 1000 t2t

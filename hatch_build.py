@@ -41,10 +41,9 @@ class OnlyTracked(BuildHookInterface):
   """Ends the build of an sdist that would hold a file which git does not track, such as a config of one's own."""
 
   def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-    if not shutil.which('git'):
-      return
-    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=self.root, capture_output=True, text=True)
-    tracked = set(listed.stdout.split('\0'))
+    options: Any = dict(cwd=self.root, capture_output=True, text=True)
+    listed = subprocess.run(['git', 'ls-files', '-z'], **options).stdout if shutil.which('git') else ''
+    tracked = set(listed.split('\0'))
     included = {file.relative_path for file in self.build_config.builder.recurse_included_files()}
     if 'pyproject.toml' in tracked and (unknown := sorted(included - tracked)):  # else this is no clone but an sdist
       self.app.abort(f'git does not track {", ".join(unknown)}: add it with git add, or move it out of this folder')
