@@ -59,6 +59,7 @@ OPTIONAL = {
   'gcsfs': '.[test-all]',
   'gcp_storage_emulator': '.[test-all]',
   'build': '.[test-all]',
+  'hatchling': '.[test-all]',
   'libtpu': '.[tpu]',
   'jax_cuda13_plugin': '.[gpu-plan]',
   'nvidia.cudnn': '.[cuda13]',

@@ -1,7 +1,11 @@
-"""What importing costs, and what it must not load; the wheel."""
+"""What importing costs, and what it must not load; what is released, and what is said about it."""
 
+import email
+import importlib.util
 import os
 from pathlib import Path
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +14,7 @@ import tarfile
 import zipfile
 
 import pytest
+import yaml
 
 import t2t_vit_jax
 from tests import golden
@@ -41,8 +46,8 @@ load_pretrained({str(golden.DATA / 'official_tiny_performer.pth.tar')!r}, settin
   assert len(list((tmp_path / 'tensorboard').iterdir())) == 1
 
 
-def run(*command, cwd):
-  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+def run(*command, cwd, **variables):
+  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'} | variables
   done = subprocess.run(
     list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
   )
@@ -50,11 +55,47 @@ def run(*command, cwd):
   return done.stdout
 
 
+NOT_RELEASED = ('.ci/', '.dockerignore', '.github/', '.pre-commit-config.yaml', 'Dockerfile', 'tests/')
+REPOSITORY = 'https://github.com/example/t2t'
+# What lies in a checkout besides the files that git tracks.
+LITTER = (
+  '.env', '.venv/lib/module.py', 'venv/lib/module.py', '.idea/workspace.xml', '.vscode/settings.json', 'dist/old.whl',
+  'notes.md', 'scratch.py', 'DATA/digits/1.0.0/features.json', 'TARS/ILSVRC2012_img_val.tar', 'runs/digits/m.jsonl',
+  'configs/.env', 'configs/notes.txt', 'docs/draft.docx', 'docs/images/.DS_Store', 'docs/images/face.jpg',
+  't2t_vit_jax/.env', 't2t_vit_jax/data/photo.png', 't2t_vit_jax/models/t2t_vit.py.orig', 'tests/new/test_it.py',
+)  # fmt: skip
+
+
+def tracked():
+  """Paths of the files that git tracks; empty where there is no git, or where this is no clone."""
+  if not shutil.which('git'):
+    return []
+  listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
+  return [name for name in listed.stdout.split('\0') if (ROOT / name).is_file()]
+
+
 @pytest.fixture(scope='module')
-def built(tmp_path_factory):
-  """A folder with the sdist, and the wheel that was built from it."""
+def checkout(tmp_path_factory):
+  """A copy of this checkout, and litter."""
+  folder = tmp_path_factory.mktemp('copy') / 'checkout'
+  if names := tracked():
+    for name in names:
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy2(ROOT / name, folder / name)
+  else:
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.git', '.*_cache', '*venv*', 'runs', 'dist', 'build'))
+  for name in LITTER:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('private')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def built(checkout, tmp_path_factory):
+  """A folder with the sdist, and the wheel that was built from it, as GitHub's workflows build them."""
   folder = tmp_path_factory.mktemp('dist')
-  run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, ROOT, cwd=folder)
+  command = (sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, checkout)
+  run(*command, cwd=folder, GITHUB_REPOSITORY='example/t2t')
   return folder
 
 
@@ -84,8 +125,103 @@ def test_what_is_released(built):
   assert {'t2t_vit_jax/py.typed', 't2t_vit_jax/evaluate/report.css', *data} <= set(names)
   with tarfile.open(built / f't2t_vit_jax-{version}.tar.gz') as sdist:
     files = {name.split('/', 1)[1] for name in sdist.getnames()}
-  assert {'train.py', 'configs/default.py', 'docs/training.md', 'LICENSE', 'CHANGELOG.md'} <= files
-  assert not [name for name in files if name.startswith('tests/')]
+  assert {'train.py', 'configs/default.py', 'docs/training.md', 'LICENSE', 'CHANGELOG.md', 'hatch_build.py'} <= files
+  assert not files & set(LITTER)
+  assert not [name for name in files if name.startswith(NOT_RELEASED)]
+  if names := tracked():
+    assert files == {name for name in names if not name.startswith(NOT_RELEASED)} | {'PKG-INFO'}
+
+
+@pytest.mark.slow
+@pytest.mark.needs('hatchling')
+@pytest.mark.skipif(not shutil.which('git'), reason='needs git')
+def test_a_file_that_git_does_not_track_stops_a_release(checkout, tmp_path):
+  """Where `include` matches it: a new module may have been forgotten, and a config may be private."""
+  clone = shutil.copytree(checkout, tmp_path / 'clone')
+  for command in (['git', 'init', '--quiet'], ['git', 'add', '--all']):
+    run(*command, cwd=clone)
+  command = (sys.executable, '-m', 'hatchling', 'build', '--target', 'sdist', '--directory', tmp_path / 'dist')
+  run(*command, cwd=clone)
+  (clone / 'configs' / 'mine.py').write_text('private')
+  with pytest.raises(AssertionError, match=r'git does not track configs/mine\.py: add it with git add, or move it'):
+    run(*command, cwd=clone)
+
+
+@pytest.mark.slow
+@pytest.mark.needs('build')
+def test_the_page_of_the_package_leads_to_the_repository(built):
+  """Each link of the README, as another library finds it, leads to a file of this version or to another site."""
+  markdown_it = pytest.importorskip('markdown_it')
+  version = t2t_vit_jax.__version__
+  with zipfile.ZipFile(built / f't2t_vit_jax-{version}-py3-none-any.whl') as wheel:
+    metadata = email.message_from_bytes(wheel.read(f't2t_vit_jax-{version}.dist-info/METADATA'))
+  urls = dict(url.split(', ') for url in metadata.get_all('Project-URL'))
+  assert urls == {
+    'Repository': REPOSITORY,
+    'Issues': f'{REPOSITORY}/issues',
+    'Documentation': f'{REPOSITORY}/tree/v{version}/docs',
+    'Changelog': f'{REPOSITORY}/blob/v{version}/CHANGELOG.md',
+  }
+  assert metadata['Description-Content-Type'] == 'text/markdown'
+  page = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table').render(metadata.get_payload())
+  ours = 0
+  for target in re.findall(r'(?:href|src|srcset)="([^"]*)"', page):
+    if match := re.fullmatch(rf'{REPOSITORY}/(raw|blob)/v{version}/([^#]+)(#.*)?', target):
+      assert (ROOT / match[2]).exists(), target
+      assert (match[1] == 'raw') == (Path(match[2]).suffix == '.png'), target
+      ours += 1
+    else:
+      assert target.startswith(('https://', '#')), target
+  assert ours > 9
+
+
+@pytest.mark.needs('hatchling')
+def test_links_become_absolute_where_the_repository_is_known(tmp_path, monkeypatch):
+  spec = importlib.util.spec_from_file_location('hatch_build', ROOT / 'hatch_build.py')
+  hook = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(hook)
+  relative = (
+    '[a](docs/a.md#b) [![c](d/e.png)](f.py) <img width="9" src="g.svg" alt="h"> [i](j.md "k") <a href="l">m</a>\n'
+    '[n](#o) [p](https://q/r.png) [s](mailto:t) `[u](v)`\n```python\nw = [x](y)\n```\n[z](docs/)\n'
+  )
+  (tmp_path / 'README.md').write_text(relative)
+
+  def page():
+    metadata = {'version': '1.2'}
+    hook.Metadata(str(tmp_path), {}).update(metadata)
+    return metadata['readme']['text'], metadata['urls']
+
+  monkeypatch.delenv('GITHUB_REPOSITORY', raising=False)
+  assert page() == (relative, {})
+  monkeypatch.setenv('GITHUB_REPOSITORY', 'example/t2t')
+  text, urls = page()
+  blob, raw = f'{REPOSITORY}/blob/v1.2/', f'{REPOSITORY}/raw/v1.2/'
+  assert text == (
+    f'[a]({blob}docs/a.md#b) [![c]({raw}d/e.png)]({blob}f.py) <img width="9" src="{raw}g.svg" alt="h"> '
+    f'[i]({blob}j.md "k") <a href="{blob}l">m</a>\n'
+    f'[n](#o) [p](https://q/r.png) [s](mailto:t) `[u](v)`\n```python\nw = [x](y)\n```\n[z]({blob}docs/)\n'
+  )
+  assert urls['Changelog'] == f'{blob}CHANGELOG.md'
+
+
+def test_the_tests_that_hold_what_is_promised_about_files_exist():
+  promised = re.findall(r'`(test_\w+)`', (ROOT / 'SECURITY.md').read_text())
+  tests = {
+    name
+    for file in (ROOT / 'tests').glob('test_*.py')
+    for name in re.findall(r'^def (test_\w+)', file.read_text(), re.M)
+  }
+  assert len(promised) > 20
+  assert not set(promised) - tests
+
+
+def test_the_citation_is_that_of_the_readme():
+  paper = yaml.safe_load((ROOT / 'CITATION.cff').read_text())['preferred-citation']
+  entry = re.search(r'```bibtex\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
+  authors = re.split(r'\s+and\s+', re.search(r'author=\{(.*?)\}', entry, re.S)[1])
+  assert [f'{author["family-names"]}, {author["given-names"]}' for author in paper['authors']] == authors
+  assert f'title={{{paper["title"]}}}' in entry
+  assert f'year={{{paper["year"]}}}' in entry
 
 
 @pytest.mark.slow
