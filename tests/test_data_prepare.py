@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download import checksums
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import prepare as prepare_module
 from t2t_vit_jax.data.prepare import _writing, convert, main, prepare
-from t2t_vit_jax.data.sources import open_tfds
+from t2t_vit_jax.data.tfds_source import open_tfds
 from tests.imagenet_tars import write_imagenet_tars
 from tests.processes import start_command
 
