@@ -129,7 +129,7 @@ def test_gs_addresses_get_the_mount_command(tmp_path, monkeypatch):
 
 def test_missing_tensorflow_gets_one_line(tmp_path, monkeypatch, capfd):
   monkeypatch.setitem(sys.modules, 'tensorflow', None)
-  with pytest.raises(UserError, match=r"needs TensorFlow: pip install 't2t-vit-jax\[prepare\]'"):
+  with pytest.raises(UserError, match=r"^this step needs tensorflow: pip .*\[prepare\]'$"):
     prepare('cifar10', str(tmp_path))
   assert capfd.readouterr() == ('', '')
 

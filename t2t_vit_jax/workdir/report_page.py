@@ -35,7 +35,7 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
     UserError: it can't be written.
     MissingExtraError: matplotlib is not installed.
   """
-  require('a page of curves', 'matplotlib')
+  require('drawing its curves', 'matplotlib')
   rows = [row for _, row in read_rows(Path(workdir) / 'metrics.jsonl') if row]
   trained = [row for row in rows if row['kind'] == 'train']
   evaluated: dict[str, list[Row]] = {}
