@@ -20,7 +20,6 @@ import tarfile
 import threading
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 import requests
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ except MissingExtraError as error:
     raise
   print(f'error: {error}', file=sys.stderr)
   sys.exit(2)
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
