@@ -5,7 +5,6 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -115,12 +114,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   widths = [max(len(cells[i]) for cells in lines) for i in range(len(header))]
   lines.insert(1, ['-' * width for width in widths])
   return '\n'.join(f'| {" | ".join(map(str.ljust, cells, widths))} |' for cells in lines)
-
-
-def require(package: str, message: str) -> None:
-  """Raises UserError with `message` where a package is missing."""
-  if importlib.util.find_spec(package) is None:
-    raise UserError(message)
 
 
 def check_output(path: str | None, option: str = '--output') -> None:

@@ -31,6 +31,7 @@ from benchmarks.computations import Workload
 from benchmarks.jax_process import JaxComputations
 from benchmarks.processes import Worker, choose_processors
 from benchmarks.torch_process import TorchComputations
+from t2t_vit_jax.errors import require
 
 COMPUTATIONS = ('forward', 'latency', 'adamw_step', 'training_step')
 HEADER = (
@@ -199,7 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
   processors = choose_processors(arguments.threads)
   workloads = computations.workloads(arguments, ['default'], check=False)  # here JAX must not take the device
   if arguments.against:
-    common.require('torch', "--against torch needs pip install 't2t-vit-jax[torch]'")
+    require('--against torch', 'torch')
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')  # a GPU's memory is for both
   notes: list[str] = []
   load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0

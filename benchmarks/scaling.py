@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks import common, computations
 from benchmarks.computations import Workload
+from t2t_vit_jax.errors import require
 from t2t_vit_jax.models.soft_split import SPLITS, token_grid
 from t2t_vit_jax.models.tokens_to_token import TokensToToken
 from t2t_vit_jax.models.variants import get_variant
@@ -305,6 +306,8 @@ def run(arguments: argparse.Namespace) -> None:
   """
   common.check_output(arguments.output)
   common.check_output(arguments.plot, '--plot')
+  if arguments.plot:
+    require('--plot', 'matplotlib')
   all_points = points(arguments)
   results, stopwatches = [], {}
   for number, point in enumerate(all_points):

@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
   config.model.remat = placeholder(str)  # what blocks keep for gradients; 'nothing_saveable': the least; see `T2TViT`
 
   config.data = ConfigDict()
-  config.data.source = 'tfds'  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>
+  # 'tfds': prepared as array_record; 'folder': <path>/<split>/<class>/<image>; 'digits': those of the package
+  config.data.source = 'tfds'
   config.data.name = 'imagenet2012'  # tfds name
   config.data.data_dir = placeholder(str)  # of tfds; None: TFDS_DATA_DIR or ~/tensorflow_datasets
   config.data.path = placeholder(str)  # of a folder source

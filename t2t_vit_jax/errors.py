@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import csv
 import difflib
+import importlib.util
 import io
 import math
 import os
@@ -15,6 +16,20 @@ import warnings
 Key = TypeVar('Key')
 Row = TypeVar('Row')
 MAX_NAMES = 80  # that a message lists
+# Libraries that only some tools need, and the extra that brings each; docs/install.md says who needs which.
+EXTRAS = {
+  'cykooz_resizer': 'fast',
+  'gcsfs': 'gcs',
+  'huggingface_hub': 'hub',
+  'jax_cuda13_plugin': 'gpu-plan',
+  'libtpu': 'tpu',
+  'matplotlib': 'plots',
+  'simplejpeg': 'fast',
+  'sklearn': 'probe',
+  'tensorflow': 'prepare',
+  'tensorflow_datasets': 'tfds',
+  'torch': 'torch',
+}
 FORMULA_STARTS = ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20')  # the last four: the first in full width
 
 
@@ -24,6 +39,35 @@ class UserError(ValueError):
 
 class DataError(UserError):
   """Data that fails while a run reads it: what the run has done so far is good."""
+
+
+class MissingExtraError(UserError):
+  """A library that is not installed: the message names it and the command that installs it.
+
+  Args:
+    purpose: what needs it, as the start of the message.
+    library: the name under which it is imported, such as one of `EXTRAS`.
+    advice: the end of the message.
+  """
+
+  def __init__(self, purpose: str, library: str, advice: str = ''):
+    super().__init__(f'{purpose} needs {library}: {install_command(EXTRAS.get(library))}{advice}')
+
+
+def install_command(extra: str | None) -> str:
+  """The shell command that installs this package with an extra: from its checkout, where it is imported from there."""
+  checkout = Path(__file__).parents[1]
+  brackets = f'[{extra}]' if extra else ''
+  if (checkout / 'pyproject.toml').is_file():
+    return f"pip install -e '{'.' if checkout == Path.cwd() else checkout}{brackets}'"
+  return f"pip install 't2t-vit-jax{brackets}'"
+
+
+def require(purpose: str, *libraries: str, advice: str = '') -> None:
+  """Raises MissingExtraError for the first of the libraries that is not installed; imports none."""
+  for library in libraries:
+    if importlib.util.find_spec(library) is None:
+      raise MissingExtraError(purpose, library, advice)
 
 
 def writing_problem(error: BaseException, place: str | os.PathLike[str], needed: int = 0) -> str:

@@ -22,7 +22,7 @@ from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusin
 from t2t_vit_jax.console import say
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data import pipeline
-from t2t_vit_jax.data.prepare import IMAGENET_COUNTS
+from t2t_vit_jax.data.sources import IMAGENET_COUNTS
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.planning import report, topology, tpu
 from t2t_vit_jax.planning.compilation import DoesNotFit, compile_program, figures

@@ -11,12 +11,10 @@ import functools
 from pathlib import Path
 import stat
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
@@ -26,11 +24,15 @@ from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.faults import REMARKS
 from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop, pixels_of
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.errors import UserError, printable, require
 from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
 from t2t_vit_jax.models.soft_split import SPLITS
 from t2t_vit_jax.models.t2t_vit import T2TViT, classify
 from t2t_vit_jax.predict import Classifier, open_classifier
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 Array = jax.Array
 Size = tuple[float, float]  # (width, height), inches
@@ -151,19 +153,27 @@ def principal_colors(features: np.ndarray) -> np.ndarray:
   return np.clip((components - low) / spread, 0, 1).reshape(height, width, 3)
 
 
+def _new_figure(width: float, height: float) -> 'Figure':
+  """An empty figure of so many inches; raises MissingExtraError without matplotlib."""
+  require('a picture', 'matplotlib')
+  from matplotlib.figure import Figure  # late: the rest needs none of it
+
+  return Figure(figsize=(width, height))  # without pyplot: no display, no global state
+
+
 class _Page:
   """A figure on which axes are placed by inches from the upper left corner."""
 
   def __init__(self, width: float, height: float):
-    self.figure = Figure(figsize=(width, height))  # without pyplot: no display, no global state
+    self.figure = _new_figure(width, height)
     self._width, self._height = width, height
 
-  def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+  def axes(self, left: float, top: float, width: float, height: float) -> 'Axes':
     bottom = self._height - top - height
     rectangle = (left / self._width, bottom / self._height, width / self._width, height / self._height)
     return self.figure.add_axes(rectangle)
 
-  def picture(self, left: float, top: float, size: Size, pixels: np.ndarray) -> Axes:
+  def picture(self, left: float, top: float, size: Size, pixels: np.ndarray) -> 'Axes':
     axes = self.axes(left, top, *size)
     axes.imshow(pixels, cmap='gray', vmin=0, vmax=255, aspect='auto', interpolation='nearest')
     axes.set_xticks([])
@@ -177,7 +187,7 @@ class _Page:
     )
 
 
-def draw(inside: Inside, title: str, blocks: Sequence[str], heads: Sequence[int | str]) -> Figure:
+def draw(inside: Inside, title: str, blocks: Sequence[str], heads: Sequence[int | str]) -> 'Figure':
   """The stages in a row, and below them a row of attention maps for each block.
 
   Args:
@@ -234,7 +244,7 @@ def _draw_maps(
   height, width = image.shape[:2]
   largest = max(x.max() for x in maps) or 1.0
 
-  def overlay(axes: Axes, shares: np.ndarray, **more: Any) -> None:
+  def overlay(axes: 'Axes', shares: np.ndarray, **more: Any) -> None:
     """Draws shares over a picture, which shows through where they are small."""
     alpha = 0.2 + 0.6 * shares / largest
     axes.imshow(shares, cmap='inferno', vmin=0, vmax=largest, alpha=alpha, aspect='auto', **more)
@@ -256,7 +266,7 @@ def run(arguments: argparse.Namespace) -> int:
   """Does what the command line asks for; returns the exit code."""
   output: Path = arguments.output
   files.check_output(output, force=arguments.force)
-  formats = Figure().canvas.get_supported_filetypes()
+  formats = _new_figure(1, 1).canvas.get_supported_filetypes()
   if (form := output.suffix[1:].lower()) not in formats:
     raise UserError(f'{output}: the ending must say the format, one of {", ".join(sorted(formats))}')
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)

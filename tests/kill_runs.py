@@ -29,6 +29,7 @@ SETTINGS = {
   'model.performer_dropout_rate': 0.1,
   'data.batch_size': 64,
   'data.image_size': 16,
+  'data.source': 'tfds',
   'data.eval_split': 'test[:60]',
   'schedule.epochs': 90,
   'checkpoint.every_steps': 10,

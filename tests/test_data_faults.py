@@ -20,7 +20,8 @@ import pytest
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.decoding import BadImage
 from t2t_vit_jax.data.faults import Faults
-from t2t_vit_jax.data.sources import open_folder, open_tfds
+from t2t_vit_jax.data.sources import open_folder
+from t2t_vit_jax.data.tfds_source import open_tfds
 from t2t_vit_jax.errors import DataError
 from tests.image_folder import decode, encoded, picture, write_image_folder
 from tests.parameters import slow_but

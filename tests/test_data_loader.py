@@ -19,7 +19,7 @@ import pytest
 
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import loader, shared_memory, transforms
-from t2t_vit_jax.data.sources import open_tfds
+from t2t_vit_jax.data.tfds_source import open_tfds
 from tests.parameters import slow_but
 from tests.processes import ROOT, children, data_workers, finish, start_command
 
@@ -100,11 +100,11 @@ def test_worker_processes_need_few_open_files_and_leave_no_shared_memory(tmp_pat
   program.write_text(
     f"""
 import resource
-from t2t_vit_jax.data import loader, shared_memory, sources, transforms
+from t2t_vit_jax.data import loader, shared_memory, tfds_source, transforms
 
 if __name__ == '__main__':
   resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-  source = sources.open_tfds('digits', 'train', {data_dir!r})
+  source = tfds_source.open_tfds('digits', 'train', {data_dir!r})
   order, transform = loader.TrainOrder(len(source), 1024, seed=0), transforms.RandomPaddedCrop(64, padding=2)
   batches = loader.train_batches(
     source, transform, order, loader.Share(1024), loader.Workers(2), first_step=0, last_step=3
@@ -164,7 +164,7 @@ def test_few_images_are_read_without_worker_processes():
 def test_examples_pickle_for_worker_processes(source):
   example = loader._TrainExample(source, loader.TrainOrder(len(source), 8, 0), loader.Share(8), TRANSFORM)
   copy = pickle.loads(pickle.dumps(example))
-  np.testing.assert_array_equal(copy.map(5)['image'], example.map(5)['image'])
+  np.testing.assert_array_equal(copy(5)['image'], example(5)['image'])
 
 
 def test_batches_that_do_not_fit_are_refused():
@@ -212,10 +212,10 @@ def test_shared_memory_that_a_worker_was_making_is_freed():
 WITH_WORKERS = """
 import sys
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data import loader, shared_memory, sources, transforms
+from t2t_vit_jax.data import loader, shared_memory, tfds_source, transforms
 
 if __name__ == '__main__':
-  source = sources.open_tfds('digits', 'train', sys.argv[1])
+  source = tfds_source.open_tfds('digits', 'train', sys.argv[1])
   order, transform = loader.TrainOrder(len(source), 256, seed=0), transforms.RandomPaddedCrop(64, padding=2)
   batches = loader.train_batches(
     source, transform, order, loader.Share(256), loader.Workers(2), first_step=0, last_step=100_000

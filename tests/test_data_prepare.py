@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download import checksums
 from t2t_vit_jax import UserError
 from t2t_vit_jax.data import prepare as prepare_module
 from t2t_vit_jax.data.prepare import _writing, convert, main, prepare
-from t2t_vit_jax.data.sources import open_tfds
+from t2t_vit_jax.data.tfds_source import open_tfds
 from tests.imagenet_tars import write_imagenet_tars
 from tests.processes import start_command
 
@@ -129,7 +129,7 @@ def test_gs_addresses_get_the_mount_command(tmp_path, monkeypatch):
 
 def test_missing_tensorflow_gets_one_line(tmp_path, monkeypatch, capfd):
   monkeypatch.setitem(sys.modules, 'tensorflow', None)
-  with pytest.raises(UserError, match=r"needs TensorFlow: pip install 't2t-vit-jax\[prepare\]'"):
+  with pytest.raises(UserError, match=r"^this step needs tensorflow: pip .*\[prepare\]'$"):
     prepare('cifar10', str(tmp_path))
   assert capfd.readouterr() == ('', '')
 

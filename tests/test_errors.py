@@ -4,13 +4,16 @@ import csv
 import io
 import os
 from pathlib import Path
+import re
 import shutil
+import tomllib
 from types import SimpleNamespace
 
 import pytest
 
-from t2t_vit_jax.errors import csv_line, first_line, free_space, printable, writing_problem
+from t2t_vit_jax.errors import EXTRAS, MissingExtraError, csv_line, first_line, free_space, printable, writing_problem
 
+ROOT = Path(__file__).parents[1]
 # Screens cleared, titles set, lines forged, text turned round; bytes that are no UTF-8.
 NAMES = (
   '\x1b[2J\x1b[31mred',
@@ -22,6 +25,21 @@ NAMES = (
   '\udcff',
   '\x9b1m',
 )
+
+
+def test_the_extra_that_a_message_names_brings_the_library(monkeypatch, tmp_path):
+  """The table of libraries agrees with pyproject.toml, whose names of packages are not those of imports."""
+  packages = {'sklearn': 'scikit-learn', 'libtpu': 'jax[tpu]', 'jax_cuda13_plugin': 'jax[cuda13-local]'}
+  packages |= {'tensorflow': 'tensorflow-cpu', 'tensorflow_datasets': 'tensorflow-datasets'}
+  packages['cykooz_resizer'] = 'cykooz-resizer'
+  extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+  for library, extra in EXTRAS.items():
+    package = packages.get(library, library)
+    assert any(re.match(rf'{re.escape(package)}\b|{re.escape(package)}$', line) for line in extras[extra]), library
+  monkeypatch.chdir(ROOT)
+  assert str(MissingExtraError('a picture', 'matplotlib')) == "a picture needs matplotlib: pip install -e '.[plots]'"
+  monkeypatch.chdir(tmp_path)
+  assert str(MissingExtraError('a picture', 'matplotlib', '!')).endswith(f": pip install -e '{ROOT}[plots]'!")
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -14,7 +14,8 @@ from PIL import Image
 import pytest
 
 from t2t_vit_jax.data.loader import Share, Workers
-from t2t_vit_jax.data.sources import open_folder, open_tfds
+from t2t_vit_jax.data.sources import open_folder
+from t2t_vit_jax.data.tfds_source import open_tfds
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.evaluate.features import Features, cached_features, extract

@@ -2,6 +2,7 @@
 
 import email
 import importlib.util
+import json
 import os
 from pathlib import Path
 import re
@@ -13,6 +14,8 @@ import sysconfig
 import tarfile
 import zipfile
 
+import numpy as np
+from PIL import Image
 import pytest
 import yaml
 
@@ -44,6 +47,72 @@ load_pretrained({str(golden.DATA / 'official_tiny_performer.pth.tar')!r}, settin
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert len(list((tmp_path / 'tensorboard').iterdir())) == 1
+
+
+LIBRARIES_OF_EXTRAS = ['matplotlib', 'sklearn', 'tensorflow_datasets', 'tensorflow', 'torch', 'huggingface_hub']
+WITHOUT_TRAINING = f"""
+import sys
+sys.modules.update(dict.fromkeys([*{LIBRARIES_OF_EXTRAS}, 'grain', 'array_record', 'tensorboardX']))
+import t2t_vit_jax, t2t_vit_jax.plan
+from t2t_vit_jax import conversion, export, predict, visualize, weights
+from t2t_vit_jax.conversion import __main__ as convert
+"""
+
+
+def test_prediction_needs_no_library_of_an_extra_nor_those_of_training(tmp_path):
+  """A PyTorch file becomes weights that predict, are exported and listed; what needs more says in a line what it is."""
+  code = f"""{WITHOUT_TRAINING}
+from t2t_vit_jax.evaluate import __main__ as evaluate
+checkpoint = {str(golden.DATA / 'official_tiny_performer.pth.tar')!r}
+assert convert.main([checkpoint, '--output=w.safetensors', '--set=num_heads=4']) == 0
+assert predict.main(['w.safetensors', 'a.png', 'a.png', '--top=1000', '--output=p.json']) == 0
+assert export.main(['w.safetensors', '--output=model.npz']) == 0
+assert weights.main([]) == 0
+for tool, *arguments in [
+  (visualize, 'w.safetensors', 'a.png', '--output=b.png'),
+  (evaluate, 'w.safetensors', '--folder=.', '--report=b.html'),
+  (evaluate, 'w.safetensors', '--folder=.', '--probe'),
+  (evaluate, 'w.safetensors', '--sets=digits'),
+  (convert, 'w.safetensors', '--output=b.pth', '--reverse'),
+  (predict, 'hf://user/repo', 'a.png'),
+]:
+  assert tool.main(arguments) == 2, arguments
+"""
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save(tmp_path / 'a.png')
+  done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  first, second = json.loads((tmp_path / 'p.json').read_text())
+  assert first == second
+  assert sum(guess['probability'] for guess in first['predictions']) == pytest.approx(1, abs=1e-5)
+  assert (tmp_path / 'model.npz').stat().st_size > 100_000
+  named = [re.fullmatch(r"error: .+ needs (\w+): pip install .*\[\w+\]'.*", line) for line in done.stderr.splitlines()]
+  assert [match and match[1] for match in named] == [
+    'matplotlib',
+    'matplotlib',
+    'sklearn',
+    'tensorflow_datasets',
+    'torch',
+    'huggingface_hub',
+  ]
+
+
+def test_training_the_digits_needs_no_library_of_an_extra(tmp_path):
+  """Two steps of the README's command."""
+  code = f"""
+import sys
+sys.modules.update(dict.fromkeys({LIBRARIES_OF_EXTRAS}))
+from configs import digits
+from t2t_vit_jax.training import loop
+config = digits.get_config()
+config.update_from_flattened_dict({{'model.depth': 1, 'data.image_size': 16, 'schedule.max_steps': 2}})
+loop.train(config, {str(tmp_path)!r})
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('matplotlib') == 1, done.stdout
+  assert 'warning' not in done.stderr
+  assert (tmp_path / 'weights' / 'model.safetensors').exists()
+  assert not (tmp_path / 'report.png').exists()
 
 
 def run(*command, cwd, **variables):
@@ -121,7 +190,7 @@ def test_what_is_released(built):
     names = wheel.namelist()
     assert f'\nVersion: {version}\n' in wheel.read(f't2t_vit_jax-{version}.dist-info/METADATA').decode()
   assert {name.split('/')[0] for name in names} == {'t2t_vit_jax', f't2t_vit_jax-{version}.dist-info'}
-  data = {f't2t_vit_jax/data/{name}.tsv' for name in ('imagenet_names', 'imagenet_subsets')}
+  data = {f't2t_vit_jax/data/{name}.tsv' for name in ('digits', 'imagenet_names', 'imagenet_subsets')}
   assert {'t2t_vit_jax/py.typed', 't2t_vit_jax/evaluate/report.css', *data} <= set(names)
   with tarfile.open(built / f't2t_vit_jax-{version}.tar.gz') as sdist:
     files = {name.split('/', 1)[1] for name in sdist.getnames()}

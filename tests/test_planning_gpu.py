@@ -47,5 +47,5 @@ def test_wrong_names_get_examples(text, message):
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'jax_cuda13_plugin', None)
-  with pytest.raises(UserError, match=r"the GPU compiler is missing: pip install 't2t-vit-jax\[gpu-plan\]'"):
+  with pytest.raises(UserError, match=r"^compiling for GPUs needs jax_cuda13_plugin: pip .*\[gpu-plan\]'"):
     topology.parse('h100').devices()

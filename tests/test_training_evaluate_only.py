@@ -16,7 +16,8 @@ from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.conversion.convert import load
 from t2t_vit_jax.conversion.weight_format import write_weights
 from t2t_vit_jax.data import loader
-from t2t_vit_jax.data.sources import find_images, open_tfds
+from t2t_vit_jax.data.sources import find_images
+from t2t_vit_jax.data.tfds_source import open_tfds
 from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.training import loop
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.usefixtures('shared_programs')
 
 def config_of(data_dir, **changes):
   config = digits.get_config()
-  config.update_from_flattened_dict({'data.data_dir': data_dir, 'data.eval_split': 'test[:40]', **changes})
+  config.update_from_flattened_dict(
+    {'data.source': 'tfds', 'data.data_dir': data_dir, 'data.eval_split': 'test[:40]', **changes}
+  )
   return config
 
 
@@ -72,7 +75,8 @@ def test_both_heads_of_token_labeling_are_evaluated(data_dir, tmp_path):
 def test_several_processes_evaluate_a_weight_file_alike(data_dir, tmp_path):
   path = tmp_path / 'weights.safetensors'
   convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))
-  flags = [f'--evaluate={path}', '--json', f'--config.data.data_dir={data_dir}', '--config.data.eval_split=test[:41]']
+  data = ['--config.data.source=tfds', f'--config.data.data_dir={data_dir}', '--config.data.eval_split=test[:41]']
+  flags = [f'--evaluate={path}', '--json', *data]
   alone, together = (json.loads(run(count, *flags, devices=2).splitlines()[-1])['weights'] for count in (1, 2))
   for name in ('loss_sum', 'loss'):
     assert alone.pop(name) == pytest.approx(together.pop(name), rel=1e-6)

@@ -43,7 +43,7 @@ def small_config(data_dir, **changes):
   Its tokens are convolutions: those of a performer take half as long again.
   """
   config = digits.get_config()
-  config.data.data_dir = data_dir
+  config.data.update(source='tfds', data_dir=data_dir)  # which has parts of splits too
   config.model.depth = 1
   config.model.embed_dim = 32
   config.model.token_dim = 16

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -24,6 +25,19 @@ from tests.small_disk import fill, small_disk
 
 STEP = {'loss': jnp.float32(2.0), 'gradient_norm': jnp.float32(1.0), 'learning_rate': jnp.float32(0.1), 'applied': True}
 ACCURACY = Accuracy(3, 4, 5, 1.0, class_correct=(3,), class_count=(5,), class_names=('cat',))
+
+
+def test_without_matplotlib_one_line_takes_the_place_of_the_page(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  with reporter(tmp_path) as run:
+    report(run, 1)
+    run.page(np.zeros((2, 4, 4, 3), np.uint8), 'title')
+  output, errors = capsys.readouterr()
+  assert re.search(
+    r"^no report\.png: drawing its curves needs matplotlib: pip install .*\[plots\]'$", output, re.MULTILINE
+  ), output
+  assert not errors
+  assert not (tmp_path / 'report.png').exists()
 
 
 def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capsys):

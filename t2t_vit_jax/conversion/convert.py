@@ -26,7 +26,7 @@ from t2t_vit_jax.conversion.weight_format import (
   sides,
   write_weights,
 )
-from t2t_vit_jax.errors import UserError, printable
+from t2t_vit_jax.errors import UserError, printable, require
 from t2t_vit_jax.models.layers import Dense
 from t2t_vit_jax.models.positions import resize_position_embedding
 from t2t_vit_jax.models.preprocessing import for_channels
@@ -224,12 +224,9 @@ def _write_state_dict(weights: Weights, output: Path) -> None:
   if output.suffix == '.safetensors':
     files.write_file(output, lambda temporary: safetensors.numpy.save_file(state, temporary, {'format': 'pt'}))
     return
-  try:
-    import torch
-  except ImportError as error:
-    raise files.problem(
-      output, "needs torch to be written: pip install 't2t-vit-jax[torch]', or give --output=FILE.safetensors"
-    ) from error
+  require(printable(str(output)), 'torch', advice=', or give --output=FILE.safetensors')
+  import torch
+
   tensors = {name: torch.from_numpy(array) for name, array in state.items()}
   buffer = io.BytesIO()  # of a full disk, torch would say "unexpected pos 576 vs 534"
   torch.save(tensors, buffer)

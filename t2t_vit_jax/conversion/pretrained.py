@@ -18,7 +18,7 @@ from t2t_vit_jax.console import note, warn
 from t2t_vit_jax.conversion import files
 from t2t_vit_jax.conversion.convert import Options, PathLike, load, log_notes
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights, write_weights
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, writing_problem
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, require, writing_problem
 from t2t_vit_jax.models.published import PUBLISHED, Published
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.models.variants import VARIANTS
@@ -138,10 +138,9 @@ def _from_hub(source: str) -> Path:
   match = re.fullmatch(HUB + r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', source)
   if match is None:
     raise UserError(printable(f'{source}: must be {HUB}USER/REPO or {HUB}USER/REPO@REVISION'))
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise UserError(f"{source}: needs huggingface_hub: pip install 't2t-vit-jax[hub]'") from error
+  require(source, 'huggingface_hub')
+  import huggingface_hub
+
   try:
     return Path(huggingface_hub.hf_hub_download(match[1], MODEL, revision=match[2], library_name='t2t_vit_jax'))
   except Exception as error:  # of the client, of the HTTP library below it, of the disk

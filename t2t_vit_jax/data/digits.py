@@ -1,60 +1,66 @@
-"""scikit-learn's handwritten digits as a tfds dataset: real images that need no download."""
+"""Handwritten digits that come with this package: real images that need no download, and no library to read them."""
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from importlib import resources
 import io
-from typing import Any
 
 import numpy as np
 from PIL import Image
-import tensorflow_datasets as tfds
 
-NUM_TEST_IMAGES = 360
+from t2t_vit_jax.data.sources import Record, Source, checksum
+from t2t_vit_jax.errors import UserError, did_you_mean
+
+NAME = 'digits'  # as `data.name`
+SPLITS = ('train', 'test')
+CLASS_NAMES = tuple('0123456789')
+VALUES = '0123456789abcdefg'  # the signs of the grey values 0 to 16
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-  """1,797 grey images of 8 x 8 px in ten classes, split 1,437 / 360 with the classes' shares kept.
+def open_digits(split: str) -> Source:
+  """Opens 1,437 digits for training, 'train', or 360 for evaluation, 'test': grey images of 8 x 8 px in ten classes.
 
-  The split is part of the dataset's version: it never changes under the same version number.
-  scikit-learn is imported only to prepare the files: reading them, in each worker, does not need it.
+  Raises:
+    UserError: there is no such split.
   """
+  if split not in SPLITS:
+    raise UserError(f'digits has no split {split!r}: {did_you_mean(split, SPLITS)}')
+  return Source(_DigitRecords(split), CLASS_NAMES, f'digits {split}')
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'Stratified split, random state 0.'}
-  name = 'digits'
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description='Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI 1998), as in scikit-learn.',
-      homepage='https://scikit-learn.org/stable/datasets/toy_dataset.html#digits-dataset',
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-          'label': tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-          'file_name': tfds.features.Text(),
-        }
-      ),
-      supervised_keys=('image', 'label'),
-    )
+@dataclasses.dataclass(frozen=True)
+class _DigitRecords:
+  """The digits of a split; workers get its name alone, and read the file again."""
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    del dl_manager  # the images come with scikit-learn
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+  split: str
 
-    labels = load_digits().target
-    train, test = train_test_split(np.arange(len(labels)), test_size=NUM_TEST_IMAGES, stratify=labels, random_state=0)
-    return {'train': self._generate_examples(train), 'test': self._generate_examples(test)}
+  def __len__(self) -> int:
+    return len(digits(self.split))
 
-  def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
-    from sklearn.datasets import load_digits
+  def __getitem__(self, index: int) -> Record:
+    return digits(self.split)[index]
 
-    digits = load_digits()
-    for index in sorted(indices.tolist()):
-      pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-      # tfds encodes arrays with TensorFlow, but takes a file's bytes as they are.
-      png = io.BytesIO()
-      Image.fromarray(pixels).save(png, 'PNG')
-      png.seek(0)
-      name = f'digit_{index:04d}'
-      yield name, {'image': png, 'label': int(digits.target[index]), 'file_name': f'{name}.png'}
+  def fingerprint(self) -> str:
+    """See `Records`: here of the images themselves."""
+    return checksum(_rows(self.split))
+
+
+@functools.cache
+def digits(split: str) -> tuple[Record, ...]:
+  """The records of a split, whose images are PNG files."""
+  return tuple(Record(_as_png(values), int(label), name) for name, label, values in _rows(split))
+
+
+@functools.cache
+def _rows(split: str) -> tuple[tuple[str, ...], ...]:
+  """Name, label and grey values of each digit of a split; `digits.tsv` has their source."""
+  lines = (resources.files('t2t_vit_jax.data') / 'digits.tsv').read_text(encoding='utf-8').splitlines()
+  rows = (line.split('\t') for line in lines if not line.startswith('#'))
+  return tuple((f'digit_{number:04d}.png', *row[1:]) for number, row in enumerate(rows) if row[0] == split)
+
+
+def _as_png(values: str) -> bytes:
+  pixels = np.array([VALUES.index(sign) for sign in values]).reshape(8, 8) * (255 / 16)
+  file = io.BytesIO()
+  Image.fromarray(np.round(pixels).astype(np.uint8)).save(file, 'PNG')
+  return file.getvalue()

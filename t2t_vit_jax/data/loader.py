@@ -4,7 +4,9 @@ Nothing is carried from step to step: the seed and the step number alone decide 
 and what its augmentation draws. So a run that starts again at step s reads nothing of the steps before.
 """
 
+import collections
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
 import errno
@@ -21,7 +23,6 @@ import threading
 from typing import Any, Self
 
 from absl import flags
-import grain
 import numpy as np
 from PIL import Image
 
@@ -29,7 +30,7 @@ from t2t_vit_jax.data import shared_memory
 from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform, TrainTransform, pixels_of
-from t2t_vit_jax.errors import DataError, UserError, show_warnings_as_lines
+from t2t_vit_jax.errors import DataError, UserError, require, show_warnings_as_lines
 
 # image: uint8 (H, W, C); label: int32, or (K,) if the source has K labels for an image; mask: float32, 0 for padding;
 # index: int64, number of the record;
@@ -98,7 +99,7 @@ def _permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainExample(grain.transforms.Map):
+class _TrainExample:
   """Maps an example's number in this process's sequence to the augmented example; pickles, for worker processes.
 
   A record that cannot be read is replaced by the next one that can.
@@ -109,8 +110,8 @@ class _TrainExample(grain.transforms.Map):
   share: Share
   transform: TrainTransform
 
-  def map(self, element: int) -> Example:
-    epoch, index = self.order(self.share.global_position(element))
+  def __call__(self, number: int) -> Example:
+    epoch, index = self.order(self.share.global_position(number))
     for tries in range(MAX_BAD_IN_A_ROW):
       rng = np.random.default_rng((self.order.seed, epoch, index))
       try:
@@ -124,15 +125,15 @@ class _TrainExample(grain.transforms.Map):
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalExample(grain.transforms.Map):
+class _EvalExample:
   """Maps an example's number in this process's sequence to the example, or to padding after the last record."""
 
   source: Source
   share: Share
   transform: EvalTransform
 
-  def map(self, element: int) -> Example:
-    index = self.share.global_position(element)
+  def __call__(self, number: int) -> Example:
+    index = self.share.global_position(number)
     if index >= len(self.source):
       return _example(self._black, self._labels(0), index, mask=0)
     try:
@@ -186,49 +187,81 @@ class Workers:
     """Bytes of shared memory for the images that workers have ready: of a batch and of some groups."""
     return (batch_size + 3 * self.num_workers * math.gcd(batch_size, GROUP_SIZE)) * image_bytes
 
-  def batches(self, numbers: range, example: grain.transforms.Map, batch_size: int) -> Generator[Batch]:
+  def batches(self, numbers: range, example: Callable[[int], Example], batch_size: int) -> Generator[Batch]:
     """Maps each number to an example and batches the results in order; ends its workers when closed."""
     group_size = math.gcd(batch_size, GROUP_SIZE)
     # Counted in groups: about four batches in all workers.
-    buffer_size = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
-    read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=buffer_size)
-    # Numbers are grouped before workers share them out, so groups don't depend on the number of workers.
-    groups = grain.MapDataset.range(numbers.start, numbers.stop).map(example).batch(group_size)
-    dataset = groups.to_iter_dataset(read)
-    if self.num_workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without flags has not parsed
-      # Shared memory for the images, but not for labels and the like: each array there takes two open files.
-      dataset = grain.experimental.WithOptionsIterDataset(
-        dataset, grain.experimental.DatasetOptions(min_shm_size=1024 * group_size)
-      )
-      options = grain.MultiprocessingOptions(num_workers=self.num_workers)
-      owner = shared_memory.owner()
-      if not _allow_open_files(64 + 16 * self.num_workers):  # measured: about 40, and 12 for each worker
-        raise DataError(self._too_few_open_files())
-      dataset = dataset.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, owner and owner.name))
-    batches: Any = None
+    ahead = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
+    groups: Any = None
     try:
       with _hiding_interrupts() if self.num_workers else contextlib.nullcontext():
-        # All workers have started when the first batch comes.
-        batches = iter(dataset.batch(batch_size // group_size, batch_fn=_concatenate))
-        first = list(itertools.islice(batches, 1))
+        # Numbers are grouped before workers share them out, so groups don't depend on the number of workers.
+        read = self._in_processes if self.num_workers else self._in_threads
+        groups = read(numbers, example, group_size, ahead)
+        batches = map(_concatenate, zip(*[groups] * (batch_size // group_size), strict=True))
+        first = list(itertools.islice(batches, 1))  # all workers have started when it comes
       yield from first
       yield from batches
     except (RuntimeError, OSError) as error:
-      _close(batches)
+      _close(groups)
       shared_memory.free_what_the_dead_left()
 
       def num_bytes() -> int:
-        return self.shared_bytes(batch_size, example.map(numbers.start)['image'].nbytes)
+        return self.shared_bytes(batch_size, example(numbers.start)['image'].nbytes)
 
       if problem := self._problem(error, num_bytes):
         raise DataError(problem) from error
       raise
     finally:
-      _close(batches)
+      _close(groups)
       if self.num_workers:
         _free_shared_memory()
+
+  def _in_processes(
+    self, numbers: range, example: Callable[[int], Example], group_size: int, ahead: int
+  ) -> Iterator[Batch]:
+    """Groups of examples from worker processes, each of which has up to `ahead` of them ready."""
+    require('data.num_workers', 'grain', advice=', or read images in threads: --config.data.num_workers=0')
+    import grain  # late: threads need none of it
+
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a program without flags has not parsed
+    owner = shared_memory.owner()
+    if not _allow_open_files(64 + 16 * self.num_workers):  # measured: about 40, and 12 for each worker
+      raise DataError(self._too_few_open_files())
+    groups = grain.MapDataset.range(numbers.start, numbers.stop).map(example).batch(group_size)
+    # Shared memory for the images, but not for labels and the like: each array there takes two open files.
+    dataset = grain.experimental.WithOptionsIterDataset(
+      groups.to_iter_dataset(grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)),
+      grain.experimental.DatasetOptions(min_shm_size=1024 * group_size),
+    )
+    options = grain.MultiprocessingOptions(num_workers=self.num_workers)
+    start = functools.partial(_start_worker, owner and owner.name)
+    return iter(dataset.mp_prefetch(options, worker_init_fn=start))
+
+  def _in_threads(
+    self, numbers: range, example: Callable[[int], Example], group_size: int, ahead: int
+  ) -> Generator[Batch]:
+    """Groups of examples from threads, which have up to `ahead` of them ready; from the caller's if there are none."""
+
+    def read(start: int) -> Batch:
+      examples = [example(number) for number in range(start, start + group_size)]
+      return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+
+    starts = numbers[::group_size]
+    if not self.num_threads:
+      yield from map(read, starts)
+      return
+    pool, pending = ThreadPoolExecutor(self.num_threads), collections.deque[Future[Batch]]()
+    try:
+      for start in starts:
+        pending.append(pool.submit(read, start))
+        if len(pending) == ahead:
+          yield pending.popleft().result()
+      while pending:
+        yield pending.popleft().result()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
 
   def _problem(self, error: Exception, num_bytes: Callable[[], int]) -> str:
     """A line about a worker that died, or what its processes lack; empty for other errors.
@@ -271,10 +304,10 @@ def _hiding_interrupts() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _close(batches: Any) -> None:
+def _close(groups: Any) -> None:
   with contextlib.suppress(AssertionError):  # grain waits for the end of workers that it could not start
-    if batches is not None:
-      batches.close()
+    if groups is not None:
+      groups.close()
 
 
 def _allow_open_files(needed: int) -> bool:
@@ -289,6 +322,8 @@ def _allow_open_files(needed: int) -> bool:
 
 def _free_shared_memory() -> None:
   """Frees what workers handed over last, which Python would otherwise report as leaked at exit."""
+  import grain
+
   gc.collect()  # grain leaves the last groups in a reference cycle
   # grain frees memory in a background thread, which may not finish before exit. There is no public way to wait for it.
   if thread := getattr(grain.multiprocessing.SharedMemoryArray, '_del_thread_pool', None):

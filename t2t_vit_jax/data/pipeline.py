@@ -5,10 +5,10 @@ import dataclasses
 import os
 from typing import Any
 
-from t2t_vit_jax.data import transforms
+from t2t_vit_jax.data import digits, transforms
 from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, note_copies, open_divided_folder, open_folder, open_tfds
+from t2t_vit_jax.data.sources import Source, note_copies, open_divided_folder, open_folder
 from t2t_vit_jax.errors import UserError, choose
 
 
@@ -35,16 +35,25 @@ def open_eval_source(data: Any) -> Source:
 def _open(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   """Opens a row of `SOURCES`, whose images are turned as `data.orientation` says."""
   upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
-  train, evaluation = choose(SOURCES, 'data.source', data.source)(data, with_train)
+  source = choose(SOURCES, 'data.source', data.source)
+  if data.path is not None and data.source != 'folder':
+    raise UserError("data.path is for data.source='folder' only: for 'tfds' set data.data_dir instead")
+  train, evaluation = source(data, with_train)
   train = None if train is None else dataclasses.replace(train, upright=upright)
   return train, dataclasses.replace(evaluation, upright=upright)
 
 
 def _open_tfds(data: Any, with_train: bool) -> tuple[Source | None, Source]:
-  if data.path is not None:
-    raise UserError("data.path is for data.source='folder' only: for 'tfds' set data.data_dir instead")
+  from t2t_vit_jax.data.tfds_source import open_tfds  # late: image folders need no tfds
+
   train = open_tfds(data.name, data.train_split, data.data_dir) if with_train else None
   return train, open_tfds(data.name, data.eval_split, data.data_dir)
+
+
+def _open_digits(data: Any, with_train: bool) -> tuple[Source | None, Source]:
+  if data.name != digits.NAME:
+    raise UserError(f"data.name={data.name} needs data.source='tfds': add --config.data.source=tfds")
+  return digits.open_digits(data.train_split) if with_train else None, digits.open_digits(data.eval_split)
 
 
 def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
@@ -62,7 +71,11 @@ def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
 
 # Openers by `data.source`: (`config.data`, whether the training split is wanted) -> training split, or None where it is
 # not wanted, and evaluation split. docs/extending.md shows how to add one.
-SOURCES: dict[str, Callable[[Any, bool], tuple[Source | None, Source]]] = {'tfds': _open_tfds, 'folder': _open_folder}
+SOURCES: dict[str, Callable[[Any, bool], tuple[Source | None, Source]]] = {
+  'tfds': _open_tfds,
+  'folder': _open_folder,
+  'digits': _open_digits,
+}
 
 
 def train_transform(config: Any) -> transforms.TrainTransform:

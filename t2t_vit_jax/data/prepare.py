@@ -20,22 +20,27 @@ import tarfile
 import threading
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 import requests
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.data.sources import image_and_label, local_folder, open_builder, without_array_record
-from t2t_vit_jax.errors import UserError, free_space, full_disk, printable
+from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
+from t2t_vit_jax.errors import MissingExtraError, UserError, free_space, full_disk, printable, require
 from t2t_vit_jax.interrupts import imports_are_done
+
+try:
+  from t2t_vit_jax.data.tfds_source import Digits, image_and_label, open_builder, tfds, without_array_record
+except MissingExtraError as error:
+  if __name__ != '__main__':
+    raise
+  print(f'error: {error}', file=sys.stderr)
+  sys.exit(2)
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
 # Sizes in bytes of the tars of ILSVRC2012, and numbers of images in them. docs/data.md has the MD5 sums.
 IMAGENET_TARS = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}
 CORRUPTIONS_NEED = ('cv2', 'skimage', 'scipy')  # libraries of tfds's builder, which it imports when it is too late
-IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 
 
 def prepare(
@@ -71,7 +76,7 @@ def prepare(
       # The builder takes the unlabelled test images too where it finds them.
       _require_space(target, [*tars, *tars[0].parent.glob('ILSVRC2012_img_test.tar')])
     if not isinstance(builder, Digits):
-      _require_tensorflow()
+      require('this step', 'tensorflow')
     if builder.name == 'imagenet2012_corrupted' and not all(map(importlib.util.find_spec, CORRUPTIONS_NEED)):
       raise UserError(
         'this step needs OpenCV, scikit-image and SciPy: pip install opencv-python-headless scikit-image scipy; the '
@@ -106,7 +111,7 @@ def convert(folder: str, data_dir: str) -> tfds.core.DatasetInfo:
       raise UserError(f'{folder} stays as it is: choose another --data-dir for the result')
     print(f'{target} is there already and is kept')
   else:
-    _require_tensorflow()
+    require('this step', 'tensorflow')
     with _writing(target):
       _require_space(target, [shard for split in source.info.splits.values() for shard in split.filepaths])
       with tfds.core.utils.incomplete_dir(target) as temporary:
@@ -189,11 +194,6 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     last = tar.getmembers()[-1]
     if path.stat().st_size < last.offset_data + last.size + 1024:  # cut between two files, so no header shows it
       raise UserError(f'{path} is truncated or damaged: it lacks the end of a tar')
-
-
-def _require_tensorflow() -> None:
-  if importlib.util.find_spec('tensorflow') is None:
-    raise UserError("this step needs TensorFlow: pip install 't2t-vit-jax[prepare]'")
 
 
 def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:

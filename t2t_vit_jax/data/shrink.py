@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
-from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_builder, open_folder, open_tfds
+from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_folder
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable, writing_problem
 from t2t_vit_jax.interrupts import imports_are_done
@@ -176,6 +176,8 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
     UserError: there are none.
   """
   if arguments.dataset:
+    from t2t_vit_jax.data.tfds_source import open_builder, open_tfds  # late: folders need no tfds
+
     if not open_builder(arguments.dataset, arguments.data_dir).info.splits:
       open_tfds(arguments.dataset, 'train', arguments.data_dir)  # prepares digits, and says how others are prepared
     names = open_builder(arguments.dataset, arguments.data_dir).info.splits

@@ -1,8 +1,7 @@
-"""Sources of images: prepared tfds datasets and image folders, both read by random access without TensorFlow."""
+"""Sources of images, and image folders as such; `tfds_source.py` has prepared datasets of tfds."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
 import dataclasses
 import filecmp
 import hashlib
@@ -11,25 +10,22 @@ from pathlib import Path
 import re
 import shlex
 import stat
-import sys
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-import tensorflow_datasets as tfds
 
 from t2t_vit_jax.data.class_names import comparable, imagenet_names, labels_by_name
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
-from t2t_vit_jax.data.digits import Digits
-from t2t_vit_jax.errors import DataError, UserError, did_you_mean, first_line, printable, writing_problem
+from t2t_vit_jax.errors import DataError, UserError, printable
 
 # What counts as an image in a folder, by its name: torchvision's list, and what else Pillow can read here.
 IMAGE_SUFFIXES = frozenset(['.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'])
 IMAGE_SUFFIXES |= {'.avif', '.gif', '.jfif', '.jp2', '.jpe'} & Image.registered_extensions().keys()
 # Folders that systems and programs leave in others, beside those whose name begins with a dot.
 NO_DATA = frozenset(['@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'])
-LABEL_FEATURES = {'imagenet2012_real': 'real_label'}  # of tfds datasets whose label is not called so
 MAX_LABELS = 32  # of an image, where any of several is right
+IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}  # images of ImageNet-1k
 NO_LABEL = -2  # fills up the labels of an image that has fewer
 NO_CLASS = -3  # for a label that is greater than its dataset's number of classes
 MAX_COMPARED = 20_000  # images of a folder that are searched for copies
@@ -149,30 +145,6 @@ class Source:
     return checksum([(self.records.fingerprint(), self.class_names, self.upright)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _TfdsRecords:
-  """A tfds data source whose dicts become records."""
-
-  examples: Any
-  name: str  # dataset/split
-  label: str  # name of the feature
-  parts: tuple[Any, ...]  # of the files: tfds's `FileInstruction`s
-
-  def __len__(self) -> int:
-    return len(self.examples)
-
-  def __getitem__(self, index: int) -> Record:
-    example = self.examples[index]
-    name = f'{self.name}#{index}' if 'file_name' not in example else example['file_name'].decode()
-    label = example[self.label]
-    return Record(example['image'], int(label) if np.ndim(label) == 0 else several_labels(label, name), name)
-
-  def fingerprint(self) -> str:
-    """See `Records`. Of each file, the range of its examples counts too."""
-    files = ((part, Path(part.filename)) for part in self.parts)
-    return checksum((file.name, *_size_and_time(file), part.skip, part.take) for part, file in files)
-
-
 def several_labels(labels: Iterable[int], name: str) -> tuple[int, ...]:
   """The labels of an image of which any is right, filled up to `MAX_LABELS` with `NO_LABEL`.
 
@@ -202,7 +174,7 @@ class _FolderRecords:
   def fingerprint(self) -> str:
     """See `Records`."""
     files = zip(self.names.tolist(), self.labels.tolist(), map(self.path, range(len(self))), strict=True)
-    return checksum((name, label, *_size_and_time(path)) for name, label, path in files)
+    return checksum((name, label, *size_and_time(path)) for name, label, path in files)
 
   def path(self, index: int) -> Path:
     """The file of an image."""
@@ -248,7 +220,7 @@ class _Relabelled:
     return checksum([(self.records.fingerprint(), self.labels)])
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def size_and_time(path: Path) -> tuple[int, int]:
   """Bytes of a file, and when it changed, in ns; (-1, -1) if it is not there."""
   try:
     status = path.stat()
@@ -532,122 +504,10 @@ def _is_hidden(name: str) -> bool:
   return name.startswith('.') or name in NO_DATA
 
 
-def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
-  """Opens a split of a tfds image-classification dataset prepared as array_record files.
-
-  `digits` is prepared on first use, since its images come with scikit-learn.
-
-  Args:
-    name: tfds name such as 'imagenet2012', with config and version if wanted.
-    split: tfds split expression such as 'train' or 'validation[:100]'.
-    data_dir: folder of the prepared data; None for tfds's own default (the environment variable
-      TFDS_DATA_DIR, or ~/tensorflow_datasets).
-
-  Raises:
-    UserError: unknown name or split, or data not prepared; the message has the command that prepares it.
-  """
-  builder = open_builder(name, data_dir)
-  if isinstance(builder, Digits):
-    builder = _prepare_digits(builder)
-  command = prepare_command(name, builder.data_dir_root)
-  if not builder.info.splits:
-    raise UserError(f'{name} is not prepared, {builder.data_path} has no data; prepare it with: {command}')
-  class_names, num_labels = image_and_label(builder)
-  try:
-    records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
-  except NotImplementedError as error:
-    raise UserError(without_array_record(builder)) from error
-  except (ValueError, AssertionError) as error:
-    if split in builder.info.splits:
-      raise UserError(f'split {split!r} of {name} cannot be read: {first_line(error, kind=False)}') from error
-    raise UserError(f'{name} has no split {split!r}: {did_you_mean(split, builder.info.splits)}') from error
-  if not len(records):
-    raise UserError(f'split {split!r} of {name} is empty')
-  parts = tuple(builder.info.splits[split].file_instructions)
-  files = [os.fspath(part.filename) for part in parts]
-  if missing := [file for file in files if not os.path.isfile(file)]:  # else each of their images would be a bad one
-    raise UserError(
-      f'{len(missing):,} of {len(files):,} files of {name} are missing, such as {missing[0]}: copy them again, or '
-      f'prepare it anew with: {command}'
-    )
-  return Source(
-    _TfdsRecords(records, f'{name}/{split}', label_feature(builder), parts),
-    class_names,
-    f'{name} {split} ({builder.data_path})',
-    num_labels,
-  )
-
-
-def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-  """The tfds builder of `name`, whether its data is prepared or not.
-
-  Raises:
-    UserError: tfds has no such dataset (the message names the nearest), or `data_dir` cannot be read.
-  """
-  folder = data_dir or os.environ.get('TFDS_DATA_DIR')
-  data_dir = local_folder(folder) if folder else None
-  try:
-    if name == Digits.name:
-      return Digits(data_dir=data_dir, file_format='array_record')
-    return tfds.builder(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError as error:
-    known = tfds.list_builders(with_community_datasets=False)
-    raise UserError(f'tfds has no dataset {name!r}: {did_you_mean(name, known)}') from error
-  except ImportError as error:
-    raise UserError(f"{name} needs TensorFlow: pip install 't2t-vit-jax[prepare]'") from error
-  except OSError as error:
-    raise UserError(f'cannot read {data_dir}: {error.strerror or error}') from error
-  except Exception as error:  # no such config or version, damaged metadata: tfds raises errors of many kinds
-    raise UserError(f'tfds cannot build {name!r}: {first_line(error, kind=False)}') from error
-
-
-def _prepare_digits(builder: Digits) -> Digits:
-  tfds.disable_progress_bar()  # four bars for half a second's work
-  try:
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-      builder.download_and_prepare()  # returns at once where the files exist
-    return builder
-  except FileExistsError:  # another process was faster
-    return Digits(data_dir=builder.data_dir_root, file_format='array_record')
-  except OSError as error:
-    raise UserError(f'cannot write to {builder.data_path}: {writing_problem(error, builder.data_path)}') from error
-  finally:
-    tfds.enable_progress_bar()
-
-
 def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
   """The shell command that prepares a dataset for training."""
   manual_dir = ' --manual-dir FOLDER_OF_THE_TARS' if name.startswith('imagenet2012') else ''
   return f'python -m t2t_vit_jax.data.prepare {name}{manual_dir} --data-dir {shlex.quote(os.fspath(data_dir))}'
-
-
-def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
-  """Error message for a dataset that is prepared in a format without random access, such as tfrecord."""
-  folder = shlex.quote(builder.data_dir.rstrip('/'))
-  return (
-    f'{builder.data_path} holds no array_record files, which random access needs; convert its files with: '
-    f'python -m t2t_vit_jax.data.prepare --convert {folder} --data-dir NEW_FOLDER'
-  )
-
-
-def label_feature(builder: tfds.core.DatasetBuilder) -> str:
-  """Name of the feature of a dataset that is the label."""
-  return LABEL_FEATURES.get(builder.name, 'label')
-
-
-def image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[tuple[str, ...], int]:
-  """Names of the classes of a dataset, and the number of labels of an image: 1, or `MAX_LABELS` for a sequence.
-
-  Raises:
-    UserError: the dataset lacks the features `image` and `label`.
-  """
-  features, label = dict(builder.info.features or {}), label_feature(builder)
-  classes, num_labels = features.get(label), 1
-  if isinstance(classes, tfds.features.Sequence):
-    classes, num_labels = classes.feature, MAX_LABELS
-  if not isinstance(features.get('image'), tfds.features.Image) or not isinstance(classes, tfds.features.ClassLabel):
-    raise UserError(f'{builder.name} is no image-classification dataset: it lacks the features image and {label}')
-  return tuple(classes.names), num_labels
 
 
 def local_folder(folder: str) -> str:

@@ -6,7 +6,6 @@ Where a model takes grey images, evaluation begins and training ends with the co
 from collections.abc import Callable
 import dataclasses
 import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from t2t_vit_jax.data.decoding import Box, EncodedImage
-from t2t_vit_jax.errors import UserError, check_interval, check_not_negative, check_share
+from t2t_vit_jax.errors import check_interval, check_not_negative, check_share, require
 
 MAX_RESIZED_PIXELS = 2**24  # of an image before its middle is cut out
 INTERPOLATIONS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
@@ -92,8 +91,8 @@ class RandomResizedCrop:
   def __post_init__(self) -> None:
     check_interval('augment.crop_scale', self.scale, most=1)
     check_interval('augment.crop_ratio', self.ratio)
-    if self.fast and not all(map(importlib.util.find_spec, ('cykooz_resizer', 'simplejpeg'))):
-      raise UserError("data.fast_decode needs cykooz-resizer and simplejpeg: pip install 't2t-vit-jax[fast]'")
+    if self.fast:
+      require('data.fast_decode', 'cykooz_resizer', 'simplejpeg')
 
   def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Image.Image:
     box = self.draw_box(image.width, image.height, rng)

@@ -23,7 +23,7 @@ from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, require
 from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Pair, Row, Runner, fit, open_candidate
 from t2t_vit_jax.evaluate.probe import Prober
 from t2t_vit_jax.evaluate.probe import render as render_probe
@@ -257,6 +257,10 @@ def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
   """Raises UserError if a file cannot be written, or has an unknown ending: before the work, not after it."""
+  if arguments.probe:
+    require('--probe', 'sklearn')
+  if arguments.report:
+    require('--report', 'matplotlib')
   outputs = list(filter(None, (arguments.output, arguments.report)))
   for path in outputs:
     files.check_output(path, force=arguments.force)

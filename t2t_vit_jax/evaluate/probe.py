@@ -13,7 +13,6 @@ from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.errors import UserError, printable
 from t2t_vit_jax.evaluate import tables
 from t2t_vit_jax.evaluate.accuracy import Candidate, Options, Row, build, prepared, share_and_workers
-from t2t_vit_jax.evaluate.classifiers import check_same_classes, probe
 from t2t_vit_jax.evaluate.features import Features, cached_features, extract
 from t2t_vit_jax.evaluate.sets import ImageSet
 from t2t_vit_jax.evaluate.tables import Table, percent
@@ -46,6 +45,8 @@ class Prober:
     Raises:
       UserError: the two have different classes, several labels for an image, or too few images.
     """
+    from t2t_vit_jax.evaluate.classifiers import check_same_classes, probe  # late: nothing else needs scikit-learn
+
     check_same_classes(train, test.source)
     if train.fingerprint() == test.source.fingerprint():
       raise UserError(f'{test.name}: these are the training images themselves: name another split')

@@ -19,10 +19,8 @@ from t2t_vit_jax.data.sources import (
   Source,
   checksum,
   local_folder,
-  open_builder,
   open_classes,
   open_folder,
-  open_tfds,
   prepare_command,
   several_labels,
 )
@@ -210,13 +208,13 @@ def open_splits(name: str, data_dir: str | None = None, orientation: str | None 
   if name in SETS and name != 'val':
     raise UserError(f'{name} has no training images: --probe takes val, datasets of tfds and folders')
   test = open_set(name, data_dir, orientation)
+  if name == 'val' and not _prepared_version(SETS[name].tfds, _root(data_dir)):
+    return open_folder(_root(data_dir), 'train'), test
+  from t2t_vit_jax.data.tfds_source import open_tfds  # late: folders need no tfds
+
   if name != 'val':
-    train = open_tfds(name.partition(':')[0], 'train', data_dir)
-  elif _prepared_version(SETS[name].tfds, root := _root(data_dir)):
-    train = open_tfds(SETS[name].tfds, 'train', str(root))
-  else:
-    train = open_folder(root, 'train')
-  return train, test
+    return open_tfds(name.partition(':')[0], 'train', data_dir), test
+  return open_tfds(SETS[name].tfds, 'train', str(_root(data_dir))), test
 
 
 def open_folder_splits(folder: str, orientation: str | None = None) -> tuple[Source, ImageSet]:
@@ -246,6 +244,8 @@ def _open_imagenet(name: str, definition: Definition, root: Path) -> ImageSet:
 def _find_images(name: str, definition: Definition, root: Path) -> tuple[Source, str]:
   """The images of a set of ImageNet's family, and what they are: the tfds dataset and its version, or the folder."""
   if (version := _prepared_version(definition.tfds, root)) is not None:
+    from t2t_vit_jax.data.tfds_source import open_tfds  # late: archives need no tfds
+
     return open_tfds(definition.tfds, definition.split, str(root)), f'{version} {definition.split}'
   if name == 'real':
     if (root / REAL_LABELS).is_file():
@@ -268,6 +268,8 @@ def _prepared_version(dataset: str, root: Path) -> str | None:
   """Name of a tfds dataset with config and version, such as 'imagenet_a/0.1.0'; None if it is not prepared."""
   if not (root / dataset).is_dir():
     return None
+  from t2t_vit_jax.data.tfds_source import open_builder  # late: archives need no tfds
+
   builder = open_builder(dataset, str(root))
   return str(builder.info.full_name) if builder.info.splits else None
 
@@ -328,6 +330,8 @@ def _reassessed(validation: Source, file: Path) -> Source:
 
 def _open_dataset(name: str, data_dir: str | None) -> ImageSet:
   """Opens NAME or NAME:SPLIT of tfds."""
+  from t2t_vit_jax.data.tfds_source import open_builder, open_tfds  # late: folders need no tfds
+
   dataset, _, split = name.partition(':')
   try:
     builder = open_builder(dataset, data_dir)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import re
 from typing import Any, ClassVar
 
 import jax
 
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, require
 
 EXAMPLES = 'h100, h100:8 or a100:8'
 
@@ -112,8 +111,7 @@ class Node:
     Raises:
       UserError: the compiler is not installed, or refuses the description.
     """
-    if importlib.util.find_spec('jax_cuda13_plugin') is None:
-      raise UserError("the GPU compiler is missing: pip install 't2t-vit-jax[gpu-plan]' (no GPU is needed)")
+    require('compiling for GPUs', 'jax_cuda13_plugin', advice=' (no GPU is needed)')
     from jax.experimental import topologies
 
     try:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import re
 from typing import Any, ClassVar
 
 import jax
 
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, require
 
 EXAMPLES = 'v4:4x4x4, v5e:2x2, v5e:16x16, v5p:4x4x4 or v6e:16x16'
 
@@ -86,8 +85,7 @@ class Slice:
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
     """
-    if importlib.util.find_spec('libtpu') is None:
-      raise UserError("the TPU compiler is missing: pip install 'jax[tpu]' (no TPU is needed)")
+    require('compiling for TPUs', 'libtpu', advice=' (no TPU is needed)')
     from jax.experimental import topologies
 
     try:

@@ -16,7 +16,7 @@ import fsspec.config
 import jax
 
 from t2t_vit_jax.console import warn
-from t2t_vit_jax.errors import UserError, first_line, writing_problem
+from t2t_vit_jax.errors import UserError, first_line, require, writing_problem
 from t2t_vit_jax.processes import gather_texts, in_all_processes
 
 # Other processes write to a bucket too: its listings must not be cached.
@@ -134,6 +134,7 @@ def _prepare_folder(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
 
 def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -> Path:
   """Makes a folder in a bucket; returns a temporary one on disk, with the metrics of an earlier, interrupted run."""
+  require(f'workdir {root}', 'gcsfs')
   logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='t2t_vit_jax-')))
   try:
     root.mkdir(parents=True, exist_ok=True)
@@ -141,9 +142,7 @@ def _prepare_bucket(root: epath.Path, owner: str, stack: contextlib.ExitStack) -
     if (root / 'metrics.jsonl').exists():
       (logs / 'metrics.jsonl').write_bytes((root / 'metrics.jsonl').read_bytes())
   except Exception as error:  # of the bucket's client, whichever that is
-    raise UserError(
-      f'cannot write to workdir {root} ({first_line(error)}); gs:// needs the extra gcs and credentials'
-    ) from error
+    raise UserError(f'cannot write to workdir {root} ({first_line(error)}); gs:// needs credentials') from error
   return logs
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.errors import UserError, writing_problem
+from t2t_vit_jax.errors import MissingExtraError, UserError, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
@@ -121,11 +121,15 @@ class Reporter:
         say(f'{self._workdir.root / name} shows {len(images)} training images as the network sees them')
 
   def page(self, images: np.ndarray, title: str) -> None:
-    """Writes `report.png`."""
+    """Writes `report.png`; without matplotlib says how to get it."""
     if self._silent:
       return
     with self._only_logging('report.png'):
-      page = write_report(self._workdir.logs, images, title)
+      try:
+        page = write_report(self._workdir.logs, images, title)
+      except MissingExtraError as error:
+        say(f'no report.png: {error}')
+        return
       say(f'curves and sample images: {self._workdir.root / page.name}')
 
   def report(self, step: int, num_bad: int = 0) -> list[int]:

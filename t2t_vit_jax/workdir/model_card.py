@@ -131,7 +131,7 @@ def _code(text: str) -> str:
 def _dataset(config: Config) -> tuple[str, str]:
   """The hub's type of the dataset, and a name for people."""
   data = config['data']
-  if data['source'] != 'tfds':
+  if data['source'] not in ('tfds', 'digits'):
     return 'imagefolder', str(data['path'])  # the hub's word for data of one's own
   return HUB_DATASETS.get(data['name'], data['name']), data['name']
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t2t_vit_jax.conversion.files import write_file
-from t2t_vit_jax.errors import printable
+from t2t_vit_jax.errors import printable, require
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -33,7 +33,9 @@ def write_report(workdir: str | os.PathLike[str], images: np.ndarray, title: str
 
   Raises:
     UserError: it can't be written.
+    MissingExtraError: matplotlib is not installed.
   """
+  require('drawing its curves', 'matplotlib')
   rows = [row for _, row in read_rows(Path(workdir) / 'metrics.jsonl') if row]
   trained = [row for row in rows if row['kind'] == 'train']
   evaluated: dict[str, list[Row]] = {}
