@@ -243,12 +243,7 @@ def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
   known = json.loads(processes.gather_texts(json.dumps(known))[0])  # all go by what the first one finds
   if jax.process_index() == 0:
     _say_what_is_known(known, arguments.results)
-  try:
-    rows = evaluate(pairs, known, options, results)
-  except KeyboardInterrupt:
-    if any(known) or results.added:
-      note(f'results so far are in {arguments.results}; the same command goes on')
-    raise
+  rows = evaluate(pairs, known, options, results)
   if jax.process_index() == 0 and arguments.report:
     write_report(arguments.report, sections(pairs, rows), 'Evaluation')
     note(f'wrote {arguments.report}')
