@@ -194,6 +194,13 @@ def _counted(predictions: Iterable[Prediction], unreadable: list[str], num_image
       bar.update()
 
 
+def _unless_none(text: Iterable[str], unreadable: Sequence[str], num_images: int) -> Iterator[str]:
+  """Passes text on; at its end, raises UserError if `unreadable` has become all of the images."""
+  yield from text
+  if len(unreadable) == num_images:
+    raise UserError('no image can be read')
+
+
 def _write(text: Iterable[str], output: Path | None) -> None:
   """Writes to a file, which appears when it is complete, or to standard output as it comes."""
   if output is None:
@@ -210,8 +217,10 @@ def _write(text: Iterable[str], output: Path | None) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
   """Does what the command line asks for; returns the exit code."""
-  ending = arguments.output.suffix[1:] if arguments.output else ''
-  form = arguments.form or (ending if ending in FORMS else 'text')
+  ending = arguments.output.suffix[1:].lower() if arguments.output else ''
+  form = arguments.form or {'': 'text', 'txt': 'text'}.get(ending, ending)
+  if form not in FORMS:
+    raise UserError(f'--output {arguments.output}: the name must end with .txt, .json or .csv')
   if arguments.output:
     files.check_output(arguments.output, force=arguments.force)
   images = sources.find_images(arguments.images, warn)
@@ -219,7 +228,8 @@ def run(arguments: argparse.Namespace) -> int:
   classifier = open_classifier(arguments.weights, size, arguments.orientation)
   unreadable: list[str] = []
   predictions = predict(classifier, images, top=arguments.top, batch_size=arguments.batch_size)
-  _write(FORMS[form](_counted(predictions, unreadable, len(images))), arguments.output)
+  text = FORMS[form](_counted(predictions, unreadable, len(images)))
+  _write(_unless_none(text, unreadable, len(images)), arguments.output)
   if arguments.output:
     print(f'wrote {arguments.output}: predictions for {len(images) - len(unreadable):,} images')
   if unreadable:
