@@ -24,7 +24,7 @@ from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize
 from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
-from t2t_vit_jax.data.decoding import ORIENTATIONS
+from t2t_vit_jax.data.decoding import ORIENTATIONS, Remark
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.transforms import EvalTransform, ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, csv_line, printable
@@ -44,6 +44,7 @@ class Classifier:
   normalize: Normalization  # uint8 images (B, height, width, C) -> the model's input
   class_names: tuple[str, ...]  # for people to read
   upright: bool  # whether images are turned as their EXIF data says
+  chosen: Remark = Remark.NONE  # what the user asked for, so that no warning is due
 
 
 class Guess(NamedTuple):
@@ -89,6 +90,7 @@ def open_classifier(
     normalize=Normalization(data['mean'], data['std']),
     class_names=readable_names(loaded.class_names, loaded.arguments['num_classes']),
     upright=ORIENTATIONS[orientation or own],
+    chosen=faults.CHOSEN if orientation else Remark.NONE,
   )
 
 
@@ -108,7 +110,7 @@ def predict(
   Raises:
     UserError: a batch does not fit into memory.
   """
-  source, remarks = sources.open_images(images, upright=classifier.upright), faults.Remarks()
+  source, remarks = sources.open_images(images, upright=classifier.upright), faults.Remarks(classifier.chosen)
   top = min(top, len(classifier.class_names))
   # Every batch has the same size, the last one filled up: the program is compiled once.
   share = Share(min(batch_size, len(images)))

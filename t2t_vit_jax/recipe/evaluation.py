@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import numpy as np
 
-from t2t_vit_jax.data.faults import Faults, Remarks
+from t2t_vit_jax.data.faults import CHOSEN, Faults, Remarks
 from t2t_vit_jax.data.loader import UNREADABLE, Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
@@ -189,7 +189,7 @@ class Evaluator:
   mesh: Mesh
   split: str
   classes: tuple[int, ...] | None = None
-  remarks: Remarks = dataclasses.field(default_factory=Remarks)
+  remarks: Remarks = dataclasses.field(default_factory=lambda: Remarks(CHOSEN))
 
   def __call__(
     self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False
