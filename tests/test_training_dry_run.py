@@ -79,7 +79,7 @@ def test_missing_data_is_said(tmp_path):
 def test_images_that_cannot_be_read_are_found_before_a_run(tmp_path, capsys):
   folder = write_image_folder(tmp_path, ('a', 'b'), train=4, val=2)
   config = importlib.import_module('configs.digits').get_config()
-  config.data.update(source='folder', path=str(folder), eval_split='val', orientation='upright')
+  config.data.update(source='folder', path=str(folder), eval_split='val', orientation='upright', batch_size=8)
   (folder / 'train' / 'b' / '3.JPEG').write_bytes(b'no picture')
   for path in (folder / 'val').rglob('*.JPEG'):
     path.write_bytes(b'')

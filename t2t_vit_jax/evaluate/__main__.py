@@ -259,8 +259,9 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     raise UserError('--output, --report and --results must be different files')
   if arguments.output and arguments.output.suffix.lower() not in ('', '.txt', *ENDINGS):
     raise UserError(f'--output {arguments.output}: the name must end with .txt, {", ".join(ENDINGS)}')
-  if arguments.report and arguments.probe:
-    raise UserError('--report is about the accuracy of classifiers: leave out --probe')
+  for flag in ('report', 'all_classes'):
+    if arguments.probe and getattr(arguments, flag):
+      raise UserError(f'--{flag} is about the accuracy of classifiers: leave out --probe')
   files.check_output(arguments.results, force=True)
   is_new = not arguments.results.exists()
   try:
