@@ -250,6 +250,7 @@ def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkey
     (['--sets=digits:train'], 'digits:train: these are the training images themselves: name another split'),
     (['--sets=a'], 'a has no training images: --probe takes val, datasets of tfds and folders'),
     ([f'--folder={folder}', '--report=page.html'], '--report is about the accuracy of classifiers: leave out --probe'),
+    ([f'--folder={folder}', '--all_classes'], '--all_classes is about the accuracy of classifiers: leave out --probe'),
     ([], 'which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation'),
     ([f'--folder={folder / "train"}'], 'has no folder train: images are expected as'),
   ):
