@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable, show_warnings_as_lines
-from t2t_vit_jax.interrupts import imports_are_done
+from t2t_vit_jax.interrupts import OWN_PROGRAM, end_if_unheard, imports_are_done
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +57,17 @@ def _with_underscores(argument: str) -> str:
 def run_tool(tool: Callable[[], int]) -> int:
   """Runs the `main` of a tool with such a parser and returns its exit code: 2 after a line about the user's error."""
   start_program()
+  from t2t_vit_jax.processes import leave  # late: it imports jax
+
+  def end(code: int) -> int:
+    """Ends the program as it is: Python would free memory that JAX may still write to, and crash."""
+    return leave(code) if OWN_PROGRAM else code
+
+  def interrupted() -> int:
+    print_message('interrupted')
+    return end(130)  # the shells' code for Ctrl-C
+
+  end_if_unheard(interrupted)
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # for letters that a terminal lacks
   try:
@@ -64,13 +75,12 @@ def run_tool(tool: Callable[[], int]) -> int:
     sys.stdout.flush()
     return code
   except KeyboardInterrupt:
-    print_message('interrupted')
-    return 130  # the shells' code for Ctrl-C
+    return interrupted()
   except UserError as error:
     message = str(error)
   except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
     _drop_output()
-    return 141
+    return end(141)
   except OSError as error:  # such as a full disk
     _drop_output()
     message = str(error)
@@ -81,7 +91,7 @@ def run_tool(tool: Callable[[], int]) -> int:
     if not message:
       raise
   print_error(message)
-  return 2
+  return end(2)
 
 
 def _missing_devices() -> str:

@@ -98,9 +98,9 @@ def first_line(error: BaseException, *, kind: bool = True) -> str:
 
 def full_disk(place: str | os.PathLike[str], needed: int = 0) -> str:
   """A phrase that says that the disk of `place` is full, what is free there and how many bytes were `needed`."""
-  free = _size(free_space(place))
+  free = readable_size(free_space(place))
   if needed:
-    return f'the disk is full: at least {_size(needed)} are needed, {free} are free'
+    return f'the disk is full: at least {readable_size(needed)} are needed, {free} are free'
   return f'the disk is full: more is needed than the {free} that are free'
 
 
@@ -110,11 +110,17 @@ def free_space(place: str | os.PathLike[str]) -> int:
   return shutil.disk_usage(next(folder for folder in (path, *path.parents) if os.path.exists(folder))).free
 
 
-def _size(num_bytes: int) -> str:
+def readable_size(num_bytes: float) -> str:
+  """Bytes in the largest unit of which there is at least one, such as '21.5 MB'."""
   for name, unit in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
     if num_bytes >= unit:
       return f'{num_bytes / unit:.1f} {name}'
-  return f'{num_bytes} bytes'
+  return plural(round(num_bytes), 'byte')
+
+
+def plural(number: int, noun: str) -> str:
+  """A number with its noun, such as '1 image' and '1,000 images'."""
+  return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from t2t_vit_jax import __version__
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize, Weights
+from t2t_vit_jax.errors import readable_size
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
@@ -71,7 +72,7 @@ def export_weights(
 
   files.write_file(output, write)
   images, logits = program.in_avals[-1], program.out_avals[0]
-  size = f'{output.stat().st_size / 1e6:.1f} MB'
+  size = readable_size(output.stat().st_size)
   return [*notes, f'wrote {output}: {images.str_short()} -> {logits.str_short()}, for {", ".join(PLATFORMS)}, {size}']
 
 

@@ -1,5 +1,6 @@
-"""Ends a program of this package with one line if Ctrl-C arrives while it still imports, which takes seconds."""
+"""Ends a program of this package at once after Ctrl-C, also while it imports or while JAX computes."""
 
+from collections.abc import Callable
 import os
 from pathlib import Path
 import signal
@@ -9,6 +10,8 @@ from types import FrameType
 
 IMPORT_SYSTEM = '<frozen importlib._bootstrap>'
 _importing = True
+_heard = threading.Event()  # whether Python has called `interrupt`
+GRACE_S = 1.0  # in which a program that runs Python code does so
 GC_CALLBACK = '_xla_gc_callback'  # jax's: Python drops what is raised in it
 
 
@@ -17,6 +20,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
   if frame is not None and frame.f_code.co_name == GC_CALLBACK:
     threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # once more, after it
     return
+  _heard.set()
   caller = frame if _importing else None
   while caller is not None and caller.f_code.co_filename != IMPORT_SYSTEM:
     caller = caller.f_back
@@ -38,6 +42,26 @@ def is_program() -> bool:
   return sys.argv[0] == '-m' or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
 
 
+def end_if_unheard(end: Callable[[], object]) -> None:
+  """Has a thread call `end` after a Ctrl-C that the main thread does not hear, since it waits for a computation.
+
+  Python runs a handler only between two steps of Python code, but writes the signal's number to a pipe at once.
+  """
+  if signal.getsignal(signal.SIGINT) is not interrupt:  # it is ignored, or the package is used as a library
+    return
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+  def watch() -> None:
+    while number := os.read(reader, 1):
+      if number[0] == signal.SIGINT and not _heard.wait(GRACE_S):
+        end()
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 in_main_thread = threading.current_thread() is threading.main_thread()  # only there Python takes a handler
-if in_main_thread and is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+OWN_PROGRAM = in_main_thread and is_program()
+if OWN_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, interrupt)

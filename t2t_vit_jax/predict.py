@@ -24,7 +24,7 @@ from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize
 from t2t_vit_jax.data import faults, sources
 from t2t_vit_jax.data.class_names import readable_names
-from t2t_vit_jax.data.decoding import ORIENTATIONS
+from t2t_vit_jax.data.decoding import ORIENTATIONS, Remark
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.transforms import EvalTransform, ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, csv_line, printable
@@ -44,6 +44,7 @@ class Classifier:
   normalize: Normalization  # uint8 images (B, height, width, C) -> the model's input
   class_names: tuple[str, ...]  # for people to read
   upright: bool  # whether images are turned as their EXIF data says
+  chosen: Remark = Remark.NONE  # what the user asked for, so that no warning is due
 
 
 class Guess(NamedTuple):
@@ -89,6 +90,7 @@ def open_classifier(
     normalize=Normalization(data['mean'], data['std']),
     class_names=readable_names(loaded.class_names, loaded.arguments['num_classes']),
     upright=ORIENTATIONS[orientation or own],
+    chosen=faults.CHOSEN if orientation else Remark.NONE,
   )
 
 
@@ -108,7 +110,7 @@ def predict(
   Raises:
     UserError: a batch does not fit into memory.
   """
-  source, remarks = sources.open_images(images, upright=classifier.upright), faults.Remarks()
+  source, remarks = sources.open_images(images, upright=classifier.upright), faults.Remarks(classifier.chosen)
   top = min(top, len(classifier.class_names))
   # Every batch has the same size, the last one filled up: the program is compiled once.
   share = Share(min(batch_size, len(images)))
@@ -194,6 +196,13 @@ def _counted(predictions: Iterable[Prediction], unreadable: list[str], num_image
       bar.update()
 
 
+def _unless_none(text: Iterable[str], unreadable: Sequence[str], num_images: int) -> Iterator[str]:
+  """Passes text on; at its end, raises UserError if `unreadable` has become all of the images."""
+  yield from text
+  if len(unreadable) == num_images:
+    raise UserError('no image can be read')
+
+
 def _write(text: Iterable[str], output: Path | None) -> None:
   """Writes to a file, which appears when it is complete, or to standard output as it comes."""
   if output is None:
@@ -210,8 +219,10 @@ def _write(text: Iterable[str], output: Path | None) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
   """Does what the command line asks for; returns the exit code."""
-  ending = arguments.output.suffix[1:] if arguments.output else ''
-  form = arguments.form or (ending if ending in FORMS else 'text')
+  ending = arguments.output.suffix[1:].lower() if arguments.output else ''
+  form = arguments.form or {'': 'text', 'txt': 'text'}.get(ending, ending)
+  if form not in FORMS:
+    raise UserError(f'--output {arguments.output}: the name must end with .txt, .json or .csv')
   if arguments.output:
     files.check_output(arguments.output, force=arguments.force)
   images = sources.find_images(arguments.images, warn)
@@ -219,7 +230,8 @@ def run(arguments: argparse.Namespace) -> int:
   classifier = open_classifier(arguments.weights, size, arguments.orientation)
   unreadable: list[str] = []
   predictions = predict(classifier, images, top=arguments.top, batch_size=arguments.batch_size)
-  _write(FORMS[form](_counted(predictions, unreadable, len(images))), arguments.output)
+  text = FORMS[form](_counted(predictions, unreadable, len(images)))
+  _write(_unless_none(text, unreadable, len(images)), arguments.output)
   if arguments.output:
     print(f'wrote {arguments.output}: predictions for {len(images) - len(unreadable):,} images')
   if unreadable:

@@ -213,7 +213,7 @@ def lost_process(
 
 
 def leave(exit_code: int, lost: bool = False) -> NoReturn:
-  """Ends a process that has failed and reported it.
+  """Ends a process that has failed or was interrupted, and has said so, even while JAX computes.
 
   Args:
     exit_code: exit code of the process.
@@ -230,7 +230,8 @@ def leave(exit_code: int, lost: bool = False) -> NoReturn:
   with _deadline(LEAVE_TIMEOUT_S, '', exit_code):
     # What `os._exit` leaves out: Python would report semaphores as leaked.
     util._run_finalizers(0)  # type: ignore[attr-defined]
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):  # its reader may be gone
+    sys.stdout.flush()
   os._exit(exit_code)  # JAX and orbax have threads that would wait for others, or for a save that failed
 
 

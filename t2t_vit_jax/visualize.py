@@ -271,7 +271,7 @@ def run(arguments: argparse.Namespace) -> int:
     raise UserError(f'{output}: the ending must say the format, one of {", ".join(sorted(formats))}')
   size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
   classifier = open_classifier(arguments.weights, size, arguments.orientation)
-  image = _read_image(arguments.image, classifier.upright)
+  image = _read_image(arguments.image, classifier)
   prepare: Callable[[Image.Image], Image.Image] = classifier.prepare
   if arguments.whole:
     prepare = functools.partial(prepare_whole, classifier)
@@ -289,13 +289,13 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _read_image(path: Path, upright: bool) -> Image.Image:
+def _read_image(path: Path, classifier: Classifier) -> Image.Image:
   try:
     if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):  # it may never end
       raise files.problem(path, 'is no regular file')
-    file = EncodedImage(path.read_bytes(), upright=upright)
+    file = EncodedImage(path.read_bytes(), upright=classifier.upright)
     for remark, text in REMARKS.items():
-      if remark in file.remarks:
+      if remark in file.remarks & ~classifier.chosen:
         warn(f'{path} {text}')
     return file.decode()
   except OSError as error:

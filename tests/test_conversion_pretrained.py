@@ -71,7 +71,7 @@ def test_a_name_is_fetched_once_converted_and_gives_the_references_logits(server
   assert (
     cache / 'tiny.safetensors.sha256'
   ).read_text() == f'{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n'
-  assert capsys.readouterr().err == f'fetching {server.url}/folder/{FILE} (about 0 MB) into {cache}\n'
+  assert capsys.readouterr().err == f'fetching {server.url}/folder/{FILE} (about 0 bytes) into {cache}\n'
 
 
 @pytest.mark.needs('torch')

@@ -12,7 +12,7 @@ import pytest
 
 from t2t_vit_jax.data import loader, transforms
 from t2t_vit_jax.data.decoding import MAX_SIDE, BadImage, EncodedImage, Remark
-from t2t_vit_jax.data.faults import REMARKS, Faults
+from t2t_vit_jax.data.faults import REMARKS, Faults, Remarks
 from t2t_vit_jax.data.sources import IMAGE_SUFFIXES, open_images
 from tests.image_folder import decode, encoded
 
@@ -168,16 +168,18 @@ def test_remarks_are_said_once(tmp_path):
   for name, content in (('a.png', png(DEEP, 0)), ('b.png', png(DEEP, 0)), ('c.png', with_orientation(3, 'PNG'))):
     (tmp_path / name).write_bytes(content)
     files.append(str(tmp_path / name))
-  source, lines = open_images(files, upright=False), []
-  faults = Faults(source, lines.append, '')
-  for _ in range(2):
-    list(
-      faults.check(loader.eval_batches(source, transforms.ResizeCenterCrop(8, 1.0), loader.Share(2), loader.Workers()))
-    )
-  assert lines == [
-    f'image {files[0]} {REMARKS[Remark.DEEP]}; others like it are not named',
-    f'image {files[2]} {REMARKS[Remark.NOT_UPRIGHT]}; others like it are not named',
-  ]
+  source = open_images(files, upright=False)
+  deep, turned = (
+    f'image {file} {REMARKS[remark]}; others like it are not named'
+    for file, remark in ((files[0], Remark.DEEP), (files[2], Remark.NOT_UPRIGHT))
+  )
+  # Runs and evaluations are configured to ignore the orientation; `predict` takes what belongs to the weights.
+  for remarks, expected in ((None, [deep]), (Remarks(), [deep, turned])):
+    lines, faults = [], Faults(source, lambda line: lines.append(line), '', remarks=remarks)  # noqa: B023
+    for _ in range(2):
+      transform = transforms.ResizeCenterCrop(8, 1.0)
+      list(faults.check(loader.eval_batches(source, transform, loader.Share(2), loader.Workers())))
+    assert lines == expected
 
 
 COLOR = Image.fromarray(PIXELS)

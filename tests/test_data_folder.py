@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 import re
 import shutil
 import socket
@@ -283,13 +284,28 @@ def test_classes_whose_names_are_those_of_splits_have_a_way_out(classes, eval_fr
     shutil.copytree(tmp_path / 'photos' / 'nested', tmp_path / 'data' / name)
   config = default.get_config().data
   config.update(source='folder', path=str(tmp_path / 'data'), eval_fraction=eval_fraction)
-  with pytest.raises(UserError, match='is a class, add --config') as error:
+  with pytest.raises(UserError, match='are its classes, add --config') as error:
     open_sources(config)
   for field, value in re.findall(r'--config\.data\.(\w+)=(\S+)', str(error.value)):
     config[field] = type(config[field])(value)
   train, evaluation = open_sources(config)
   assert train.class_names == evaluation.class_names == classes
   assert len(train) + len(evaluation) == 4 * len(classes)
+
+
+@pytest.mark.parametrize('change', [{}, {'eval_fraction': 0.2}, {'train_split': '.'}])
+def test_images_without_class_folders_get_advice_that_helps(change, tmp_path):
+  """What was said, flags for the config, led to the same error again."""
+  write_image_folder(tmp_path, ('cat',), photos=2)
+  config = default.get_config().data
+  config.update(source='folder', path=str(tmp_path / 'photos' / 'cat'), **change)
+  with pytest.raises(UserError) as error:
+    open_sources(config)
+  assert '--config' not in str(error.value)
+  for advised in re.findall(r'(\S+)/CLASS/IMAGE', str(error.value)):
+    write_image_folder(Path(advised), ('a', 'b'), **{'.': 2})
+  config.update(eval_fraction=0.2)
+  assert open_sources(config)[0].class_names == ('a', 'b')
 
 
 def test_pipes_and_devices_are_no_images(folder):

@@ -46,7 +46,7 @@ def test_too_little_shared_memory_means_threads(machine):
   machine(8, 64e9, 64e6)  # as docker gives
   number, reason = worker_count.default_num_workers(1, megabytes)
   assert number == 0
-  assert reason.endswith('has 64 MB free, and workers need 140 MB')
+  assert reason.endswith('has 64.0 MB free, and workers need 140.0 MB')
 
 
 def test_memory_is_that_of_the_machine_at_most():

@@ -252,6 +252,7 @@ def test_features_are_probed_with_any_classes(weights, command, tmp_path, monkey
     (['--sets=digits:train'], 'digits:train: these are the training images themselves: name another split'),
     (['--sets=a'], 'a has no training images: --probe takes val, datasets of tfds and folders'),
     ([f'--folder={folder}', '--report=page.html'], '--report is about the accuracy of classifiers: leave out --probe'),
+    ([f'--folder={folder}', '--all_classes'], '--all_classes is about the accuracy of classifiers: leave out --probe'),
     ([], 'which images? Give --sets=val or datasets of tfds, or --folder=DIR with train and validation'),
     ([f'--folder={folder / "train"}'], 'has no folder train: images are expected as'),
   ):
@@ -297,7 +298,8 @@ def test_an_interrupted_evaluation_goes_on(weights, data_dir, tmp_path):
   process.send_signal(signal.SIGINT)
   ((code, output, errors),) = finish([process])
   assert (code, output) == (130, '')
-  assert errors.splitlines()[-2:] == [f'results so far are in {results}; the same command goes on', 'interrupted']
+  assert f'results are kept in {results} as they come: after a stop, the same command goes on\n' in errors
+  assert errors.splitlines()[-1] == 'interrupted'
   ((code, output, errors),) = finish([start(*flags, '--json')])
   assert '1 of 2 results are those of' in errors
   first, second = json.loads(output)

@@ -182,8 +182,13 @@ def test_classes_that_cannot_be_told_apart_get_one_line():
   with pytest.raises(UserError, match='the training images are of 1 class, but to tell'):
     classifiers.probe(Features(*first), test, CLASSES)
   some = Features(*(x[train.label != 1] for x in train))
-  with pytest.raises(UserError, match=r'^1 classes of the test images have no training image that can be read: bee$'):
+  with pytest.raises(UserError, match=r'^of 1 class of the test images, no training image can be read: bee$'):
     classifiers.probe(some, test, CLASSES)
+  with pytest.raises(
+    UserError, match=r'^of 1 class of the training images, no test image can be read: bee; --allow_mis'
+  ):
+    classifiers.probe(train, some, CLASSES)
+  assert len(classifiers.probe(train, some, CLASSES, methods=['knn'], allow_missing_classes=True)) == 4
   with pytest.raises(UserError, match="method must be 'knn' or 'linear' or 'few_shot', not 'kmeans'"):
     classifiers.probe(train, test, CLASSES, methods=['kmeans'])
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -21,6 +22,7 @@ import yaml
 
 import t2t_vit_jax
 from tests import golden
+from tests.image_folder import write_image_folder
 from tests.processes import start_command
 
 ROOT = Path(__file__).parents[1]
@@ -330,6 +332,33 @@ def test_an_interrupt_while_a_program_imports_gets_one_line(program):
   process.send_signal(signal.SIGINT)
   output, errors = process.communicate(timeout=120)
   assert (process.returncode, output, errors) == (130, '', 'interrupted\n')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('program', 'step'),
+  [
+    ('predict {weights} {folder} --output={folder}/out.json', '_classify'),
+    ('visualize {weights} {folder}/0/0.JPEG --output={folder}/out.png', '_run'),
+    ('evaluate {weights} --folder={folder} --results={folder}/results.jsonl --batch_size=8', 'eval_step'),
+  ],
+)
+def test_an_interrupt_while_jax_computes_ends_the_program_at_once(program, step, tmp_path):
+  """Images are so large that a batch takes longer than a person waits. Half of the time, Python crashed at its end."""
+  folder = write_image_folder(tmp_path, tuple('0123456789'), images=1) / 'images'
+  command = program.format(weights=golden.converted('performer', tmp_path), folder=folder).split()
+  process = start_command(
+    sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, '-m', f't2t_vit_jax.{command[0]}', *command[1:],
+    '--image_size=1440', cwd=ROOT, PYTHONPATH=str(ROOT), JAX_LOG_COMPILES='1',
+  )  # fmt: skip
+  assert any(f'Finished XLA compilation of jit({step})' in line for line in process.stderr)  # reads up to there
+  time.sleep(0.5)
+  process.send_signal(signal.SIGINT)
+  stopped = time.monotonic()
+  output, errors = process.communicate(timeout=60)
+  assert (process.returncode, output, errors.splitlines()[-1]) == (130, '', 'interrupted')
+  assert time.monotonic() - stopped < 3
+  assert {file.name for file in folder.iterdir()} == set('0123456789')  # not even a hidden one
 
 
 # A shell that starts tests in the background lets their processes ignore Ctrl-C.

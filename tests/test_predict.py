@@ -248,6 +248,25 @@ def test_an_image_beyond_the_bounds_ends_nothing_else(weights, photos, tmp_path,
   ]
 
 
+def test_images_of_which_none_can_be_read_are_an_error(weights, tmp_path, capsys):
+  for name in ('a.png', 'b.jpg'):
+    (tmp_path / name).write_bytes(b'no picture')
+  code, text, errors = run(weights, tmp_path, '--json', capsys=capsys)
+  assert (code, [entry['error'] for entry in json.loads(text)]) == (2, ['no image file'] * 2)
+  assert errors.splitlines() == [
+    *(f'warning: {tmp_path / name} cannot be read (no image file)' for name in ('a.png', 'b.jpg')),
+    'error: no image can be read',
+  ]
+  output = tmp_path / 'out.json'
+  assert run(weights, tmp_path, '--output', output, capsys=capsys)[:2] == (2, '')
+  assert {file.name for file in tmp_path.iterdir()} == {'a.png', 'b.jpg'}
+
+
+def test_an_output_of_no_known_form_is_refused_before_the_work(photos, capsys):
+  code, _, errors = run('no weights', photos, '--output', photos / 'out.xlsx', capsys=capsys)
+  assert (code, errors) == (2, f'error: --output {photos / "out.xlsx"}: the name must end with .txt, .json or .csv\n')
+
+
 def test_weights_that_give_no_number_are_refused(weights, photos, tmp_path, capsys):
   loaded = load(weights, Options())[0]
   arrays = {**loaded.arrays, 'params/head/kernel': np.full_like(loaded.arrays['params/head/kernel'], 3e38)}

@@ -14,7 +14,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.conversion import Options, convert
 from t2t_vit_jax.training.dry_run import dry_run
 from tests import torch_reference
-from tests.image_folder import encoded, picture
+from tests.image_folder import encoded, picture, write_image_folder
 from tests.parameters import slow_but
 from tests.test_configs import NAMES
 from tests.weights_cache import put_into_cache
@@ -74,6 +74,22 @@ def test_missing_data_is_said(tmp_path):
   config.data.data_dir = str(tmp_path)
   with pytest.raises(UserError, match='imagenet2012 is not prepared'):
     dry_run(config)
+
+
+def test_images_that_cannot_be_read_are_found_before_a_run(tmp_path, capsys):
+  folder = write_image_folder(tmp_path, ('a', 'b'), train=4, val=2)
+  config = importlib.import_module('configs.digits').get_config()
+  config.data.update(source='folder', path=str(folder), eval_split='val', orientation='upright', batch_size=8)
+  (folder / 'train' / 'b' / '3.JPEG').write_bytes(b'no picture')
+  for path in (folder / 'val').rglob('*.JPEG'):
+    path.write_bytes(b'')
+  with pytest.raises(UserError, match=r'^of 4 images of \S+/val that were tried, none can be read; .* a/0\.JPEG \(no'):
+    dry_run(config)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(
+    f'warning: of 8 images of {folder}/train that were tried, 1 cannot be read; the first is b/3.JP'
+  )
+  assert 'data.max_bad_fraction' in line
 
 
 @pytest.mark.slow

@@ -158,6 +158,23 @@ def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, 
   assert capsys.readouterr().out.splitlines()[-1].startswith('test top-1 ')
 
 
+def test_a_short_run_says_that_its_average_is_mostly_initial_weights(data_dir, tmp_path, capsys):
+  changes = {
+    'schedule.max_steps': 60,
+    'schedule.warmup_epochs': 0,
+    'ema.decay': 0.99996,
+    'data.eval_split': 'test[:200]',
+  }
+  accuracy = loop.train(small_config(data_dir, **changes), tmp_path)
+  rows = [json.loads(row) for row in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  raw, ema = ([row for row in rows if row.get('weights') == kind][-1] for kind in ('raw', 'ema'))
+  assert raw['correct'] > ema['correct'] == accuracy.correct
+  line = capsys.readouterr().out.splitlines()[-2]
+  assert line.startswith('100% of the moving average, which the last line is about, is still the initial weights. ')
+  assert f'top-1 is {raw["correct"] / 200:.2%}: {tmp_path}/weights/model_raw.safetensors has' in line
+  assert (tmp_path / 'weights' / 'model_raw.safetensors').exists()
+
+
 def test_other_changes_are_said_and_evaluations_come_when_they_should(data_dir, tmp_path, capsys):
   # Two steps an epoch.
   changes = {

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+from multiprocessing import util
 import os
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -238,6 +239,7 @@ def write_file(path: Path, write: Callable[[Path], object], needed: int = 0) -> 
     UserError: `path` can't be written.
   """
   temporary = path.with_name(f'.{os.getpid()}.tmp')  # short: the name itself may be as long as names can be
+  delete = util.Finalize(None, _delete, (temporary,), exitpriority=0)  # also if Ctrl-C ends a write that waits for JAX
   try:
     temporary.touch()
     mode = temporary.stat().st_mode
@@ -247,10 +249,10 @@ def write_file(path: Path, write: Callable[[Path], object], needed: int = 0) -> 
       os.fsync(file.fileno())
     temporary.replace(path)
   except (OSError, safetensors.SafetensorError) as error:
-    _delete(temporary)  # first: the free space that is named is without it
+    delete()  # first: the free space that is named is without it
     raise problem(path, f'cannot be written: {writing_problem(error, path, needed)}') from error
   finally:
-    _delete(temporary)
+    delete()
 
 
 def _delete(temporary: Path) -> None:

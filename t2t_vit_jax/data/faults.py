@@ -7,8 +7,15 @@ import numpy as np
 from t2t_vit_jax.data.decoding import BadImage, Remark
 from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.data.sources import NO_LABEL, Source
-from t2t_vit_jax.errors import DataError
+from t2t_vit_jax.errors import DataError, UserError, plural
 
+CHOSEN = Remark.NOT_UPRIGHT  # where a config or a flag decides about orientation: no warning is due
+SAMPLED = 16  # images that a dry run reads of each split
+READABLE_NOW = 'a second try succeeded'
+REMEDY = (
+  'Replace those that warnings name, or allow a larger share with --config.data.max_bad_fraction; '
+  'python -m t2t_vit_jax.data.shrink names them too, and copies the others'
+)
 MAX_NAMED = 20  # images; further ones are only counted
 REMARKS = {
   Remark.DEEP: 'has more than 8 bits a sample: they are scaled to 8',
@@ -18,10 +25,14 @@ REMARKS = {
 
 
 class Remarks:
-  """Warns once of each kind of image whose pixels are not used as they are."""
+  """Warns once of each kind of image whose pixels are not used as they are.
 
-  def __init__(self) -> None:
-    self._said = Remark.NONE
+  Args:
+    wanted: remarks that the user asked for, so that no warning is due.
+  """
+
+  def __init__(self, wanted: Remark = Remark.NONE) -> None:
+    self._said = wanted
 
   def note(self, source: Source, batch: Batch, warn: Callable[[str], None]) -> None:
     """Warns of the first image in a batch of `source` that a remark is true of, unless it was said before."""
@@ -66,7 +77,7 @@ class Faults:
     self._max_bad_fraction = max_bad_fraction
     # A share of a small folder may be less than an image.
     self._allowed = max(max_bad_fraction * len(source), 1) if max_bad_fraction else 0
-    self._remarks = remarks or Remarks()
+    self._remarks = remarks or Remarks(CHOSEN)
     self._bad: set[int] = set()
 
   @property
@@ -111,8 +122,25 @@ class Faults:
     if self.num_bad > self._allowed:
       raise DataError(
         f'{self.num_bad} of the {len(self._source):,} images of {self._source.description} cannot be read, '
-        f'more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; the last is {name} ({reason})'
+        f'more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; the last is {name} ({reason}). {REMEDY}'
       )
+
+
+def check_sample(source: Source, warn: Callable[[str], None]) -> None:
+  """Reads images that are spread over a source, and warns if some cannot be read.
+
+  Raises:
+    UserError: none can.
+  """
+  indices = np.unique(np.linspace(0, len(source) - 1, SAMPLED, dtype=np.int64)).tolist()
+  bad = [(name, reason) for name, reason in (explain(source, index) for index in indices) if reason != READABLE_NOW]
+  if not bad:
+    return
+  name, reason = bad[0]
+  tried = f'of {plural(len(indices), "image")} of {source.description} that were tried'
+  if len(bad) == len(indices):
+    raise UserError(f'{tried}, none can be read; the first is {name} ({reason})')
+  warn(f'{tried}, {len(bad)} cannot be read; the first is {name} ({reason}). {REMEDY}')
 
 
 def explain(source: Source, index: int) -> tuple[str, str]:
@@ -124,4 +152,4 @@ def explain(source: Source, index: int) -> tuple[str, str]:
     source.image_of(record).decode()
   except BadImage as error:
     return name, str(error)
-  return name, 'a second try succeeded'
+  return name, READABLE_NOW

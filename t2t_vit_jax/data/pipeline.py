@@ -8,7 +8,14 @@ from typing import Any
 from t2t_vit_jax.data import digits, transforms
 from t2t_vit_jax.data.decoding import ORIENTATIONS
 from t2t_vit_jax.data.randaugment import RandAugment
-from t2t_vit_jax.data.sources import Source, note_copies, open_divided_folder, open_folder
+from t2t_vit_jax.data.sources import (
+  LayoutError,
+  Source,
+  has_class_folders,
+  note_copies,
+  open_divided_folder,
+  open_folder,
+)
 from t2t_vit_jax.errors import UserError, choose
 
 
@@ -59,6 +66,18 @@ def _open_digits(data: Any, with_train: bool) -> tuple[Source | None, Source]:
 def _open_folder(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.path is None:
     raise UserError("data.source='folder' needs --config.data.path=FOLDER")
+  try:
+    return _open_folder_splits(data, with_train)
+  except LayoutError as error:
+    if not has_class_folders(data.path):
+      raise
+    raise UserError(
+      f'{error}; if the folders of {data.path} are its classes, add --config.data.train_split=. '
+      '--config.data.eval_split=held_out --config.data.eval_fraction=0.2'
+    ) from error
+
+
+def _open_folder_splits(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   if data.eval_fraction and (
     divided := open_divided_folder(data.path, data.train_split, data.eval_split, data.eval_fraction)
   ):

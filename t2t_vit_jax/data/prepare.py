@@ -24,7 +24,16 @@ import requests
 from tqdm import tqdm
 
 from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
-from t2t_vit_jax.errors import MissingExtraError, UserError, free_space, full_disk, printable, require
+from t2t_vit_jax.errors import (
+  MissingExtraError,
+  UserError,
+  free_space,
+  full_disk,
+  plural,
+  printable,
+  readable_size,
+  require,
+)
 from t2t_vit_jax.interrupts import imports_are_done
 
 try:
@@ -204,7 +213,7 @@ def _require_space(target: Path, files: Iterable[os.PathLike[str]]) -> None:
   needed = 1.01 * sum(os.stat(path).st_size for path in files)
   free = free_space(target)
   if free < needed:
-    raise UserError(f'{target} needs about {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free')
+    raise UserError(f'{target} needs about {readable_size(needed)}, and its disk has {readable_size(free)} free')
 
 
 def _array_record_files(split: tfds.core.SplitInfo) -> list[Path]:
@@ -240,7 +249,7 @@ def _writing(target: Path, seconds: float = 60) -> Iterator[None]:
       with contextlib.suppress(FileNotFoundError):  # files come and go
         sizes = {path.name: path.stat().st_size for folder in incomplete() - leftovers for path in folder.iterdir()}
         shards = sum('-of-' in name for name in sizes)
-        print(f'{target}: {sum(sizes.values()) / 1e9:.2f} GB, {shards} shards', file=sys.stderr, flush=True)
+        print(f'{target}: {readable_size(sum(sizes.values()))}, {plural(shards, "shard")}', file=sys.stderr, flush=True)
 
   leftovers, finished, on_terminal = incomplete(), threading.Event(), sys.stderr.isatty()
   for folder in sorted(leftovers):

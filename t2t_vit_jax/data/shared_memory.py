@@ -14,6 +14,8 @@ import shutil
 import tempfile
 from typing import Any
 
+from t2t_vit_jax.errors import readable_size
+
 FOLDER = Path('/dev/shm')  # where Linux shows it as files
 OWNER = '.t2t_vit_jax'  # ending of a file there whose name begins those of all that one process and its workers make
 
@@ -62,7 +64,7 @@ def shortage(num_bytes: int) -> str:
   """A line that says that there is too little shared memory for `num_bytes`, and what helps."""
   disk = shutil.disk_usage(FOLDER)
   return (
-    f'shared memory is full: data workers need about {num_bytes / 1e6:.1f} MB in {FOLDER}, which has '
-    f'{disk.total / 1e6:.1f} MB, {disk.free / 1e6:.1f} MB of them free. Give the container more, such as --shm-size=2g '
-    'of docker run, or use threads, which need none: --config.data.num_workers=0'
+    f'shared memory is full: data workers need about {readable_size(num_bytes)} in {FOLDER}, which has '
+    f'{readable_size(disk.total)}, {readable_size(disk.free)} of them free. Give the container more, such as '
+    '--shm-size=2g of docker run, or use threads, which need none: --config.data.num_workers=0'
   )

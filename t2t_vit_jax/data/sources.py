@@ -33,6 +33,10 @@ MAX_COMPARED = 20_000  # images of a folder that are searched for copies
 SPLIT_FOLDERS = {'validation': ('validation', 'val', 'valid')}
 
 
+class LayoutError(UserError):
+  """A folder of images that lacks the folder of a split, or those of classes."""
+
+
 class Record(NamedTuple):
   """One example as it is stored."""
 
@@ -319,9 +323,12 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   except OSError as error:
     raise UserError(f'{folder} cannot be read: {error.strerror}') from error
   if not own_classes:
-    raise UserError(
+    if _holds_images(folder):
+      raise LayoutError(
+        f'{folder} has images, but no folders: move them to {folder}/CLASS/IMAGE, one folder for each class'
+      )
+    raise LayoutError(
       f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class'
-      + _advice_for_class(folder)
     )
   class_names = class_names or tuple(own_classes)
   folders = dict(zip(comparable(own_classes), own_classes, strict=True))
@@ -350,18 +357,20 @@ def _split_folder(path: Path, split: str) -> Path:
     return folder
   candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
   problem = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
-  advice = ''.join(_advice_for_class(path / name) for name in SPLIT_FOLDERS['validation'])
-  raise UserError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE{advice}')
+  raise LayoutError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE')
 
 
-def _advice_for_class(folder: Path) -> str:
-  """Advice for the user if a folder whose name is that of a split may be a class, since it holds images itself."""
-  if not folder.is_dir() or not any(x.suffix.lower() in IMAGE_SUFFIXES for x in folder.iterdir()):
-    return ''
-  return (
-    f'; if {folder.name} is a class, add --config.data.train_split=. --config.data.eval_split=held_out '
-    '--config.data.eval_fraction=0.2'
-  )
+def _holds_images(folder: Path) -> bool:
+  return any(x.suffix.lower() in IMAGE_SUFFIXES and x.is_file() for x in folder.iterdir())
+
+
+def has_class_folders(path: str | os.PathLike[str]) -> bool:
+  """Whether a folder has two folders or more with images, which may be its classes, whatever their names are."""
+  path = Path(os.path.expanduser(path))
+  try:
+    return sum(x.is_dir() and not _is_hidden(x.name) and _holds_images(x) for x in path.iterdir()) >= 2
+  except OSError:  # it is not there, or cannot be read
+    return False
 
 
 def note_copies(train: Source, evaluation: Source) -> Source:

@@ -9,6 +9,7 @@ import shutil
 import joblib
 
 from t2t_vit_jax.data import shared_memory
+from t2t_vit_jax.errors import readable_size
 
 WORKER_BYTES = 400e6  # memory of a worker, with what it has read ahead
 
@@ -27,11 +28,11 @@ def default_num_workers(processes_here: int, shared_bytes: Callable[[int], float
   reason = f'{processors} processors' + (f' for {processes_here} processes' if processes_here > 1 else '')
   number = max(1, processors // processes_here)
   if (memory := total_memory()) and (fitting := int(memory / 2 / WORKER_BYTES / processes_here)) < number:
-    number, reason = max(1, fitting), f'{reason}, {memory / 1e9:.1f} GB of memory'
+    number, reason = max(1, fitting), f'{reason}, {readable_size(memory)} of memory'
   if shared_memory.FOLDER.is_dir():
     free, needed = shutil.disk_usage(shared_memory.FOLDER).free, shared_bytes(number) * processes_here
     if free < needed:
-      return 0, f'{shared_memory.FOLDER} has {free / 1e6:.0f} MB free, and workers need {needed / 1e6:.0f} MB'
+      return 0, f'{shared_memory.FOLDER} has {readable_size(free)} free, and workers need {readable_size(needed)}'
   return number, reason
 
 

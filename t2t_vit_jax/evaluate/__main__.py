@@ -243,12 +243,7 @@ def accuracies(arguments: argparse.Namespace, options: Options) -> list[Row]:
   known = json.loads(processes.gather_texts(json.dumps(known))[0])  # all go by what the first one finds
   if jax.process_index() == 0:
     _say_what_is_known(known, arguments.results)
-  try:
-    rows = evaluate(pairs, known, options, results)
-  except KeyboardInterrupt:
-    if any(known) or results.added:
-      note(f'results so far are in {arguments.results}; the same command goes on')
-    raise
+  rows = evaluate(pairs, known, options, results)
   if jax.process_index() == 0 and arguments.report:
     write_report(arguments.report, sections(pairs, rows), 'Evaluation')
     note(f'wrote {arguments.report}')
@@ -268,8 +263,9 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     raise UserError('--output, --report and --results must be different files')
   if arguments.output and arguments.output.suffix.lower() not in ('', '.txt', *ENDINGS):
     raise UserError(f'--output {arguments.output}: the name must end with .txt, {", ".join(ENDINGS)}')
-  if arguments.report and arguments.probe:
-    raise UserError('--report is about the accuracy of classifiers: leave out --probe')
+  for flag in ('report', 'all_classes'):
+    if arguments.probe and getattr(arguments, flag):
+      raise UserError(f'--{flag} is about the accuracy of classifiers: leave out --probe')
   files.check_output(arguments.results, force=True)
   is_new = not arguments.results.exists()
   try:

@@ -19,7 +19,7 @@ from sklearn.utils.extmath import weighted_mode
 
 from t2t_vit_jax.data.class_names import comparable
 from t2t_vit_jax.data.sources import Source
-from t2t_vit_jax.errors import UserError, choose, printable
+from t2t_vit_jax.errors import UserError, choose, plural, printable
 from t2t_vit_jax.evaluate.features import Callback, Features
 
 FIELDS = {'cls': 'class token', 'mean': 'mean of tokens'}  # of `Features`, by their names in a table
@@ -173,6 +173,16 @@ def _fit(scaler: Any, x: np.ndarray, labels: np.ndarray, strength: float) -> tup
   return classifier, ''
 
 
+def _check_none_missing(
+  one: str, ours: np.ndarray, other: str, theirs: np.ndarray, class_names: Sequence[str], advice: str = ''
+) -> None:
+  """Raises UserError unless the labels of one split, as it is called, include those of the other."""
+  if len(missing := np.setdiff1d(theirs, ours)):
+    names = ', '.join(printable(class_names[label]) for label in missing[:3])
+    classes = plural(len(missing), 'class')
+    raise UserError(f'of {classes} of the {other} images, no {one} image can be read: {names}{advice}')
+
+
 def probe(
   train: Features,
   test: Features,
@@ -182,6 +192,7 @@ def probe(
   seed: int = 0,
   shots: Sequence[int] = (1, 5, 10),
   seeds: int = 5,
+  allow_missing_classes: bool = False,
   note: Callback = lambda line: None,
 ) -> list[Row]:
   """Results of all methods on the class token, then on the mean of the other tokens.
@@ -194,18 +205,20 @@ def probe(
     seed: of the images that the linear probe holds out.
     shots: numbers of images a class.
     seeds: number of draws of those.
+    allow_missing_classes: takes test images that lack some of the classes.
     note: gets a line before each method, since a large dataset takes long.
 
   Raises:
-    UserError: the training split has fewer than two classes, or no image of a class of the other split.
+    UserError: the training split has fewer than two classes, or one split has no image of a class of the other.
   """
   known = np.unique(train.label)
   if len(known) < 2:
     raise UserError(f'the training images are of {len(known)} class, but to tell classes apart takes at least two')
-  missing = np.setdiff1d(test.label, known)
-  if len(missing):
-    names = ', '.join(printable(class_names[label]) for label in missing[:3])
-    raise UserError(f'{len(missing)} classes of the test images have no training image that can be read: {names}')
+  present = np.unique(test.label)
+  _check_none_missing('training', known, 'test', present, class_names)
+  if not allow_missing_classes:
+    advice = '; --allow_missing_classes takes the others'
+    _check_none_missing('test', present, 'training', known, class_names, advice)
   compute: dict[str, Callable[[str], list[Row]]] = {
     'knn': lambda field: knn(train, test, field),
     'linear': lambda field: [linear_probe(train, test, field, seed)],

@@ -66,7 +66,8 @@ class Prober:
       'train_images': len(ours.label),
       'test_images': len(theirs.label),
     }
-    return [{**facts, **row._asdict()} for row in probe(ours, theirs, train.class_names, note=note)]
+    rows = probe(ours, theirs, train.class_names, allow_missing_classes=self.options.allow_missing_classes, note=note)
+    return [{**facts, **row._asdict()} for row in rows]
 
   def features(self, source: Source, title: str) -> Features:
     """Features of a split, computed or from the cache folder."""

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from t2t_vit_jax.errors import readable_size
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -33,8 +35,8 @@ class Published:
 
   @property
   def download_size(self) -> str:
-    """Size of the file in megabytes, to be shown; most publishers do not tell it, but float32 numbers take 4 bytes."""
-    return f'about {4 * self.parameters / 1e6:.0f} MB' if self.size is None else f'{self.size / 1e6:.1f} MB'
+    """Size of the file, to be shown; most publishers do not tell it, but float32 numbers take 4 bytes."""
+    return f'about {readable_size(4 * self.parameters)}' if self.size is None else readable_size(self.size)
 
 
 _REFERENCE = 'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/'

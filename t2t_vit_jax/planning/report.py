@@ -4,6 +4,8 @@ from collections.abc import Sequence
 import itertools
 from typing import Any
 
+from t2t_vit_jax.errors import readable_size
+
 GIB = 2**30
 COLUMNS = (
   'model',
@@ -50,12 +52,12 @@ def _describe_step(name: str, step: dict[str, Any], chip: dict[str, Any]) -> lis
       f"  the compiler's estimate, not a measurement, {step['cycles']:,} cycles at {chip['clock'] / 1e9:.2f} GHz: "
       f'{_speed(step, "compiler_estimate")}'
     ]
-  parts = ', '.join(f'{part} {step[part] / GIB:.2f}' for part in ('arguments', 'temporaries', 'outputs', 'program'))
+  parts = ', '.join(f'{part} {step[part] / GIB:.3g}' for part in ('arguments', 'temporaries', 'outputs', 'program'))
   open_loops = f'; {step["open_loops"]} loops of unknown length are counted once' if step['open_loops'] else ''
   return [
     *lines,
     f'    {parts}',
-    f'  work: {step["flops"] / 1e9:,.1f} GFLOP, {step["hbm_bytes"] / 1e9:,.2f} GB to and from HBM, '
+    f'  work: {step["flops"] / 1e9:,.1f} GFLOP, {readable_size(step["hbm_bytes"])} to and from HBM, '
     f'{step["launches"]:,} launches{open_loops}',
     f'  collectives: {collectives(step)}',
     f'  at the published {chip["flops"] / 1e12:g} TFLOP/s and {chip["bandwidth"] / 1e9:g} GB/s: '
@@ -88,7 +90,7 @@ def collectives(step: dict[str, Any]) -> str:
     transfers = list(group)
     count, size = sum(x['count'] for x in transfers), sum(x['count'] * x['num_bytes'] for x in transfers)
     dtypes = '+'.join(sorted({dtype for x in transfers for dtype in x['dtype'].split('+')}))
-    amount = f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size} B'
+    amount = readable_size(size)
     texts.append(f'{count} {kind} of {amount} {dtypes}' + (' in loops of unknown length' if is_open else ''))
   return ', '.join(texts) or 'none'
 

@@ -11,11 +11,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import numpy as np
 
-from t2t_vit_jax.data.faults import Faults, Remarks
+from t2t_vit_jax.data.faults import CHOSEN, Faults, Remarks
 from t2t_vit_jax.data.loader import UNREADABLE, Share, Workers, eval_batches
 from t2t_vit_jax.data.sources import Source
 from t2t_vit_jax.data.transforms import EvalTransform
-from t2t_vit_jax.errors import csv_line, printable
+from t2t_vit_jax.errors import DataError, csv_line, printable
 from t2t_vit_jax.recipe.sharding import to_devices
 
 # Batches that may wait for the device: enough to keep it busy, few enough not to fill its memory.
@@ -189,7 +189,7 @@ class Evaluator:
   mesh: Mesh
   split: str
   classes: tuple[int, ...] | None = None
-  remarks: Remarks = dataclasses.field(default_factory=Remarks)
+  remarks: Remarks = dataclasses.field(default_factory=lambda: Remarks(CHOSEN))
 
   def __call__(
     self, weights: dict[str, Any], warn: Callable[[str], None], stop: Callable[[], bool] = lambda: False
@@ -211,7 +211,7 @@ class Evaluator:
     `progress` gets the number of images of each batch that was read.
 
     Raises:
-      DataError: a label belongs to no class, or a worker died.
+      DataError: no image can be read, a label belongs to no class, or a worker died.
     """
     faults = Faults(self.source, warn, 'it counts as wrong', remarks=self.remarks)
 
@@ -219,6 +219,8 @@ class Evaluator:
       until_stop = itertools.takewhile(lambda _: not stop(), faults.check(batches))
       outcomes, labels = run_batches(self.step, weights, self._counted(until_stop, progress), self.mesh)
     length = min(len(self.source), len(labels))  # the rest is padding
+    if length == len(self.source) and (labels[:length] == UNREADABLE).all():
+      raise DataError(f'no image of {self.source.description} can be read')
     return {
       name: score(labels[:length], **{key: array[:length] for key, array in outcome.items()}, classes=self.classes)
       for name, outcome in outcomes.items()

@@ -1,12 +1,16 @@
 """Builds and checks everything of a run, trains nothing and writes nothing."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from t2t_vit_jax.console import say
+from t2t_vit_jax.console import say, warn
+from t2t_vit_jax.data.faults import check_sample
+from t2t_vit_jax.errors import plural, readable_size
+from t2t_vit_jax.processes import in_all_processes
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import bytes_per_device
@@ -17,9 +21,11 @@ def dry_run(config: Any) -> None:
   """Builds model, optimizer and data of a run, traces a step, and prints a summary and the memory it needs.
 
   Raises:
-    UserError: as a run would.
+    UserError: as a run would; or none of a few images of a split can be read.
   """
   run = build_run(config)
+  for source in (run.train_source, run.evaluator.source):
+    in_all_processes(functools.partial(check_sample, source, warn))
   recipe = run.recipe
   if recipe.init_from is not None:
     recipe.fresh_state()  # refuses a file that can't be read or doesn't fit
@@ -27,18 +33,18 @@ def dry_run(config: Any) -> None:
   for line in summary(run):
     say(line)
   images = recipe.images_per_device // recipe.accumulate_steps
-  gradients = _gigabytes(recipe.abstract_state.params)
-  state = bytes_per_device(recipe.abstract_state) / 1e9
+  sizes = bytes_per_device(recipe.abstract_state), _bytes(recipe.abstract_state.params), _activations(recipe, images)
+  state, gradients, activations = map(readable_size, sizes)
   say(
-    f'memory of each device, estimated: {state:.2f} GB state, {gradients:.2f} GB gradients, '
-    f'{_activations(recipe, images):.2f} GB for the backward pass of {images} images '
+    f'memory of each device, estimated: {state} state, {gradients} gradients, '
+    f'{activations} for the backward pass of {plural(images, "image")} '
     '(all values it reads; the compiler keeps less)'
   )
   say('dry run: nothing was trained, nothing written')
 
 
-def _activations(recipe: Recipe, images: int) -> float:
-  """GB of all values that the backward pass of a batch reads."""
+def _activations(recipe: Recipe, images: int) -> int:
+  """Bytes of all values that the backward pass of a batch reads."""
   model, size = recipe.model, recipe.model.image_size
 
   def residuals(variables: Any, batch: jax.Array, rng: jax.Array) -> Any:
@@ -49,8 +55,8 @@ def _activations(recipe: Recipe, images: int) -> float:
     return jax.vjp(loss_of, variables['params'])[1]  # a tree of the values that it reads
 
   batch = jax.ShapeDtypeStruct((images, size, size, recipe.channels), jnp.float32)
-  return _gigabytes(jax.eval_shape(residuals, recipe.abstract_state.variables(), batch, jax.random.key(0)))
+  return _bytes(jax.eval_shape(residuals, recipe.abstract_state.variables(), batch, jax.random.key(0)))
 
 
-def _gigabytes(tree: Any) -> float:
-  return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) / 1e9
+def _bytes(tree: Any) -> int:
+  return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import Any
 
+from etils import epath
 import jax
 import joblib
 
@@ -28,6 +29,7 @@ from t2t_vit_jax.workdir.metrics import Reporter
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
 MAX_STEPS_IN_FLIGHT = 2
+NOTED_SHARE = 0.01  # of the moving average that is initial weights
 
 
 class Stopped(Exception):  # noqa: N818 (the user asked for it: no error)
@@ -89,9 +91,24 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     if not written:  # also if an earlier run was killed before it wrote them
       for line in weight_files.write_weight_files(folder.root, checkpoints, run.recipe.mesh):
         say(line)
+  for line in _about_average(run, metrics, folder.root):
+    say(line)
   accuracy = Accuracy.from_dict(metrics)
   say(accuracy.last_line(metrics['split']))
   return accuracy
+
+
+def _about_average(run: Run, metrics: dict[str, Any], workdir: epath.Path) -> list[str]:
+  """A line after a run so short that initial weights make the moving average worse than the weights themselves."""
+  share = run.recipe.ema_decay**run.recipe.total_steps
+  raw, ema = (metrics.get('every', {}).get(kind) for kind in ('raw', 'ema'))
+  if not (raw and ema) or share <= NOTED_SHARE or raw['correct'] <= ema['correct']:
+    return []
+  return [
+    f'{share:.0%} of the moving average, which the last line is about, is still the initial weights. Without it top-1 '
+    f'is {raw["top1"]:.2%}: {workdir / weight_files.FOLDER / weight_files.RAW} has those weights. For another short '
+    'run set --config.ema.decay=0'
+  ]
 
 
 def _initial_state(config: Any, run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, list[str]]:
@@ -164,7 +181,7 @@ class Trainer:
     step, split, recipe = self.step, self.run.evaluator.split, self.run.recipe
     self.reporter.evaluation(step, split, accuracies)
     initial_share = recipe.ema_decay**step
-    if 'ema' in accuracies and initial_share > 0.01:
+    if 'ema' in accuracies and initial_share > NOTED_SHARE:
       say(f'  the moving average is still warming up: {initial_share:.0%} of it is the initial weights')
     accuracy = accuracies.get('ema', accuracies['raw'])
     self.reporter.classes(accuracy, show=step == recipe.total_steps)

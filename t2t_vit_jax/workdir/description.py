@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, readable_size
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.evaluation import Accuracy
@@ -25,7 +25,7 @@ def summary(run: Run) -> list[str]:
     f'on {mesh.size} {jax.default_backend()} device(s)',
     f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
     f'{recipe.images_per_device} images of a batch and '
-    f'{sharding.bytes_per_device(recipe.abstract_state) / 1e6:,.1f} MB of state',
+    f'{readable_size(sharding.bytes_per_device(recipe.abstract_state))} of state',
     f'images: read by {_workers(run)} ({run.workers_note})',
     *dict.fromkeys((*run.train_source.notes, *eval_source.notes)),  # of a divided folder both have the same
     *_mixing_note(recipe),
@@ -72,10 +72,10 @@ def _mixing_note(recipe: Recipe) -> list[str]:
   images, group_size = recipe.images_per_device, recipe.augmentation.mixing.group_size
   if images % group_size == 0:
     return []
-  megabytes = images * 3 * recipe.config['data']['image_size'] ** 2 / 1e6
+  size = readable_size(images * 3 * recipe.config['data']['image_size'] ** 2)
   return [
     f'mixing: groups of {group_size} images do not fit the {images} images of a device, so devices exchange pixels: '
-    f'each gets up to {megabytes:.1f} MB a step; results do not change'
+    f'each gets up to {size} a step; results do not change'
   ]
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.errors import MissingExtraError, UserError, writing_problem
+from t2t_vit_jax.errors import MissingExtraError, UserError, readable_size, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
@@ -173,7 +173,7 @@ class Reporter:
     if self._steps_timed:
       summary += f' {images_per_second:,.0f} images/s data wait {data_wait:.0%}'
     if 'device_memory_gb' in row:
-      summary += f' {row["device_memory_gb"]:.1f} GB'
+      summary += f' {readable_size(1e9 * row["device_memory_gb"])}'
     if self._bar.disable:
       if self._steps_timed:
         seconds_left = (self._total_steps - step) * self._batch_size / images_per_second
