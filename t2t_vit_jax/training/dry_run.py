@@ -11,6 +11,7 @@ from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import bytes_per_device
 from t2t_vit_jax.workdir.description import summary
+from t2t_vit_jax.workdir.trackers import check_trackers
 
 
 def dry_run(config: Any) -> None:
@@ -19,6 +20,7 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would.
   """
+  check_trackers(config.logging.tracker)
   run = build_run(config)
   recipe = run.recipe
   if recipe.init_from is not None:
