@@ -56,6 +56,8 @@ OPTIONAL = {
   'gcsfs': '.[test-all]',
   'gcp_storage_emulator': '.[test-all]',
   'build': '.[test-all]',
+  'wandb': '.[wandb]',
+  'mlflow': '.[mlflow]',
   'libtpu': '.[tpu]',
   'jax_cuda13_plugin': '.[gpu-plan]',
   'nvidia.cudnn': '.[cuda13]',

@@ -129,8 +129,8 @@ FAULTS = (
   Fault(
     'checksums of a checkpoint are not compared',
     'workdir/fingerprints.py',
-    'if any((saved[name] != computed[name]).any() for name in computed):',
-    'if any(saved[name].shape != computed[name].shape for name in computed):',
+    'np.array_equal(saved[name], computed[name])',
+    'saved[name].shape == computed[name].shape',
   ),
   Fault('the moving average forgets at once', 'recipe/steps.py', 'state.ema, 1 - ema_decay)', 'state.ema, ema_decay)'),
   Fault(

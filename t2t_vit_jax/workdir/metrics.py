@@ -22,7 +22,7 @@ from t2t_vit_jax.errors import UserError, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
-from t2t_vit_jax.workdir.trackers import Sender
+from t2t_vit_jax.workdir.trackers import Sender, close_trackers
 
 
 class Reporter:
@@ -85,8 +85,7 @@ class Reporter:
 
   def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
     self._bar.close()
-    for tracker in self._trackers:
-      tracker.close(completed=kind is None)
+    close_trackers(self._trackers, completed=kind is None)
     if self._events:
       with self._only_logging('tensorboard'):
         self._events.close()

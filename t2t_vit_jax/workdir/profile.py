@@ -62,9 +62,10 @@ class Profile:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # of every Python function: slows the reading of images, and hides the steps
     try:
+      self._folder.mkdir(parents=True, exist_ok=True)  # JAX would notice at the end, and could trace no more
       jax.profiler.start_trace(self._folder, profiler_options=options)
       self._running = True
-    except RuntimeError as error:  # somebody else traces this process
+    except (OSError, RuntimeError) as error:  # the latter if somebody else traces this process
       self._fail(error)
 
   def _finish(self) -> None:

@@ -1,8 +1,9 @@
 """Sends a run's metrics to Weights & Biases or MLflow, in the background: the run never waits for them or fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import importlib.util
+import logging
 import os
 import queue
 import threading
@@ -14,7 +15,6 @@ from flax import traverse_util
 import jax
 
 from t2t_vit_jax.console import say, warn
-from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.errors import UserError, choose, first_line
 from t2t_vit_jax.workdir.folder import Workdir
 
@@ -74,12 +74,14 @@ class WandbTracker:
 
 
 class MlflowTracker:
-  """See `Tracker`. `MLFLOW_TRACKING_URI` names the server or a folder."""
+  """See `Tracker`. `MLFLOW_TRACKING_URI` names a server or a database; else it is `mlflow.db` where the run starts."""
 
   def __init__(self, run_id: str | None, workdir: Workdir, config: dict[str, Any]):
     import mlflow
     from mlflow.entities import Param
 
+    for library in ('mlflow', 'alembic', 'urllib3'):  # or they tell of each table that they make, and of each retry
+      logging.getLogger(library).setLevel(logging.ERROR)
     self._client = mlflow.MlflowClient()
     if run_id is None:
       experiment = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
@@ -129,6 +131,15 @@ def start_trackers(names: str, workdir: Workdir, config: dict[str, Any], *, firs
   return [Sender(name, workdir, config, first_step) for name in _split(names) if jax.process_index() == 0]
 
 
+def close_trackers(senders: Sequence['Sender'], *, completed: bool) -> None:
+  """Waits until all is sent, up to `CLOSE_TIMEOUT_S`; a run that was not `completed` may go on later."""
+  for sender in senders:
+    sender.finish(completed=completed)
+  until = time.monotonic() + CLOSE_TIMEOUT_S
+  for sender in senders:
+    sender.wait(until)
+
+
 def _split(names: str) -> list[str]:
   return [name.strip() for name in names.split(',') if name.strip()]
 
@@ -153,11 +164,14 @@ class Sender:
     if self._thread.is_alive():
       self._rows.put((step, values))
 
-  def close(self, *, completed: bool) -> None:
-    """Waits until all rows are sent, up to `CLOSE_TIMEOUT_S`."""
+  def finish(self, *, completed: bool) -> None:
+    """Lets the thread end when all rows are sent."""
     self._completed = completed
     self._rows.put(None)
-    self._thread.join(CLOSE_TIMEOUT_S)
+
+  def wait(self, until: float) -> None:
+    """Waits for the end of the thread, up to a time of `time.monotonic`."""
+    self._thread.join(max(0, until - time.monotonic()))
     if self._thread.is_alive():
       self._warn(f'not all was sent within {CLOSE_TIMEOUT_S} s')
 
@@ -177,12 +191,13 @@ class Sender:
     file = f'{self._name}_run_id'
     run_id = (workdir.root / file).read_text().strip() if first_step and (workdir.root / file).exists() else None
     tracker = TRACKERS[self._name](run_id, workdir, config)
-    write_file(workdir.logs / file, lambda temporary: temporary.write_text(f'{tracker.run_id}\n', 'utf-8'))
+    with self._warning():
+      (workdir.logs / file).write_text(f'{tracker.run_id}\n', 'utf-8')
     say(f'{self._name}: run {tracker.run_id} at {tracker.place}')
     return tracker
 
   @contextlib.contextmanager
-  def _warning(self) -> Any:
+  def _warning(self) -> Iterator[None]:
     try:
       yield
     except Exception as error:  # of any library
