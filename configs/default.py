@@ -9,6 +9,8 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of parameters, order of the data, augmentation and dropout
   config.log_images = False  # write a picture of augmented images before the first step
+  # Where compiled programs are kept for the next start. '': in the cache folder, on a CPU nowhere; 'none': nowhere.
+  config.compilation_cache_dir = ''
   config.init_from = placeholder(str)  # weights to start from: a file, a run's folder or a name; None: random
 
   config.model = ConfigDict()
@@ -124,5 +126,7 @@ def get_config() -> ConfigDict:
 
   config.logging = ConfigDict()
   config.logging.every_steps = 50
+  config.logging.profile_steps = ()  # the first and the last step of a trace for xprof, such as (10, 20); (): none
+  config.logging.tracker = ''  # gets the metrics too: 'wandb', 'mlflow' or 'wandb,mlflow'; each is an extra
 
   return config

@@ -60,6 +60,8 @@ OPTIONAL = {
   'gcp_storage_emulator': '.[test-all]',
   'build': '.[test-all]',
   'hatchling': '.[test-all]',
+  'wandb': '.[wandb]',
+  'mlflow': '.[mlflow]',
   'libtpu': '.[tpu]',
   'jax_cuda13_plugin': '.[gpu-plan]',
   'nvidia.cudnn': '.[cuda13]',

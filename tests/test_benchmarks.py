@@ -13,7 +13,6 @@ import pytest
 from benchmarks import common, model, scaling
 from benchmarks.compiler import place_and_pass, traffic_by_array
 from benchmarks.computations import Workload, build_yardstick, variables_of
-from benchmarks.jax_process import peak_flops
 from t2t_vit_jax import UserError
 from t2t_vit_jax.planning.schedule import Operation
 
@@ -117,14 +116,6 @@ def test_the_yardstick_has_the_published_size():
   assert count == 12 * block + around == 22_050_664
   with pytest.raises(UserError, match='multiple of 16 px, not 100'):
     build_yardstick(Workload('', 1, 100, 'float32'))
-
-
-def test_peaks_of_known_devices():
-  assert peak_flops('TPU v5 lite') == 197e12
-  assert peak_flops('TPU v5') == peak_flops('TPU v5p') == 459e12
-  assert peak_flops('TPU v6 lite') == 918e12
-  assert peak_flops('NVIDIA A100-SXM4-80GB') == 312e12
-  assert peak_flops('cpu') is None
 
 
 def test_growth_by_powers():

@@ -135,7 +135,7 @@ def build_recipe(
     data, with_ema = config.data, bool(config.ema.decay)
     return init_state(model, tx, rng, data.image_size, channels=data.channels, with_ema=with_ema, variables=variables)
 
-  shapes = jax.eval_shape(make_state, jax.random.key(0))  # raises if the model's widths don't fit together
+  shapes = jax.eval_shape(lambda: make_state(jax.random.key(0)))  # raises if the model's widths don't fit together
   abstract_state = sharding.divided(shapes, mesh)
   state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
   train_step = steps.make_train_step(

@@ -67,6 +67,11 @@ def check_ranges(config: Any) -> None:
         check(path, value)
   if not 0 <= config.seed < 2**32:
     raise UserError(f'seed must lie between 0 and 2**32 - 1, not {config.seed}')
+  steps = tuple(config.logging.profile_steps)
+  if steps and not (len(steps) == 2 and all(isinstance(x, int) for x in steps) and 1 <= steps[0] <= steps[1]):
+    raise UserError(
+      f'logging.profile_steps must be a first and a last step, such as 10,20, or () for none, not {steps}'
+    )
   for path in HEADER_FIELDS:  # a run must be able to open the weight file that it writes
     part, _, field = path.rpartition('.')
     group = {'arguments': 'model', 'data': 'data'}.get(part)

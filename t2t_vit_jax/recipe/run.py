@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from t2t_vit_jax.errors import UserError
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.processes import check_agreement, in_all_processes, processes_on_this_host
 from t2t_vit_jax.recipe import steps
+from t2t_vit_jax.recipe.augment import BatchAugmentation
 from t2t_vit_jax.recipe.build import Recipe, build_mesh, build_recipe, eval_batch_size
 from t2t_vit_jax.recipe.evaluation import Accuracy, Evaluator
 from t2t_vit_jax.recipe.init_from import resolve
@@ -86,12 +88,10 @@ class Run:
     Returns:
       Normalised images (B, H, W, C), and the keys of the model's random layers for the first micro-batch.
     """
-    order, augmentation = self.recipe.order, self.recipe.augmentation
-    augmentation_rng, dropout_rng = steps.step_keys(jax.random.key(order.seed), step - 1)
+    order = self.recipe.order
     share = _share(order.batch_size)
-    positions = share.process_index * share.local_batch_size + jnp.arange(len(batch['label']))
-    images, _ = jax.jit(augmentation)(augmentation_rng, batch['image'], batch['label'], positions)
-    return images, {'dropout': jax.random.fold_in(dropout_rng, 0)}
+    first = share.process_index * share.local_batch_size
+    return _augmented(self.recipe.augmentation, order.seed, step - 1, first, batch['image'], batch['label'])
 
   def sample(self, batch: loader.Batch) -> loader.Batch:
     """The first images of a batch: whole mixing groups, so that every image has its partner."""
@@ -112,6 +112,16 @@ class Run:
     if self.recipe.ema_decay:
       weights['ema'] = state.variables(state.ema)
     return self.evaluator(weights, warn, stop)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _augmented(
+  augmentation: BatchAugmentation, seed: int, step: int, first: int, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """See `Run.augmented`; `first` is the position of the first image in the batch of all processes."""
+  augmentation_rng, dropout_rng = steps.step_keys(jax.random.key(seed), step)
+  images, _ = augmentation(augmentation_rng, images, labels, first + jnp.arange(len(labels)))
+  return images, {'dropout': jax.random.fold_in(dropout_rng, 0)}
 
 
 def build_run(config: Any) -> Run:

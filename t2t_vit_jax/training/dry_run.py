@@ -15,6 +15,7 @@ from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.run import build_run
 from t2t_vit_jax.recipe.sharding import bytes_per_device
 from t2t_vit_jax.workdir.description import summary
+from t2t_vit_jax.workdir.trackers import check_trackers
 
 
 def dry_run(config: Any) -> None:
@@ -23,6 +24,7 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would; or none of a few images of a split can be read.
   """
+  check_trackers(config.logging.tracker)
   run = build_run(config)
   for source in (run.train_source, run.evaluator.source):
     in_all_processes(functools.partial(check_sample, source, warn))

@@ -13,19 +13,23 @@ import joblib
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.data.loader import Batch
 from t2t_vit_jax.errors import DataError
-from t2t_vit_jax.processes import lost_process
+from t2t_vit_jax.processes import in_all_processes, lost_process
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.recipe.run import Run, build_run
 from t2t_vit_jax.recipe.state import TrainState
 from t2t_vit_jax.training.calendar import Calendar
+from t2t_vit_jax.training.compilation_cache import keep_programs
 from t2t_vit_jax.training.diagnosis import NonFiniteSteps, SlowInput, out_of_memory
 from t2t_vit_jax.training.stopping import StopRequest, stop_request
+from t2t_vit_jax.training.utilization import peak_images_per_second
 from t2t_vit_jax.workdir import weight_files
 from t2t_vit_jax.workdir.checkpoints import Checkpoints
 from t2t_vit_jax.workdir.description import description, summary, title
 from t2t_vit_jax.workdir.folder import Workdir, check_place, open_workdir
 from t2t_vit_jax.workdir.metrics import Reporter
+from t2t_vit_jax.workdir.profile import Profile
+from t2t_vit_jax.workdir.trackers import check_trackers, start_trackers
 
 # Steps that may wait for the device: enough to keep it busy, few enough not to fill its memory with batches.
 MAX_STEPS_IN_FLIGHT = 2
@@ -58,6 +62,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
     Stopped: SIGINT, SIGTERM or SIGHUP arrived; the state was saved.
   """
   check_place(workdir)
+  in_all_processes(lambda: check_trackers(config.logging.tracker))
+  cache_notes = in_all_processes(lambda: keep_programs(config.compilation_cache_dir))
   run = build_run(config)
   total_steps = run.recipe.total_steps
   calendar = Calendar(
@@ -81,10 +87,14 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> Accuracy:
       overdue = not metrics and calendar.evaluates(int(state.step))  # a signal or an error came before its evaluation
       nonfinite = NonFiniteSteps(run, config.optimizer.nan_tolerance, warn)
       slow_input = SlowInput(run.workers, joblib.cpu_count(), warn)
-      with _reporter(run, folder, first_step=int(state.step), evaluated=not overdue) as reporter:
-        for note in notes:
+      first_step, profile_steps = int(state.step), config.logging.profile_steps
+      with (
+        _reporter(run, folder, config.logging.tracker, first_step=first_step, evaluated=not overdue) as reporter,
+        Profile(profile_steps, total_steps, folder.logs / 'tensorboard', folder.root / 'tensorboard') as profile,
+      ):
+        for note in cache_notes + notes:
           say(note)
-        trainer = Trainer(run, state, checkpoints, reporter)
+        trainer = Trainer(run, state, checkpoints, reporter, profile)
         metrics = _run_steps(trainer, calendar, nonfinite, slow_input, overdue=overdue, log_images=config.log_images)
       checkpoints.wait()  # safe now, even if the weight files cannot be written
       written = False
@@ -124,7 +134,7 @@ def _initial_state(config: Any, run: Run, checkpoints: Checkpoints) -> tuple[Run
   return run, restored.state, restored.set_aside + notes
 
 
-def _reporter(run: Run, workdir: Workdir, first_step: int, *, evaluated: bool) -> Reporter:
+def _reporter(run: Run, workdir: Workdir, trackers: str, *, first_step: int, evaluated: bool) -> Reporter:
   reporter = Reporter(
     workdir,
     total_steps=run.recipe.total_steps,
@@ -132,6 +142,8 @@ def _reporter(run: Run, workdir: Workdir, first_step: int, *, evaluated: bool) -
     evaluated=evaluated,
     steps_per_epoch=run.recipe.order.steps_per_epoch,
     batch_size=run.recipe.order.batch_size,
+    peak_images_per_second=peak_images_per_second(run.recipe),
+    trackers=start_trackers(trackers, workdir, run.recipe.config, first_step=first_step),
   )
   for line in summary(run):
     say(line)
@@ -144,11 +156,12 @@ def _reporter(run: Run, workdir: Workdir, first_step: int, *, evaluated: bool) -
 class Trainer:
   """A run under way: its state, and the only places that compute a step, evaluate and save."""
 
-  def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter):
+  def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, reporter: Reporter, profile: Profile):
     self.run = run
     self.state = state
     self.checkpoints = checkpoints
     self.reporter = reporter
+    self.profile = profile
     self.first_step = int(state.step)  # steps done before
     self.faults = run.train_faults(warn)
     self.result: dict[str, Any] | None = None  # of the last step's evaluation: with it the run is complete
@@ -233,13 +246,16 @@ def _run_steps(
         sample = run.sample(batch)
         if log_images:
           reporter.images(run.pictures(sample, step))
-      trainer.train(batch)
+      with trainer.profile.step(step):
+        trainer.train(batch)
       if step == first_step + 1:
         reporter.start_clock()  # the first step was compiled
 
       if stop.reached(step) or calendar.reports(step):
         nonfinite.note(reporter.report(step, trainer.faults.num_bad), trainer.state)
         slow_input.note(*reporter.waited)
+      if trainer.profile.finished(step, trainer.state):
+        reporter.start_clock()
       if stop:
         break
       metrics = trainer.evaluate(stop) if calendar.evaluates(step) else None

@@ -7,6 +7,7 @@ from typing import Any
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2t_vit_jax.recipe.sharding import mesh_of, replicated
 
@@ -30,7 +31,7 @@ def verified(restored: dict[str, Any]) -> dict[str, Any]:
   """
   saved = restored.pop('fingerprint')
   computed = fingerprints(restored)
-  if any((saved[name] != computed[name]).any() for name in computed):
+  if not all(np.array_equal(saved[name], computed[name]) for name in computed):
     raise ValueError('its numbers do not match their checksums')
   return restored
 

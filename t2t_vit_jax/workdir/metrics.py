@@ -1,6 +1,6 @@
 """Reports a run to its user: a live progress line, plain lines, `metrics.jsonl` and TensorBoard's event files."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import errno
 import json
@@ -22,6 +22,7 @@ from t2t_vit_jax.errors import MissingExtraError, UserError, readable_size, writ
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
+from t2t_vit_jax.workdir.trackers import Sender, close_trackers
 
 
 class Reporter:
@@ -34,6 +35,8 @@ class Reporter:
     steps_per_epoch: to show epochs.
     batch_size: images a step.
     evaluated: whether the evaluation of `first_step` is done; if not, its rows are dropped.
+    peak_images_per_second: images a second at the devices' peak, to show the share of it; None if it is not known.
+    trackers: get all rows too.
   """
 
   def __init__(
@@ -45,6 +48,8 @@ class Reporter:
     steps_per_epoch: int,
     batch_size: int,
     evaluated: bool = True,
+    peak_images_per_second: float | None = None,
+    trackers: Sequence[Sender] = (),
   ):
     self._silent = jax.process_index() != 0
     self._workdir = workdir
@@ -52,6 +57,8 @@ class Reporter:
     self._total_steps = total_steps
     self._steps_per_epoch = steps_per_epoch
     self._batch_size = batch_size
+    self._peak_images_per_second = peak_images_per_second
+    self._trackers = trackers
     self._failed: set[str] = set()  # files that could not be written
     self._events: _Events | None = None
     if not self._silent:
@@ -76,8 +83,9 @@ class Reporter:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
     self._bar.close()
+    close_trackers(self._trackers, completed=kind is None)
     if self._events:
       with self._only_logging('tensorboard'):
         self._events.close()
@@ -100,7 +108,8 @@ class Reporter:
     while True:
       started = time.perf_counter()
       try:
-        batch = next(iterator)
+        with jax.profiler.TraceAnnotation('wait for images'):
+          batch = next(iterator)
       except StopIteration:
         return
       self._seconds_waited += time.perf_counter() - started
@@ -162,6 +171,8 @@ class Reporter:
     if self._steps_timed:
       row['images_per_second'] = round(images_per_second, 2)
       row['data_wait'] = round(data_wait, 4)
+      if self._peak_images_per_second:
+        row['mfu'] = round(images_per_second / self._peak_images_per_second, 4)
     row['bad_images'] = num_bad
     if memory := jax.local_devices()[0].memory_stats():  # a CPU has none
       row['device_memory_gb'] = round(memory['peak_bytes_in_use'] / 1e9, 3)
@@ -172,6 +183,8 @@ class Reporter:
     summary = f'epoch {epoch:.1f} loss {loss} lr {row["learning_rate"]:.2e}'
     if self._steps_timed:
       summary += f' {images_per_second:,.0f} images/s data wait {data_wait:.0%}'
+    if 'mfu' in row:
+      summary += f' MFU {row["mfu"]:.0%}'
     if 'device_memory_gb' in row:
       summary += f' {readable_size(1e9 * row["device_memory_gb"])}'
     if self._bar.disable:
@@ -222,11 +235,14 @@ class Reporter:
         self._file.touch()
         warn(f'{self._workdir.root / self._file.name} was deleted while the run wrote it: its earlier rows are lost')
       _append_line(self._file, json.dumps({'step': step, 'kind': kind, **values}))
+    group = '/'.join(filter(None, (kind, values.get('weights'))))
+    numbers = {f'{group}/{name}': x for name, x in values.items() if isinstance(x, int | float)}
+    for tracker in self._trackers:
+      tracker.write(step, numbers)
     if not self._events or 'tensorboard' in self._failed:
       return  # what follows half an event cannot be read
-    group = '/'.join(filter(None, (kind, values.get('weights'))))
     with self._only_logging('tensorboard'):
-      self._events.write(step, {f'{group}/{name}': x for name, x in values.items() if isinstance(x, int | float)})
+      self._events.write(step, numbers)
 
 
 class _Events:
