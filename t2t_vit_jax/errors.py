@@ -24,11 +24,13 @@ EXTRAS = {
   'jax_cuda13_plugin': 'gpu-plan',
   'libtpu': 'tpu',
   'matplotlib': 'plots',
+  'mlflow': 'mlflow',
   'simplejpeg': 'fast',
   'sklearn': 'probe',
   'tensorflow': 'prepare',
   'tensorflow_datasets': 'tfds',
   'torch': 'torch',
+  'wandb': 'wandb',
 }
 FORMULA_STARTS = ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20')  # the last four: the first in full width
 

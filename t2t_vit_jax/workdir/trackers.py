@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import importlib.util
 import logging
 import os
 import queue
@@ -15,7 +14,7 @@ from flax import traverse_util
 import jax
 
 from t2t_vit_jax.console import say, warn
-from t2t_vit_jax.errors import UserError, choose, first_line
+from t2t_vit_jax.errors import choose, first_line, require
 from t2t_vit_jax.workdir.folder import Workdir
 
 PROJECT = 't2t-vit-jax'  # unless the user's environment names another
@@ -115,8 +114,7 @@ def check_trackers(names: str) -> None:
   """Raises UserError unless each of `names`, such as 'wandb' or 'wandb,mlflow', is known and its library installed."""
   for name in _split(names):
     choose(TRACKERS, 'logging.tracker', name)
-    if importlib.util.find_spec(name) is None:
-      raise UserError(f"logging.tracker={name!r} needs {name}: pip install 't2t-vit-jax[{name}]'")
+    require(f'logging.tracker={name!r}', name)
 
 
 def start_trackers(names: str, workdir: Workdir, config: dict[str, Any], *, first_step: int) -> list['Sender']:
