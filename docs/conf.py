@@ -30,9 +30,11 @@ nb_execution_mode = 'off'
 
 # Docstrings are in Google's style, with Markdown's single backticks around code.
 default_role = 'code'
+smartquotes_action = 'De'  # dashes, and no quotes: 'se' is typed so
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'  # the text says what is expected, with shapes; the signature has the defaults
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 
 html_theme = 'furo'
 pygments_dark_style = 'monokai'
@@ -65,5 +67,16 @@ def follow_links_out_of_docs(app: Sphinx, docname: str, source: list[str]) -> No
   source[0] = re.sub(r'\]\((\.\./[^)]*)\)', replacement, source[0])
 
 
+def shorten_signature(
+  app: Sphinx, what: str, name: str, object_: object, options: object, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+  """Classes by their names, as defaults; and without what Flax adds to the fields of each module."""
+  if signature is not None:
+    signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', signature)
+    signature = re.sub(r', parent=<.*?>, name=None', '', signature)
+  return signature, returned
+
+
 def setup(app: Sphinx) -> None:
   app.connect('source-read', follow_links_out_of_docs)
+  app.connect('autodoc-process-signature', shorten_signature)
