@@ -37,7 +37,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 html_theme = 'furo'
-pygments_dark_style = 'monokai'
+pygments_dark_style = 'github-dark'
+html_show_copyright = False
 html_title = 't2t_vit_jax'
 html_static_path = ['_static']
 html_css_files = ['site.css']

@@ -41,7 +41,7 @@ RUN = {
   r'python -m t2t_vit_jax\.weights.*': '',
   r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
   r't2t-vit (predict|visualize) .*': '',
-  r't2t-vit evaluate .*--folder=DIR': '',
+  r't2t-vit evaluate .*--folder=DIR/val': '',
   r't2t-vit convert t2t_vit_14\.safetensors .*--reverse': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.

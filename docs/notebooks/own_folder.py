@@ -58,7 +58,7 @@ plt.show()
 # %% [markdown]
 # ## Weights to start from
 #
-# These take the place of published ones. The run's last lines are its accuracy.
+# These take the place of published ones. The run's last line is its accuracy.
 
 # %% language="bash"
 # python train.py --workdir=runs/own_folder/start --config.data.source=folder \
