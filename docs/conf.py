@@ -9,7 +9,6 @@ from sphinx.application import Sphinx
 import t2t_vit_jax
 
 project = 't2t_vit_jax'
-author = 'the authors of t2t_vit_jax'
 version = release = t2t_vit_jax.__version__
 extensions = [
   'myst_nb',
@@ -22,7 +21,7 @@ extensions = [
 exclude_patterns = ['_build']
 
 # Pages are Markdown that GitHub shows too. Links within and between them are checked, also those to headings.
-myst_enable_extensions = ['colon_fence']
+myst_enable_extensions = ['colon_fence', 'html_image']
 myst_heading_anchors = 4
 
 # Notebooks are shown with the outputs that are stored in them: `python -m tests.notebooks` renews those.
