@@ -14,15 +14,20 @@
 
 # %%
 import json
+import os
 from pathlib import Path
 import shutil
 import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+# So that commands find the Python of this notebook.
+os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
 
 # %% [markdown]
 # ## The folder
@@ -61,6 +66,7 @@ plt.show()
 # These take the place of published ones. The run's last line is its accuracy.
 
 # %% language="bash"
+# set -o pipefail
 # python train.py --workdir=runs/own_folder/start --config.data.source=folder \
 #   --config.data.path=runs/own_folder/before --config.data.eval_split=val --config.schedule.epochs=20 \
 #   --config.schedule.warmup_epochs=1 --config.checkpoint.every_epochs=20 2>&1 | tail -n 1
@@ -78,6 +84,7 @@ plt.show()
 #   sign.
 
 # %% language="bash"
+# set -o pipefail
 # python train.py --config=configs/finetune.py --config.init_from=runs/own_folder/start --workdir=runs/own_folder/fine \
 #   --config.data.source=folder --config.data.path=runs/own_folder/mine --config.schedule.epochs=12 \
 #   --config.schedule.backbone_factor=1.0 --config.optimizer.name=adamw --config.schedule.base_learning_rate=2e-3 \
