@@ -8,6 +8,7 @@ import dataclasses
 import os
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ from tests.image_folder import write_image_folder
 from tests.weights_cache import put_into_cache
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('**/*.md'))]
 SHORT_DIGITS = ' --config.model.depth=1 --config.data.image_size=16 --config.schedule.max_steps=2'
 
 # Run as written, with these words after it that make it short.
@@ -39,13 +40,18 @@ RUN = {
   r'python -m t2t_vit_jax\.export .*': '',
   r'python -m t2t_vit_jax\.weights.*': '',
   r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
+  r't2t-vit (predict|visualize) .*': '',
+  r't2t-vit evaluate .*--folder=DIR/val': '',
+  r't2t-vit convert t2t_vit_14\.safetensors .*--reverse': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
 WITHOUT_DATA = [
-  r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data)\S*)+',
+  r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data|dry_run)\S*)+',
   r'python -m t2t_vit_jax\.data\.(prepare|shrink) .*',
   r'python -m t2t_vit_jax\.evaluate .*--sets=.*',
   r'python convert_torch_weights\.py 81\.5_T2T_ViT_14\.pth\.tar .*',
+  r't2t-vit prepare .*',
+  r't2t-vit convert 81\.5_T2T_ViT_14\.pth\.tar .*',
 ]
 LEFT_OUT = {
   r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
@@ -53,7 +59,7 @@ LEFT_OUT = {
   r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|hf upload) .*': 'needs a network and an account',
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
-  r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
+  r'(python -m t2t_vit_jax\.|t2t-vit )plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
   r'python -m benchmarks\.(model|compiler|scaling|device|evaluation).*': 'minutes: tests/test_benchmarks.py, on less',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
@@ -88,6 +94,30 @@ def test_every_command_has_a_rule_and_every_rule_a_command():
   assert {*RUN, *WITHOUT_DATA, *LEFT_OUT} == {rule(command) for command in ALL}
 
 
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+  """Links as GitHub follows them."""
+  text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+  links = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'src="([^"]+)"', text)
+  for path, _, heading in (link.partition('#') for link in links if not re.match('https?:', link)):
+    target = page.parent / path if path else page
+    assert target.exists(), path
+    assert not heading or heading in anchors(target), f'{path}#{heading}'
+
+
+def anchors(page):
+  """What GitHub calls the headings of a page in links."""
+  headings = re.findall(r'^#+ (.*)', re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+  return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+
+
+def test_the_api_page_has_every_public_name():
+  text = (ROOT / 'docs' / 'api.md').read_text()
+  named = re.findall(r'^\.\. auto(?:function|class|exception):: (\w+)$', text, flags=re.MULTILINE)
+  assert sorted(named) == sorted(t2t_vit_jax.__all__)
+  assert named[:3] == ['create_model', 'load_pretrained', 'T2TViT']  # those that people look for come first
+
+
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
   """A folder with the files that the pages name; in its cache the published weights are a small model's, at random."""
@@ -100,6 +130,7 @@ def checkout(tmp_path_factory):
   (folder / 'photos').mkdir()
   photograph.save(folder / 'photos' / 'flower.jpg')
   photograph.save(folder / 'cat.jpg')
+  shutil.copy(folder / 'random.safetensors', folder / 't2t_vit_14.safetensors')
   write_image_folder(folder / 'DIR', ('cat', 'dog'), train=40, val=4)
   return folder
 
@@ -117,7 +148,7 @@ def random_weights(folder):
 
 def run(command, folder):
   return subprocess.run(
-    command.replace('python ', f'{sys.executable} ', 1),
+    re.sub('^t2t-vit ', 'python -m t2t_vit_jax ', command).replace('python ', f'{sys.executable} ', 1),
     shell=True,
     cwd=folder,
     env={

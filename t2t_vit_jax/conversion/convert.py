@@ -44,14 +44,14 @@ _CIFAR = dict(  # how the reference's CIFAR transfer prepares images
 class Options:
   """Facts about a weight file, the first three fields, with which a converted file must agree; and changes to make."""
 
-  model_name: str | None = None  # where the tensors fit more than one named model
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments that tensors don't show
-  weights: WeightsKind | None = None  # None: the moving average if the file has both
-  num_classes: int | None = None  # None: the file's head; another number: a fresh head; 0: no head
-  image_size: ImageSize | None = None  # px; another than the file's resizes the stored position table
-  fresh_head: bool = False  # even if the number of classes stays
-  one_head: bool = False  # drop the second head of token labeling; a fresh head always does
-  seed: int = 0  # of a fresh head
+  model_name: str | None = None  #: where the tensors fit more than one named model
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: arguments that tensors don't show
+  weights: WeightsKind | None = None  #: None: the moving average if the file has both
+  num_classes: int | None = None  #: None: the file's head; another number: a fresh head; 0: no head
+  image_size: ImageSize | None = None  #: px; another than the file's resizes the stored position table
+  fresh_head: bool = False  #: even if the number of classes stays
+  one_head: bool = False  #: drop the second head of token labeling; a fresh head always does
+  seed: int = 0  #: of a fresh head
 
   def __post_init__(self) -> None:
     if unknown := self.settings.keys() - {'num_heads', 'qk_scale', 'image_size'}:

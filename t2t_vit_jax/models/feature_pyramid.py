@@ -19,9 +19,9 @@ STRIDES = tuple(itertools.accumulate((split.stride for split in SPLITS), operato
 class FeaturePyramid(NamedTuple):
   """Feature maps of a batch, one after each soft split; `token_grid` counts the rows and columns of the last."""
 
-  stride4: Array  # (B, height / 4, width / 4, token_dim), the first stage of the tokens-to-token module
-  stride8: Array  # (B, height / 8, width / 8, token_dim), its second stage
-  stride16: Array  # (B, height / 16, width / 16, D), the encoder's tokens after its last LayerNorm
+  stride4: Array  #: (B, height / 4, width / 4, token_dim), the first stage of the tokens-to-token module
+  stride8: Array  #: (B, height / 8, width / 8, token_dim), its second stage
+  stride16: Array  #: (B, height / 16, width / 16, D), the encoder's tokens after its last LayerNorm
 
   @property
   def strides(self) -> tuple[int, ...]:

@@ -60,15 +60,15 @@ ARCHITECTURE = (
 class Features(NamedTuple):
   """Outputs of the encoder for a batch, after its last LayerNorm."""
 
-  cls: Array  # (B, D), the class token
-  tokens: Array  # (B, H, W, D), the other tokens on their grid
+  cls: Array  #: (B, D), the class token
+  tokens: Array  #: (B, H, W, D), the other tokens on their grid
 
 
 class HeadLogits(NamedTuple):
   """Outputs of the two heads of a model with token labeling for a batch, float32."""
 
-  cls: Array  # (B, num_classes), the class token's, of `head`
-  tokens: Array  # (B, T, num_classes), the other tokens' row by row, of `aux_head`
+  cls: Array  #: (B, num_classes), the class token's, of `head`
+  tokens: Array  #: (B, T, num_classes), the other tokens' row by row, of `aux_head`
 
   def joined(self) -> Array:
     """Logits (B, num_classes) of an evaluation: half the largest of all tokens is added, class by class."""
