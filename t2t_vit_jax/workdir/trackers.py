@@ -49,7 +49,7 @@ class WandbTracker:
     import wandb
 
     # With `console` it would put its own streams in place of standard output and error.
-    settings = wandb.Settings(silent=True, console='off', finish_timeout=CLOSE_TIMEOUT_S)
+    settings = wandb.Settings(silent=True, console='off', init_timeout=CLOSE_TIMEOUT_S, finish_timeout=CLOSE_TIMEOUT_S)
     online = wandb.setup(settings=settings).settings.mode == 'online'
     if online and not wandb.login(prompt=False, verify=False):
       raise RuntimeError('no API key: run `wandb login`, or set WANDB_MODE=offline')
