@@ -33,7 +33,8 @@ from t2t_vit_jax.data.transforms import ResizeCenterCrop, pixels_of
 from t2t_vit_jax.errors import UserError, first_line, printable
 
 if not all(map(importlib.util.find_spec, ('starlette', 'uvicorn'))):
-  sys.exit("error: serving needs starlette and uvicorn: pip install 't2t-vit-jax[serve]'")
+  print("error: serving needs starlette and uvicorn: pip install 't2t-vit-jax[serve]'", file=sys.stderr)
+  sys.exit(2)
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException

@@ -180,13 +180,14 @@ def onnx_program(loaded: Weights, attention: bool = False) -> Any:
   Raises:
     UserError: the converter fails.
   """
+  for library in ('jax2onnx', 'onnx_ir'):  # they warn of what this model does not use
+    logging.getLogger(library).setLevel(logging.ERROR)
   from jax2onnx import to_onnx
 
   model = T2TViT(**{**loaded.arguments, 'soft_split_form': 'patches', 'token_attention_form': 'full'})
   forward, weights = _forward(model, loaded, attention), jax.tree.map(jnp.asarray, loaded.arrays)
   images = jax.ShapeDtypeStruct(('B', *_sides(loaded), loaded.channels), jnp.uint8)
   names = ['logits', 'attention'] if attention else ['logits']
-  logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of a type that it finds by itself
   try:
     options: dict[str, Any] = dict(model_name='t2t_vit', opset=OPSET, input_names=['images'], output_names=names)
     return to_onnx(lambda images: forward(weights, images), [images], **options)
