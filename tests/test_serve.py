@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -136,28 +137,43 @@ def test_bad_input_is_refused_in_one_line_and_the_server_goes_on(folder, server)
   assert classify(port, jpeg)[0] == 200
 
 
+@contextlib.contextmanager
+def taking_all_places(port):
+  """Context in which four clients, which send nothing after their headers, take all places."""
+  with contextlib.ExitStack() as stack:
+    clients = [stack.enter_context(socket.create_connection(('127.0.0.1', port))) for _ in range(4)]
+    for client in clients:
+      client.sendall(b'POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n')
+    wait_for(port, 4)
+    yield clients
+
+
+def wait_for(port, waiting):
+  while ask(port, 'GET', '/health')[1]['waiting'] != waiting:
+    time.sleep(0.05)
+
+
 def test_health_counts_requests_and_too_many_are_refused(folder, server):
-  """Four clients that send nothing after their headers take all places, until they go or their time is over."""
   _, port = server
-  head = b'POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n'
-  slow = [socket.create_connection(('127.0.0.1', port)) for _ in range(4)]
-  for client in slow:
-    client.sendall(head)
-  while ask(port, 'GET', '/health')[1]['waiting'] < 4:
-    pass
-  status, answer = classify(port, (folder / 'grey.png').read_bytes())
+  picture = (folder / 'grey.png').read_bytes()
+  with taking_all_places(port):
+    status, answer = classify(port, picture)
   assert (status, answer) == (503, {'error': '4 requests are waiting already: try again later'})
-  for client in slow[1:]:
-    client.close()
-  with slow[0], slow[0].makefile('rb') as reader:
-    answer = reader.readline() + reader.read(400)
-  assert answer.startswith(b'HTTP/1.1 503')
-  assert b'no answer within 4 s' in answer
+  wait_for(port, 0)  # they are gone
   health = ask(port, 'GET', '/health')[1]
   assert health == {
     'status': 'ok', 'model': None, 'image_size': [64, 64], 'classes': 10, 'attention': True, 'waiting': 0
   }  # fmt: skip
-  assert classify(port, (folder / 'grey.png').read_bytes())[0] == 200
+  assert classify(port, picture)[0] == 200
+
+
+@pytest.mark.slow
+def test_a_request_that_never_ends_is_given_up(folder, server):
+  with taking_all_places(server[1]) as clients, clients[0].makefile('rb') as reader:
+    assert reader.readline() == b'HTTP/1.1 503 Service Unavailable\r\n'
+    assert any(b'no answer within 4 s' in line for line in reader)
+  wait_for(server[1], 0)
+  assert classify(server[1], (folder / 'grey.png').read_bytes())[0] == 200
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):
@@ -167,7 +183,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     page = response.read().decode()
   assert response.getheader('content-type').startswith('text/html')
   assert page == (SERVE.with_suffix('.html')).read_text()
-  assert not re.search(r'https?://|src=|<link', page)
+  assert not re.search(r'https?://|src=|href="(?!data:)', page)
 
 
 @pytest.mark.slow
@@ -208,8 +224,7 @@ def test_it_ends_by_ctrl_c_and_finishes_what_it_began(folder, server):
   body = (folder / 'grey.png').read_bytes()
   with socket.create_connection(('127.0.0.1', port)) as client:
     client.sendall(f'POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body[:10])
-    while ask(port, 'GET', '/health')[1]['waiting'] < 1:
-      pass
+    wait_for(port, 1)
     process.send_signal(signal.SIGINT)
     client.sendall(body[10:])
     with client.makefile('rb') as reader:
