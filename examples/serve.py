@@ -248,7 +248,15 @@ async def _answer_refused(request: Request, error: Exception) -> Response:
 
 
 class Server(uvicorn.Server):
-  """Uvicorn's server, which ends by itself after SIGINT or SIGTERM: Uvicorn's own raises the signal again."""
+  """Uvicorn's server: prints a line when it listens, and ends after SIGINT or SIGTERM without raising it again."""
+
+  def __init__(self, config: uvicorn.Config, line: str):
+    super().__init__(config)
+    self._line = line
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    print(self._line, flush=True)
 
   @contextlib.contextmanager
   def capture_signals(self) -> Iterator[None]:
@@ -286,8 +294,8 @@ def serve(arguments: argparse.Namespace) -> int:
     Service(model, arguments).app, log_level='warning', timeout_graceful_shutdown=int(arguments.timeout) + 1
   )
   host, port = place.getsockname()[:2]
-  print(f'serving {arguments.model} on http://{f"[{host}]" if ":" in host else host}:{port}', flush=True)
-  Server(config).run(sockets=[place])
+  line = f'serving {arguments.model} on http://{f"[{host}]" if ":" in host else host}:{port}'
+  Server(config, line).run(sockets=[place])
   print('stopped')
   return 0
 
