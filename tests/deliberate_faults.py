@@ -173,8 +173,8 @@ FAULTS = (
   Fault(
     'an exported program does not normalise',
     'export.py',
-    "sep='/'), normalize(images))",
-    "sep='/'), images.astype('float32') / 255)",
+    'return model.apply(variables, normalize(images))',
+    "return model.apply(variables, images.astype('float32') / 255)",
   ),
   Fault(
     "the picture shows another token's attention",
