@@ -25,7 +25,7 @@ from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.faults import REMARKS
 from t2t_vit_jax.data.transforms import MAX_RESIZED_PIXELS, ResizeCenterCrop, pixels_of
 from t2t_vit_jax.errors import UserError, printable, require
-from t2t_vit_jax.models.layer_outputs import layer_outputs, layer_shapes
+from t2t_vit_jax.models.layer_outputs import attention_blocks, block_number, layer_outputs
 from t2t_vit_jax.models.soft_split import SPLITS
 from t2t_vit_jax.models.t2t_vit import T2TViT, classify
 from t2t_vit_jax.predict import Classifier, open_classifier
@@ -106,18 +106,6 @@ def stage_layers(model: T2TViT) -> dict[str, str]:
   inner = ('soft_split0', 'soft_split1') if model.tokens_type == 'convolution' else ('attention1', 'attention2')
   first, second = (f'tokens_to_token/{name}' for name in inner)
   return {'stage 1': first, 'stage 2': second, 'tokens': 'tokens_to_token'}
-
-
-def attention_blocks(model: T2TViT, variables: Any, images: Array) -> list[str]:
-  """Names of the encoder's blocks that attend, in order; a dense encoder also has transitions, which do not."""
-  suffix = '/attn/attention'
-  names = [name.removesuffix(suffix) for name in layer_shapes(model, variables, images) if name.endswith(suffix)]
-  return sorted(names, key=block_number)
-
-
-def block_number(block: str) -> int:
-  """Number of a block: 3 for 'blocks_3'."""
-  return int(block.rpartition('_')[2])
 
 
 def prepare_whole(classifier: Classifier, image: Image.Image) -> Image.Image:

@@ -212,8 +212,8 @@ FAULTS = (
     'an exported program does not normalise',
     'export.py',
     'export',
-    "sep='/'), normalize(images))",
-    "sep='/'), images.astype('float32') / 255)",
+    'return model.apply(variables, normalize(images))',
+    "return model.apply(variables, images.astype('float32') / 255)",
   ),
   Fault(
     "the picture shows another token's attention",

@@ -38,6 +38,7 @@ RUN = {
   r'python -m t2t_vit_jax\.predict .*': '',
   r'python -m t2t_vit_jax\.visualize .*': '',
   r'python -m t2t_vit_jax\.export .*': '',
+  r't2t-vit export .*': '',
   r'python -m t2t_vit_jax\.weights.*': '',
   r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
   r't2t-vit (predict|visualize) .*': '',
@@ -60,6 +61,7 @@ LEFT_OUT = {
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
   r'(python -m t2t_vit_jax\.|t2t-vit )plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
+  r'python examples/serve\.py .*|curl .*|python -m benchmarks\.serving .*': 'tests/test_serve.py runs the server',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
   r'python -m benchmarks\.(model|compiler|scaling|device|evaluation).*': 'minutes: tests/test_benchmarks.py, on less',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
@@ -122,7 +124,7 @@ def test_the_api_page_has_every_public_name():
 def checkout(tmp_path_factory):
   """A folder with the files that the pages name; in its cache the published weights are a small model's, at random."""
   folder = tmp_path_factory.mktemp('checkout')
-  for name in ('train.py', 'convert_torch_weights.py', 'configs', 'docs', 'benchmarks', 't2t_vit_jax'):
+  for name in ('train.py', 'convert_torch_weights.py', 'configs', 'docs', 'benchmarks', 'examples', 't2t_vit_jax'):
     (folder / name).symlink_to(ROOT / name)
   for name in ('t2t_vit_7', 't2t_vit_14', 't2t_vit_14_384'):
     put_into_cache(random_weights(folder), name, folder / 'cache')

@@ -1,5 +1,6 @@
 """The exported file against the model it was made from, in processes that have neither Flax nor this package."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -18,8 +19,11 @@ import safetensors.numpy
 
 from t2t_vit_jax import load_pretrained
 from t2t_vit_jax.conversion import Options, convert
-from t2t_vit_jax.data.transforms import ResizeCenterCrop
+from t2t_vit_jax.data.decoding import EncodedImage
+from t2t_vit_jax.data.transforms import ResizeCenterCrop, pixels_of
 from t2t_vit_jax.export import export_weights, main
+from t2t_vit_jax.predict import open_classifier
+from t2t_vit_jax.visualize import look_inside
 from tests import checkpoints, golden
 from tests.parameters import slow
 from tests.weights_cache import put_into_cache
@@ -27,6 +31,7 @@ from tests.weights_cache import put_into_cache
 ROOT = Path(__file__).parents[1]
 ATOL = 1e-5
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+ONNX = [pytest.mark.needs('jax2onnx'), pytest.mark.needs('onnxruntime')]
 CIFAR_MEAN = [0.4914, 0.4822, 0.4465]
 
 
@@ -163,7 +168,7 @@ sys.meta_path[:] = [OnlyJax()]
 
 @pytest.mark.slow
 def test_the_documented_lines_need_only_jax(performer, tmp_path):
-  loader, _, several_devices = documented('python')
+  loader, _, several_devices, _ = documented('python')
   images = random_images(8)
   np.save(tmp_path / 'images.npy', images)
   cache = tmp_path / 'cache'
@@ -190,14 +195,119 @@ def test_the_documented_lines_need_only_jax(performer, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / file), logits_of_model(performer, images), atol=ATOL)
 
 
-@pytest.mark.parametrize(('width', 'height'), [(301, 200), (90, 133)])
-def test_the_documented_preparation_is_that_of_evaluation(width, height, tmp_path):
-  image = Image.fromarray(random_images(1, height, width)[0])
-  image.save(tmp_path / 'image.png')
-  names = {'np': np, 'metadata': {'image_size': [64, 64], 'crop_fraction': 0.9, 'interpolation': 'bicubic'}}
+@pytest.mark.parametrize(('width', 'height', 'size'), [(301, 200, (64, 64)), (90, 133, (64, 64)), (301, 200, (96, 64))])
+@pytest.mark.parametrize(
+  'form', ['rgb.png', 'turned.jpg', 'mirrored.png', 'transparent.png', 'palette.png', 'cmyk.jpg']
+)
+@pytest.mark.parametrize(('orientation', 'channels'), [('upright', 3), ('ignored', 3), (None, 1)])
+def test_the_documented_preparation_is_that_of_evaluation(width, height, size, form, orientation, channels, tmp_path):
+  """Of pictures stored sideways, transparent, with a palette or in other colours too."""
+  path, exif = tmp_path / form, Image.Exif()
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8))
+  exif[0x0112] = {'turned.jpg': 6, 'mirrored.png': 5}.get(form, 1)
+  if form == 'palette.png':
+    image.convert('RGB').quantize(16).save(path, transparency=3)
+  else:
+    mode = {'transparent.png': 'RGBA', 'cmyk.jpg': 'CMYK'}.get(form, 'RGB')
+    (image if mode == 'RGBA' else image.convert('RGB').convert(mode)).save(path, exif=exif)
+  metadata = {'image_size': list(size), 'crop_fraction': 0.9, 'interpolation': 'bicubic', 'mean': [0.5] * channels}
+  names = {'np': np, 'metadata': metadata | ({'orientation': orientation} if orientation else {})}
   exec(documented('python')[1], names)
-  expected = ResizeCenterCrop(64, 0.9, 'bicubic')(image)
-  np.testing.assert_array_equal(names['prepare'](tmp_path / 'image.png'), np.asarray(expected))
+  decoded = EncodedImage(path.read_bytes(), upright=orientation != 'ignored').decode()
+  expected = pixels_of(ResizeCenterCrop(size, 0.9, 'bicubic', channels)(decoded))
+  np.testing.assert_array_equal(names['prepare'](path), expected)
+
+
+def test_the_documented_preparation_refuses_deep_images(tmp_path):
+  Image.fromarray(np.full((90, 90), 40_000, np.uint16)).save(tmp_path / 'deep.png')
+  names = {'np': np, 'metadata': {}}
+  exec(documented('python')[1], names)
+  with pytest.raises(ValueError, match='more than 8 bits'):
+    names['prepare'](tmp_path / 'deep.png')
+
+
+@pytest.mark.parametrize('form', ['npz', pytest.param('onnx', marks=[pytest.mark.slow, *ONNX])])
+def test_attention_is_that_of_visualize(form, performer, tmp_path):
+  output = tmp_path / f'model.{form}'
+  export_weights(performer, output, form=form, attention=True)
+  images = random_images(2)
+  if form == 'onnx':
+    logits, attention = run_onnx(output, images)
+  else:
+    with np.load(output) as file:
+      arrays = dict(file)
+    assert json.loads(str(arrays.pop('metadata')))['outputs'] == ['logits', 'attention']
+    logits, attention = jax.jit(jax_export.deserialize(bytearray(arrays.pop('program'))).call)(arrays, images)
+  np.testing.assert_allclose(logits, logits_of_model(performer, images), atol=ATOL)
+  for image, maps in zip(images, attention, strict=True):
+    inside = look_inside(open_classifier(performer), Image.fromarray(image))
+    expected = [heads.mean(axis=0) for heads in inside.attention.values()]
+    assert np.std(expected) > 1e-3
+    np.testing.assert_allclose(maps, expected, atol=ATOL)
+
+
+def run_onnx(path, images):
+  import onnxruntime
+
+  return onnxruntime.InferenceSession(path).run(None, {'images': images})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['performer_qkbias_qkscale', 'transformer', 'se', 'ghost', 'dense'])
+@pytest.mark.needs('jax2onnx')
+@pytest.mark.needs('onnxruntime')
+def test_onnx_logits_equal_the_models_for_any_batch(name, tmp_path):
+  weights, output = golden.converted(name, tmp_path), tmp_path / 'model.onnx'
+  export_weights(weights, output, form='onnx')
+  images = random_images(8)
+  for batch in (1, 5, 8):
+    (logits,) = run_onnx(output, images[:batch])
+    np.testing.assert_allclose(logits, logits_of_model(weights, images)[:batch], atol=ATOL)
+
+
+@pytest.mark.slow
+@pytest.mark.needs('jax2onnx')
+@pytest.mark.needs('onnxruntime')
+def test_onnx_files_have_metadata_and_are_written_only_if_they_are_right(performer, tmp_path, monkeypatch, capsys):
+  import onnx
+  import onnxruntime
+
+  output = tmp_path / 'model.onnx'
+  assert main([str(performer), '--output', str(output)]) == 0
+  printed, errors = capsys.readouterr()
+  assert re.fullmatch(
+    rf"wrote {output}: uint8\[B,64,64,3\] -> float32\[B,10\], ONNX Runtime's results differ from the model's by up to "
+    r'\d\.\de-0\d, 0\.\d MB\n',
+    printed,
+  )
+  assert errors == ''
+  stored = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
+  metadata, other = {key: json.loads(value) for key, value in stored.items()}, exported(performer)[2]
+  own = {'opset': 18, 'converter': 'jax2onnx 0.13.0'}
+  shared = {key: other[key] for key in other.keys() - {'platforms', 'calling_convention_version'}}
+  assert metadata == shared | own
+
+  damaged = onnx.load(output)
+  weight = next(x for x in damaged.graph.initializer if list(x.dims) == [64, 10])  # the head's
+  weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+  monkeypatch.setattr('t2t_vit_jax.export.onnx_program', lambda *unused: damaged)
+  before = output.read_bytes()
+  line = refusal([performer, '--output', output, '--force'], capsys)
+  assert re.search(r"model\.onnx: not written: ONNX Runtime's results differ from the model's by \d", line)
+  assert output.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [output]
+
+
+def test_onnx_says_what_is_missing_and_computes_in_float32(performer, tmp_path, monkeypatch, capsys):
+  output = tmp_path / 'model.onnx'
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name, *more: find(name, *more) if name != 'jax2onnx' else None
+  )
+  line = refusal([performer, '--output', output], capsys)
+  assert re.fullmatch(r"error: --format=onnx needs jax2onnx: pip install .*\[onnx\]'", line)
+  line = refusal([performer, '--output', output, '--dtype=bfloat16'], capsys)
+  assert line == 'error: ONNX files compute in float32: leave out --dtype=bfloat16'
 
 
 def documented(language):

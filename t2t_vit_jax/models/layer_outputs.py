@@ -59,6 +59,18 @@ def layer_shapes(model: T2TViT, variables: Any, images: Any) -> dict[str, tuple[
   return {name: output.shape for name, output in outputs.items()}
 
 
+def attention_blocks(model: T2TViT, variables: Any, images: Any) -> list[str]:
+  """Names of the encoder's blocks that attend, in order; a dense encoder also has transitions, which do not."""
+  suffix = '/attn/attention'
+  names = [name.removesuffix(suffix) for name in layer_shapes(model, variables, images) if name.endswith(suffix)]
+  return sorted(names, key=block_number)
+
+
+def block_number(block: str) -> int:
+  """Number of a block: 3 for 'blocks_3'."""
+  return int(block.rpartition('_')[2])
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer_outputs(
   model: T2TViT, layers: tuple[str, ...], variables: Any, images: Array
