@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.command_line import Parser, positive, run_tool
 from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize
@@ -225,17 +225,6 @@ def run(arguments: argparse.Namespace) -> int:
   if unreadable:
     warn(f'{len(unreadable):,} of {len(images):,} images cannot be read; the others were classified')
   return 1 if unreadable else 0
-
-
-def positive(text: str) -> int:
-  """Type of a flag: a whole number from 1 on."""
-  number = int(text)
-  if number < 1:
-    raise ValueError
-  return number
-
-
-positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from t2t_vit_jax import processes
-from t2t_vit_jax.command_line import Parser, print_error, run_tool
+from t2t_vit_jax.command_line import Parser, positive, print_error, run_tool
 from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
@@ -40,7 +40,7 @@ from t2t_vit_jax.evaluate.sets import (
   open_splits,
 )
 from t2t_vit_jax.evaluate.tables import ENDINGS
-from t2t_vit_jax.predict import explaining_memory, positive
+from t2t_vit_jax.predict import explaining_memory
 from t2t_vit_jax.recipe.build import DTYPES
 from t2t_vit_jax.recipe.sharding import make_mesh
 
