@@ -1,6 +1,6 @@
 """Writes the forward pass of a model and its weights as one file that jax runs without Flax and this package.
 
-python -m t2t_vit_jax.export WEIGHTS --output FILE
+t2t-vit export WEIGHTS --output FILE
 
 docs/export.md shows the few lines that load it.
 """
@@ -127,11 +127,17 @@ def _no_source_paths() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
-  parser = Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0])
+  parser = Parser(
+    'export', example='t2t-vit export t2t_vit_14 --output=t2t_vit_14.npz', description=__doc__.split('\n\n')[0]
+  )
   parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
-  parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz file to write')
-  parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
-  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='.npz file to write')
+  parser.add_argument(
+    '--dtype', choices=DTYPES, default=DTYPES[0], help='precision of the computation (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help="image size in px, SIDE or HEIGHTxWIDTH (default: the weights')"
+  )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
 
   def run() -> int:

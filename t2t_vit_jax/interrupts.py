@@ -35,7 +35,11 @@ def imports_are_done() -> None:
 def is_program() -> bool:
   """Whether this process is `t2t-vit`, `python -m t2t_vit_jax`, or a script beside the package such as train.py."""
   script = Path(sys.argv[0]).absolute()
-  return sys.argv[0] == '-m' or script.stem == 't2t-vit' or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
+  return (
+    sys.argv[0] == '-m'
+    or script.stem == 't2t-vit'
+    or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
+  )
 
 
 in_main_thread = threading.current_thread() is threading.main_thread()  # only there Python takes a handler

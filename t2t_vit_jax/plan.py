@@ -241,9 +241,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--search_batch', action='store_true', help='find the largest data.batch_size that fits; compiles about six times'
   )
-  parser.add_argument(
-    '--output', metavar='FILE', help='JSON file to write: a plan, or with --compare a list of plans'
-  )
+  parser.add_argument('--output', metavar='FILE', help='JSON file to write: a plan, or with --compare a list of plans')
   parser.add_argument(
     '--num_classes', metavar='N', type=positive, help='number of classes of data that is not prepared here'
   )

@@ -26,9 +26,7 @@ def run(arguments: Any) -> int:
 
   config = arguments.config
   try:
-    processes.start(
-      arguments.coordinator, arguments.num_processes, arguments.process_id, config.distributed.timeout_s
-    )
+    processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id, config.distributed.timeout_s)
     if arguments.evaluate is not None:
       show(evaluate_only(config, arguments.evaluate), arguments)
     elif arguments.export is not None:
@@ -83,13 +81,17 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--workdir', metavar='DIR', help='folder for checkpoints, curves and weights (default: runs/NAME_OF_THE_CONFIG)'
   )
-  parser.add_argument('--dry_run', action='store_true', help='build and check everything, describe the run, train nothing')
+  parser.add_argument(
+    '--dry_run', action='store_true', help='build and check everything, describe the run, train nothing'
+  )
   parser.add_argument(
     '--evaluate', metavar='WEIGHTS', help='weight file or folder of a run: evaluate its weights, train nothing'
   )
   parser.add_argument('--json', action='store_true', help='with --evaluate: print the result as JSON, and only that')
   parser.add_argument(
-    '--export', metavar='DIR', help='folder of a run: write the weights of its newest checkpoint as files, train nothing'
+    '--export',
+    metavar='DIR',
+    help='folder of a run: write the weights of its newest checkpoint as files, train nothing',
   )
   add_process_flags(parser)
   return run_tool(lambda: run(parser.parse_args(argv)))

@@ -26,6 +26,8 @@ TOOLS = {
   'visualize',
   'export',
   'plan',
+  'train',
+  'config_files',
   'weights',
 }  # for `python -m`, as is `conversion/__main__.py`: all of the above
 FORBIDDEN = {'data': {'jax', 'flax', 'optax'}, 'models': {'tensorflow_datasets', 'grain', 'orbax'}}

@@ -34,26 +34,26 @@ SHORT_DIGITS = ' --config.model.depth=1 --config.data.image_size=16 --config.sch
 RUN = {
   r'python train\.py --config=configs/finetune\.py .*': ' --config.schedule.max_steps=2',
   r'python train\.py --export=runs/\w+': '',
-  r'python -m t2t_vit_jax\.predict .*': '',
-  r'python -m t2t_vit_jax\.visualize .*': '',
-  r'python -m t2t_vit_jax\.export .*': '',
-  r'python -m t2t_vit_jax\.weights.*': '',
-  r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
+  r't2t-vit predict .*': '',
+  r't2t-vit visualize .*': '',
+  r't2t-vit export .*': '',
+  r't2t-vit weights.*': '',
+  r't2t-vit evaluate .*--folder=DIR': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
 WITHOUT_DATA = [
   r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data)\S*)+',
-  r'python -m t2t_vit_jax\.data\.(prepare|shrink) .*',
-  r'python -m t2t_vit_jax\.evaluate .*--sets=.*',
+  r't2t-vit (prepare|shrink) .*',
+  r't2t-vit evaluate .*--sets=.*',
   r'python convert_torch_weights\.py 81\.5_T2T_ViT_14\.pth\.tar .*',
 ]
 LEFT_OUT = {
   r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
-  r'python -m t2t_vit_jax\.data\.prepare cifar10 .*': 'downloads',
+  r't2t-vit prepare cifar10 .*': 'downloads',
   r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|hf upload) .*': 'needs a network and an account',
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
-  r'python -m t2t_vit_jax\.plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
+  r't2t-vit plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
   r'python -m benchmarks\.(model|compiler|scaling|device|evaluation).*': 'minutes: tests/test_benchmarks.py, on less',
   r'python train\.py .*--coordinator=.*|wait': 'tests/test_training_processes.py runs it, see documented_commands',
@@ -117,7 +117,9 @@ def random_weights(folder):
 
 def run(command, folder):
   return subprocess.run(
-    command.replace('python ', f'{sys.executable} ', 1),
+    re.sub(
+      r'^(python|t2t-vit) ', lambda match: f'{sys.executable} {"-m t2t_vit_jax " * (match[1] != "python")}', command
+    ),
     shell=True,
     cwd=folder,
     env={

@@ -1,7 +1,7 @@
 """Prepares a tfds dataset as the array_record files that training reads.
 
-python -m t2t_vit_jax.data.prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
-python -m t2t_vit_jax.data.prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
+t2t-vit prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
+t2t-vit prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
 
 Needs TensorFlow, which training does not: pip install 't2t-vit-jax[prepare]'.
 """
@@ -297,7 +297,7 @@ def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   imports_are_done()
-  parser = argparse.ArgumentParser(prog='python -m t2t_vit_jax.data.prepare', description=__doc__.split('\n\n')[0])
+  parser = argparse.ArgumentParser(prog='t2t-vit prepare', description=__doc__.split('\n\n')[0])
   parser.add_argument('dataset', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
   parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
   parser.add_argument('--data-dir', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')

@@ -1,7 +1,7 @@
 """Writes a copy of a dataset with smaller images, which decode faster, as an image folder.
 
-python -m t2t_vit_jax.data.shrink imagenet2012 --data-dir ~/tensorflow_datasets --output small --max-side 320
-python -m t2t_vit_jax.data.shrink --folder PHOTOS --output small --max-side 320 --quality 90
+t2t-vit shrink imagenet2012 --data-dir ~/tensorflow_datasets --output small --max-side 320
+t2t-vit shrink --folder PHOTOS --output small --max-side 320 --quality 90
 """
 
 import argparse
@@ -190,7 +190,7 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(
-    prog='python -m t2t_vit_jax.data.shrink', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog='t2t-vit shrink', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('dataset', nargs='?', help='prepared tfds dataset, such as imagenet2012')
   parser.add_argument('--folder', help='image folder, FOLDER/train/CLASS/IMAGE, in place of a tfds dataset')
