@@ -5,7 +5,7 @@ import sys
 from typing import NamedTuple
 
 from t2t_vit_jax import __version__
-from t2t_vit_jax.errors import did_you_mean
+from t2t_vit_jax.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
   if name in COMMANDS:  # only its module is imported, which takes seconds
-    return int(importlib.import_module(COMMANDS[name].module).main(arguments))
+    try:
+      module = importlib.import_module(COMMANDS[name].module)
+    except UserError as error:  # it needs a library that is not installed
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    return int(module.main(arguments))
   if name in ('--help', '-h', 'help', '--version'):
     print(__version__ if name == '--version' else overview())
     return 0

@@ -118,7 +118,7 @@ def _is_no_plugin_error(record: python_logging.LogRecord) -> bool:
 
 
 def with_flag_names(argv: Sequence[str]) -> list[str]:
-  """Replaces the hyphens in the names of flags by underscores, up to an argument `--`: what comes after it are names."""
+  """Replaces the hyphens in the names of flags by underscores, up to an argument `--`: after it come names."""
   end = argv.index('--') if '--' in argv else len(argv)
   return [*map(_with_underscores, argv[:end]), *argv[end:]]
 

@@ -49,7 +49,7 @@ def find_config(config: str) -> Path:
 def make_importable(file: Path) -> None:
   """Has `from configs import default` in a config file find the configs of this package, wherever that file is.
 
-  Config files in a folder that is itself called `configs` find their neighbours first. No other module is found by this.
+  Config files in a folder that is itself called `configs` find their neighbours first.
   """
   own = file.resolve().parent
   folders = [str(own)] if own.name == 'configs' else []

@@ -1,6 +1,6 @@
-"""Trains a T2T-ViT: t2t-vit train --config=t2t_vit_14 --workdir=runs/t2t_vit_14, or python train.py with the same flags.
+"""Trains a T2T-ViT: t2t-vit train --config=t2t_vit_14 --workdir=runs/t2t_vit_14.
 
-docs/training.md describes what a run does.
+`python train.py` in the checkout takes the same flags. docs/training.md describes what a run does.
 """
 
 import json
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     'train',
     default='digits',
     example='t2t-vit train --config=t2t_vit_14 --workdir=runs/t2t_vit_14 --config.data.data_dir=DATA',
-    description='Trains a model and keeps checkpoints, curves and weights in a folder; the same command resumes the run.',
+    description='Trains a model; checkpoints, curves and weights go to a folder. The same command resumes the run.',
     epilog='Exit code: 0; 2 if it failed; 128 and the number of the signal, such as 130 for Ctrl-C, if it was stopped.',
   )
   parser.add_argument(

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     'checkpoint',
     metavar='CHECKPOINT',
-    help="checkpoint of the reference, mmpretrain or timm's script, the index of its shards, or a name of published weights",
+    help="checkpoint of the reference, mmpretrain or timm's script, index of its shards, or name of published weights",
   )
   parser.add_argument(
     '--output', metavar='FILE', type=Path, help='the file to write: .safetensors; with --reverse also .pth'

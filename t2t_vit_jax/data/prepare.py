@@ -24,9 +24,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 import requests
 from tqdm import tqdm
 
+from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
-from t2t_vit_jax.errors import MissingExtraError, UserError, free_space, full_disk, printable, require
-from t2t_vit_jax.interrupts import imports_are_done
+from t2t_vit_jax.errors import MissingExtraError, UserError, free_space, full_disk, require
 
 try:
   from t2t_vit_jax.data.tfds_source import Digits, image_and_label, open_builder, tfds, without_array_record
@@ -294,20 +294,12 @@ def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
     raise UserError(f'{problem}: {reason[:400]}') from error
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code."""
-  imports_are_done()
-  parser = argparse.ArgumentParser(prog='t2t-vit prepare', description=__doc__.split('\n\n')[0])
-  parser.add_argument('dataset', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
-  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
-  parser.add_argument('--data-dir', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')
-  parser.add_argument('--manual-dir', help='folder of files fetched by hand, such as the ImageNet tars')
-  parser.add_argument('--allow-partial', action='store_true', help='accept tars that hold a part of ImageNet')
-  arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
   if (arguments.dataset is None) == (arguments.convert is None):
-    parser.error('give either a dataset or --convert FOLDER')
+    raise UserError('give either a dataset or --convert FOLDER')
   if arguments.convert and not arguments.data_dir:
-    parser.error('--convert needs --data-dir')
+    raise UserError('--convert needs --data-dir')
   os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}  # no notes about TensorFlow's build
   for logger in ('absl', 'urllib3'):  # they warn of ImageNet's missing test images, and of each retried download
     logging.getLogger(logger).setLevel(logging.ERROR)
@@ -316,15 +308,29 @@ def main(argv: list[str] | None = None) -> int:
       info = convert(arguments.convert, arguments.data_dir)
     else:
       info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.allow_partial)
-  except UserError as error:
-    print(printable(f'error: {error}'), file=sys.stderr)
-    return 2
   except KeyboardInterrupt:
     print('interrupted: only downloads are kept; start again with the same command', file=sys.stderr)
     return 130
   counts = ', '.join(f'{split} {details.num_examples:,}' for split, details in info.splits.items())
   print(f'{info.full_name} is ready in {info.data_dir}: {counts} images')
   return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    'prepare',
+    example='t2t-vit prepare imagenet2012 --manual-dir=TARS --data-dir=DATA',
+    description=__doc__.split('\n\n')[0],
+  )
+  parser.add_argument('dataset', metavar='DATASET', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
+  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
+  parser.add_argument(
+    '--data_dir', metavar='DIR', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)'
+  )
+  parser.add_argument('--manual_dir', metavar='DIR', help='folder of files fetched by hand, such as the ImageNet tars')
+  parser.add_argument('--allow_partial', action='store_true', help='accept tars that hold a part of ImageNet')
+  return run_tool(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':
