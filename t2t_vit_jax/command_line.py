@@ -199,6 +199,12 @@ def _drop_output() -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def fail(message: str) -> NoReturn:
+  """Ends the program with a line on standard error and exit code 2."""
+  print_error(message)
+  sys.exit(2)
+
+
 def print_error(error: object) -> None:
   """Prints a line on standard error, whatever names the message contains."""
   print_message(f'error: {error}')
