@@ -30,6 +30,7 @@ COMMAND = re.compile(r't2t-vit (' + '|'.join(COMMANDS) + ')')
 NOT_OURS = {
   'implicit-dirs',
   'always',
+  'version',
   'dirty',
   'abbrev',
   'exclude',
@@ -52,7 +53,11 @@ def flags_of(tool):
       flags |= {argument.value.lstrip('-') for argument in call.args if isinstance(argument, ast.Constant)}
     elif names_of_calls(call).startswith('DEFINE_'):
       flags.add(call.args[0].value)
-  return flags
+  if 'ConfigParser(' in tool.read_text():
+    flags |= {'config'}
+  if 'add_process_flags(' in tool.read_text():
+    flags |= {'coordinator', 'num_processes', 'process_id'}
+  return flags | {flag.replace('_', '-') for flag in flags}
 
 
 def messages(path):
