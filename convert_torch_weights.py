@@ -1,4 +1,4 @@
-"""Converts PyTorch weights like `python -m t2t_vit_jax.conversion`, also from a checkout that is not installed."""
+"""Converts PyTorch weights like `t2t-vit convert`, also from a checkout that is not installed."""
 
 import sys
 

@@ -3,7 +3,7 @@
 python train.py --config=configs/t2t_vit_14_cifar10.py --config.data.data_dir=DATA
 
 Starts from the published ImageNet weights, which are fetched once.
-The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
+The data, once: t2t-vit prepare cifar10 --data-dir DATA
 
 Differences from the reference's script: the cls token and the last LayerNorm, which it left out of its optimizer, are
 trained too; it computes in bfloat16 (--config.model.dtype=float32 as there); the 16 images of an epoch's last batch are

@@ -3,7 +3,7 @@
 python train.py --config=configs/t2t_vit_19_cifar10.py --config.data.data_dir=DATA
 
 Starts from the published ImageNet weights, which are fetched once.
-The data, once: python -m t2t_vit_jax.data.prepare cifar10 --data-dir DATA
+The data, once: t2t-vit prepare cifar10 --data-dir DATA
 
 Hardware: 2 devices, as published, or any number that divides 64; see t2t_vit_14_cifar10 for the differences.
 Published top-1: 98.4 % (reference, the best of its epochs on the test images). Measured here: nothing.

@@ -60,7 +60,7 @@ class Refused(Exception):  # noqa: N818 (an answer)
 
 
 class ExportedModel:
-  """A file of `python -m t2t_vit_jax.export`: prepares images as evaluation does, and classifies batches of them."""
+  """A file of `t2t-vit export`: prepares images as evaluation does, and classifies batches of them."""
 
   def __init__(self, path: Path):
     """Reads the file.
@@ -82,7 +82,7 @@ class ExportedModel:
     except OSError as error:
       raise UserError(f'{path}: cannot be read: {error.strerror or first_line(error)}') from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-      advice = 'python -m t2t_vit_jax.export writes one'
+      advice = 't2t-vit export writes one'
       raise UserError(f'{path}: is no exported model ({first_line(error)}): {advice}') from error
     self.has_attention = 'attention' in self.metadata.get('outputs', ())
     weights, top = jax.device_put(arrays), min(TOP, len(self.class_names))
@@ -315,9 +315,10 @@ def _number(kind: type, least: float) -> Callable[[str], Any]:
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
-  parser = Parser(prog='python examples/serve.py', description=__doc__.split(':')[0])
+  program = 'python examples/serve.py'
+  parser = Parser('serve', prog=program, example=f'{program} model.npz', description=__doc__.split(':')[0])
   whole, seconds = _number(int, 1), _number(float, 0)
-  parser.add_argument('model', metavar='MODEL', type=Path, help='a file that python -m t2t_vit_jax.export wrote')
+  parser.add_argument('model', metavar='MODEL', type=Path, help='a file that t2t-vit export wrote')
   parser.add_argument('--host', default='127.0.0.1', help='address to listen on (default: %(default)s, this machine)')
   parser.add_argument('--port', type=_number(int, 0), default=8000, help='0 for any (default: %(default)s)')
   limits: list[tuple[str, Any, Any, str]] = [

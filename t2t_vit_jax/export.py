@@ -1,6 +1,6 @@
 """Writes a model's forward pass and its weights as one file that jax or an ONNX runtime runs without this package.
 
-python -m t2t_vit_jax.export WEIGHTS --output FILE
+t2t-vit export WEIGHTS --output FILE
 
 docs/export.md shows the few lines that load it.
 """
@@ -256,15 +256,23 @@ def _no_source_paths() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
-  parser = Parser(prog='python -m t2t_vit_jax.export', description=__doc__.split('\n\n')[0])
-  parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
-  parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='the .npz or .onnx file to write')
-  parser.add_argument('--format', choices=FORMATS, help='of the file (default: onnx if its name ends so, else npz)')
-  parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the computation (default: %(default)s)')
-  parser.add_argument(
-    '--attention', action='store_true', help="also return the class token's attention in each block, (B, blocks, H, W)"
+  parser = Parser(
+    'export', example='t2t-vit export t2t_vit_14 --output=t2t_vit_14.npz', description=__doc__.split('\n\n')[0]
   )
-  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
+  parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
+  parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='.npz or .onnx file to write')
+  parser.add_argument(
+    '--format', choices=FORMATS, help='format of the file (default: onnx if its name ends so, else npz)'
+  )
+  parser.add_argument(
+    '--dtype', choices=DTYPES, default=DTYPES[0], help='precision of the computation (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--attention', action='store_true', help="return the class token's attention in each block too, (B, blocks, H, W)"
+  )
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help="image size in px, SIDE or HEIGHTxWIDTH (default: the weights')"
+  )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
 
   def run() -> int:

@@ -37,9 +37,13 @@ def imports_are_done() -> None:
 
 
 def is_program() -> bool:
-  """Whether this process is `python -m t2t_vit_jax.TOOL`, or a script beside the package such as train.py."""
+  """Whether this process is `t2t-vit`, `python -m t2t_vit_jax`, or a script beside the package such as train.py."""
   script = Path(sys.argv[0]).absolute()
-  return sys.argv[0] == '-m' or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
+  return (
+    sys.argv[0] == '-m'
+    or script.stem == 't2t-vit'
+    or (script.is_file() and script.parent == Path(__file__).absolute().parents[1])
+  )
 
 
 def end_if_unheard(end: Callable[[], object]) -> None:
@@ -55,7 +59,8 @@ def end_if_unheard(end: Callable[[], object]) -> None:
 
   def watch() -> None:
     while number := os.read(reader, 1):
-      if number[0] == signal.SIGINT and not _heard.wait(GRACE_S):
+      ours = number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is interrupt  # not a training loop's
+      if ours and not _heard.wait(GRACE_S):
         end()
 
   threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Plans a run on TPUs or GPUs before they are rented: python -m t2t_vit_jax.plan --config=FILE --topology=v5e:16x16.
+"""Plans a run on TPUs or GPUs before they are rented: t2t-vit plan --config=CONFIG --topology=v5e:16x16.
 
 The real training and evaluation step are compiled by the real compiler, on any Linux machine, without a TPU or GPU and
 without data: pip install 't2t-vit-jax[tpu]' or 't2t-vit-jax[gpu-plan]'. docs/distributed.md says how to read the
@@ -14,11 +14,10 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from absl import app, flags
 import jax
-from ml_collections import config_flags
 
-from t2t_vit_jax.command_line import check_and_quiet, config_file, fail, refusing_bad_flags, with_home
+from t2t_vit_jax.command_line import positive, run_tool
+from t2t_vit_jax.config_files import ConfigParser
 from t2t_vit_jax.console import say
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data import pipeline
@@ -175,36 +174,12 @@ def batch_unit(group_size: int, num_chips: int, accumulate_steps: int) -> int:
   return math.lcm(group_size, num_chips) // num_chips
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Defines and parses the flags."""
-  argv = with_home(argv)
-  if file := config_file(argv):
-    sys.path.append(str(Path(file).resolve().parents[1]))  # so that a config can import another, from any folder
-  with refusing_bad_flags(argv):
-    config_flags.DEFINE_config_file('config', None, 'The run: a file in configs/.')
-    flags.DEFINE_string(
-      'topology', None, f"TPUs or GPUs, and a mesh in place of the config's: {topology.EXAMPLES}; h100:8/fsdp=8."
-    )
-    flags.DEFINE_list('compare', None, 'Several topologies, for a table: v5e:2x2,v5e:16x16/fsdp=8,h100:8.')
-    flags.DEFINE_bool('markdown', False, 'With --compare: a table for Markdown.')
-    flags.DEFINE_bool('search_batch', False, 'Find the largest data.batch_size that fits; compiles about six times.')
-    flags.DEFINE_alias('search-batch', 'search_batch')
-    flags.DEFINE_string('output', None, 'A JSON file to write: a plan, or with --compare a list of plans.')
-    flags.DEFINE_integer('num_classes', None, 'Classes of data that is not prepared here.', lower_bound=1)
-    flags.DEFINE_integer('train_images', None, 'Training images of data that is not prepared here.', lower_bound=1)
-    arguments = flags.FLAGS(argv)
-  return arguments
-
-
-def main(argv: list[str]) -> None:
-  """Command line."""
-  check_and_quiet(argv)
+def run(arguments: Any) -> int:
+  """Does what the command line asks for; returns the exit code."""
   tpu.without_tpu()
   jax.config.update('jax_enable_compilation_cache', False)  # programs are never run, and compile times are shown
-  try:
-    plan(flags.FLAGS.config, flags.FLAGS)
-  except UserError as error:
-    fail(str(error))
+  plan(arguments.config, arguments)
+  return 0
 
 
 def plan(config: Any, options: Any) -> None:
@@ -246,5 +221,35 @@ def plan(config: Any, options: Any) -> None:
     write_file(Path(options.output), lambda temporary: temporary.write_text(text))
 
 
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = ConfigParser(
+    'plan',
+    example='t2t-vit plan --config=t2t_vit_14 --topology=v5e:16x16',
+    description='Tells what a run needs on TPUs or GPUs, by their compilers: no TPU, GPU or data is needed.',
+  )
+  parser.add_argument(
+    '--topology', metavar='SLICE', help=f"TPUs or GPUs, with a mesh in place of the config's: {topology.EXAMPLES}"
+  )
+  parser.add_argument(
+    '--compare',
+    metavar='SLICE,...',
+    type=lambda text: text.split(','),
+    help='several topologies, for a table: v5e:2x2,v5e:16x16/fsdp=8,h100:8',
+  )
+  parser.add_argument('--markdown', action='store_true', help='write the table of --compare in Markdown')
+  parser.add_argument(
+    '--search_batch', action='store_true', help='find the largest data.batch_size that fits; compiles about six times'
+  )
+  parser.add_argument('--output', metavar='FILE', help='JSON file to write: a plan, or with --compare a list of plans')
+  parser.add_argument(
+    '--num_classes', metavar='N', type=positive, help='number of classes of data that is not prepared here'
+  )
+  parser.add_argument(
+    '--train_images', metavar='N', type=positive, help='number of training images of data that is not prepared here'
+  )
+  return run_tool(lambda: run(parser.parse_args(argv)))
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  sys.exit(main())

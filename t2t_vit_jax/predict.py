@@ -1,4 +1,4 @@
-"""Classifies images: python -m t2t_vit_jax.predict WEIGHTS IMAGE_OR_FOLDER ...
+"""Classifies images: t2t-vit predict WEIGHTS IMAGE_OR_FOLDER ...
 
 docs/predict.md describes what it prints.
 """
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.command_line import Parser, positive, run_tool
 from t2t_vit_jax.console import warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.conversion.weight_format import ImageSize
@@ -239,37 +239,37 @@ def run(arguments: argparse.Namespace) -> int:
   return 1 if unreadable else 0
 
 
-def positive(text: str) -> int:
-  """Type of a flag: a whole number from 1 on."""
-  number = int(text)
-  if number < 1:
-    raise ValueError
-  return number
-
-
-positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
-
-
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
-    prog='python -m t2t_vit_jax.predict',
+    'predict',
+    example='t2t-vit predict t2t_vit_14 photos cat.jpg',
     description='Classifies images.',
     epilog='Exit code: 0; 1 if some images cannot be read and the others were classified; 2 if it failed.',
   )
   parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
-  parser.add_argument('images', metavar='IMAGE_OR_FOLDER', nargs='+', help='files or folders, searched recursively')
+  parser.add_argument(
+    'images', metavar='IMAGE_OR_FOLDER', nargs='+', help='image files, or folders to search recursively'
+  )
   forms = parser.add_mutually_exclusive_group()
   for form in ('json', 'csv'):
     forms.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form.upper()}')
-  parser.add_argument('--output', metavar='FILE', type=Path, help='write to a file; .json and .csv set its form too')
-  parser.add_argument('--top', metavar='N', type=positive, default=5, help='classes to name (default: %(default)s)')
+  parser.add_argument('--output', metavar='FILE', type=Path, help='file to write to; .json and .csv set its form too')
   parser.add_argument(
-    '--batch_size', metavar='N', type=positive, default=32, help='images computed at a time (default: %(default)s)'
+    '--top', metavar='N', type=positive, default=5, help='number of classes to name (default: %(default)s)'
   )
-  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument(
-    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: as the weights say)"
+    '--batch_size',
+    metavar='N',
+    type=positive,
+    default=32,
+    help='number of images computed at a time (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help="image size in px, SIDE or HEIGHTxWIDTH (default: the weights')"
+  )
+  parser.add_argument(
+    '--orientation', choices=ORIENTATIONS, help="treatment of EXIF's orientation (default: as the weights say)"
   )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))

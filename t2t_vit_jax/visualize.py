@@ -1,4 +1,4 @@
-"""Draws what a model sees in an image: python -m t2t_vit_jax.visualize WEIGHTS IMAGE --output out.png
+"""Draws what a model sees in an image: t2t-vit visualize WEIGHTS IMAGE --output out.png
 
 The features of the tokens-to-token stages, and the class token's attention in each block and head. docs/predict.md
 shows such a picture and says how to read it.
@@ -313,7 +313,8 @@ def _chosen(arguments: argparse.Namespace, option: str, known: list[Any]) -> lis
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
-    prog='python -m t2t_vit_jax.visualize',
+    'visualize',
+    example='t2t-vit visualize t2t_vit_14 cat.jpg --output=cat.png',
     description='Draws the features of the tokens-to-token stages and the attention of the class token for an image.',
   )
   parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
@@ -323,10 +324,14 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('--blocks', metavar='N,N', help='encoder blocks to show, such as 0,6,13 (default: all)')
   parser.add_argument('--heads', metavar='N,N', help='heads to show, numbers and "mean" (default: mean and all heads)')
-  parser.add_argument('--whole', action='store_true', help='the whole image, not the middle that predict classifies')
-  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
   parser.add_argument(
-    '--orientation', choices=ORIENTATIONS, help="what to do with EXIF's (default: as the weights say)"
+    '--whole', action='store_true', help='show the whole image, not the middle that predict classifies'
+  )
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help="image size in px, SIDE or HEIGHTxWIDTH (default: the weights')"
+  )
+  parser.add_argument(
+    '--orientation', choices=ORIENTATIONS, help="treatment of EXIF's orientation (default: as the weights say)"
   )
   parser.add_argument('--force', action='store_true', help='overwrite the output')
   return run_tool(lambda: run(parser.parse_args(argv)))

@@ -1,4 +1,4 @@
-"""Lists the published weights, and fetches them: python -m t2t_vit_jax.weights [NAME ...]
+"""Lists the published weights, and fetches them: t2t-vit weights [NAME ...]
 
 docs/models.md tells more about them.
 """
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
-    prog='python -m t2t_vit_jax.weights',
+    'weights',
+    example='t2t-vit weights t2t_vit_7',
     description='Lists the published weights; with names, fetches those into the cache folder and prints their files.',
     epilog=f'{pretrained.MIRROR}=URL fetches from a folder on another server.',
   )

@@ -55,8 +55,8 @@ def test_slices_of_a_split(data_dir):
     ('digit', 'train', "no dataset 'digit': did you mean 'digits'"),
     ('digits', 'tset', "no split 'tset': did you mean 'test'"),
     ('mnist/no_such_config', 'train', "cannot build 'mnist/no_such_config'"),
-    ('imagenet2012', 'train', r'not prepared.* python -m t2t_vit_jax\.data\.prepare imagenet2012 --manual-dir \S+ --d'),
-    ('cifar10', 'train', r'python -m t2t_vit_jax\.data\.prepare cifar10 --data-dir'),
+    ('imagenet2012', 'train', r'not prepared.* t2t-vit prepare imagenet2012 --manual-dir \S+ --d'),
+    ('cifar10', 'train', r't2t-vit prepare cifar10 --data-dir'),
   ],
 )
 def test_missing_data_gets_one_line_that_helps(name, split, message, data_dir):

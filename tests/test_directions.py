@@ -13,7 +13,7 @@ MAY_IMPORT = {
   'command_line': {'errors', 'interrupts', 'processes'},
   'processes': {'errors'},
   'models': {'errors'},
-  'data': {'errors', 'interrupts'},
+  'data': {'errors', 'command_line'},
   'conversion': {'errors', 'console', 'models'},
   'planning': {'errors'},
 }
@@ -26,6 +26,9 @@ TOOLS = {
   'visualize',
   'export',
   'plan',
+  'train',
+  'config_files',
+  '__main__',
   'weights',
 }  # for `python -m`, as is `conversion/__main__.py`: all of the above
 FORBIDDEN = {'data': {'jax', 'flax', 'optax'}, 'models': {'tensorflow_datasets', 'grain', 'orbax'}}

@@ -35,32 +35,26 @@ SHORT_DIGITS = ' --config.model.depth=1 --config.data.image_size=16 --config.sch
 RUN = {
   r'python train\.py --config=configs/finetune\.py .*': ' --config.schedule.max_steps=2',
   r'python train\.py --export=runs/\w+': '',
-  r'python -m t2t_vit_jax\.predict .*': '',
-  r'python -m t2t_vit_jax\.visualize .*': '',
-  r'python -m t2t_vit_jax\.export .*': '',
-  r't2t-vit export .*': '',
-  r'python -m t2t_vit_jax\.weights.*': '',
-  r'python -m t2t_vit_jax\.evaluate .*--folder=DIR': '',
-  r't2t-vit (predict|visualize) .*': '',
-  r't2t-vit evaluate .*--folder=DIR/val': '',
+  r't2t-vit (predict|visualize|export|weights).*': '',
+  r't2t-vit evaluate .*--folder=DIR(/val)?': '',
   r't2t-vit convert t2t_vit_14\.safetensors .*--reverse': '',
 }
 # Run as written: without ImageNet or another prepared dataset they say in one line what is missing, and exit with 2.
 WITHOUT_DATA = [
   r'python train\.py --config=configs/t2t_vit_\w+\.py( --(workdir|evaluate|json|config\.data|dry_run)\S*)+',
-  r'python -m t2t_vit_jax\.data\.(prepare|shrink) .*',
-  r'python -m t2t_vit_jax\.evaluate .*--sets=.*',
+  r't2t-vit shrink .*',
+  r't2t-vit evaluate .*--sets=.*',
   r'python convert_torch_weights\.py 81\.5_T2T_ViT_14\.pth\.tar .*',
   r't2t-vit prepare .*',
   r't2t-vit convert 81\.5_T2T_ViT_14\.pth\.tar .*',
 ]
 LEFT_OUT = {
   r'pip install .*|python -m venv .*|pre-commit install.*': 'installs; .ci/run does what matters of it',
-  r'python -m t2t_vit_jax\.data\.prepare cifar10 .*': 'downloads',
+  r't2t-vit prepare cifar10 .*': 'downloads',
   r'(gcloud|mkdir -p ~/BUCKET && gcsfuse|hf upload) .*': 'needs a network and an account',
   r'python train\.py .*--config\.data\.data_dir=~/BUCKET.*': 'needs a bucket',
   r'(#|srun|code=|\[ \$code|exit) ?.*': 'a SLURM script, for a cluster',
-  r'(python -m t2t_vit_jax\.|t2t-vit )plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
+  r't2t-vit plan .*': 'compiles for a TPU or GPU: tests/test_plan.py, on a smaller one',
   r'python examples/serve\.py .*|curl .*|python -m benchmarks\.serving .*': 'tests/test_serve.py runs the server',
   r'python -m benchmarks\.input_pipeline .*': 'takes minutes and a quiet machine',
   r'python -m benchmarks\.(model|compiler|scaling|device|evaluation).*': 'minutes: tests/test_benchmarks.py, on less',
@@ -150,7 +144,9 @@ def random_weights(folder):
 
 def run(command, folder):
   return subprocess.run(
-    re.sub('^t2t-vit ', 'python -m t2t_vit_jax ', command).replace('python ', f'{sys.executable} ', 1),
+    re.sub(
+      r'^(python|t2t-vit) ', lambda match: f'{sys.executable} {"-m t2t_vit_jax " * (match[1] != "python")}', command
+    ),
     shell=True,
     cwd=folder,
     env={

@@ -8,10 +8,11 @@ import re
 import pytest
 
 import configs.default
+from t2t_vit_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 't2t_vit_jax'
-TRAIN, CONVERT, PREPARE = ROOT / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'data' / 'prepare.py'
+TRAIN, CONVERT, PREPARE = PACKAGE / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'data' / 'prepare.py'
 SHRINK = PACKAGE / 'data' / 'shrink.py'
 EVALUATE = PACKAGE / 'evaluate' / '__main__.py'
 TOOLS = [PACKAGE / f'{name}.py' for name in ('export', 'plan', 'predict', 'visualize', 'weights')]
@@ -25,10 +26,11 @@ SHOWN_BY = {
   '': [TRAIN],
 }
 FLAG = re.compile(r'(?<![\w-])--([a-z][a-z_]*(?:-[a-z]+)*(?:\.[a-z0-9_]+)*)')
-COMMAND = re.compile(r'python -m t2t_vit_jax\.([a-z_.]+)')
+COMMAND = re.compile(r't2t-vit (' + '|'.join(COMMANDS) + ')')
 NOT_OURS = {
   'implicit-dirs',
   'always',
+  'version',
   'dirty',
   'abbrev',
   'exclude',
@@ -51,7 +53,11 @@ def flags_of(tool):
       flags |= {argument.value.lstrip('-') for argument in call.args if isinstance(argument, ast.Constant)}
     elif names_of_calls(call).startswith('DEFINE_'):
       flags.add(call.args[0].value)
-  return flags
+  if 'ConfigParser(' in tool.read_text():
+    flags |= {'config'}
+  if 'add_process_flags(' in tool.read_text():
+    flags |= {'coordinator', 'num_processes', 'process_id'}
+  return flags | {flag.replace('_', '-') for flag in flags}
 
 
 def messages(path):
@@ -71,8 +77,7 @@ def messages(path):
 
 def tools_of(path, text):
   if command := COMMAND.search(text):
-    module = PACKAGE / command[1].strip('.').replace('.', '/')
-    return [module / '__main__.py' if module.is_dir() else module.with_suffix('.py')]
+    return [ROOT / (COMMANDS[command[1]].module.replace('.', '/') + '.py')]
   if 'python train.py' in text:
     return [TRAIN]
   if path in (TRAIN, CONVERT, PREPARE, SHRINK, EVALUATE, *TOOLS):

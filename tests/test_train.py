@@ -38,14 +38,14 @@ def run(cwd, *arguments, **environment):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--workdr=x'], "Unknown command line flag 'workdr'. Did you mean: workdir"),
+    (['--workdr=x'], "unknown flag --workdr: did you mean '--workdir'"),
     (['--config.optimizer.beta=1'], "unknown config field 'optimizer.beta': did you mean 'optimizer.beta2'"),
     (['--config.optimzer.beta1=1'], "unknown config field 'optimzer.beta1': did you mean 'optimizer.beta1'"),
     (['--config=configs/nothing.py'], 'there is no config file configs/nothing.py'),
     (['--config.data.batch_size=many'], 'invalid literal'),
     (['digits'], 'arguments without a flag: digits'),
-    (['--workdir', '--dry_run'], '--workdir has no value: after it comes --dry_run'),
-    (['--config.data.path', '--json'], '--config.data.path has no value: after it comes --json'),
+    (['--workdir', '--dry_run'], 'argument --workdir: expected one argument'),
+    (['--config.data.path', '--json'], 'Missing value for flag --config.data.path'),
     (['--config.model.name=t2t_vit_tinny'], "did you mean 't2t_vit_tiny'"),
     (['--workdir=file:///runs'], 'workdir file:///runs: give a folder, or a bucket as gs://BUCKET/RUN'),
   ],
@@ -73,9 +73,7 @@ def test_the_imagenet_config_says_how_to_prepare_the_data(tmp_path):
   assert code == 2
   assert errors.count('\n') == 1
   assert 'imagenet2012 is not prepared' in errors
-  assert (
-    f'python -m t2t_vit_jax.data.prepare imagenet2012 --manual-dir FOLDER_OF_THE_TARS --data-dir {tmp_path}' in errors
-  )
+  assert f't2t-vit prepare imagenet2012 --manual-dir FOLDER_OF_THE_TARS --data-dir {tmp_path}' in errors
 
 
 def hang_up(cwd, *arguments):

@@ -104,13 +104,13 @@ print(*sorted(path.name for path in (RUNS / 'fine' / 'weights').iterdir()), sep=
 # The command takes pictures and folders. As text, for one picture of each class:
 
 # %% language="bash"
-# python -m t2t_vit_jax.predict runs/own_folder/fine runs/own_folder/mine/val/*/000.png --top 2
+# t2t-vit predict runs/own_folder/fine runs/own_folder/mine/val/*/000.png --top 2
 
 # %% [markdown]
 # As JSON it is easy to go on with. Here are all test pictures, and those that were taken for something else:
 
 # %%
-command = 'python -m t2t_vit_jax.predict runs/own_folder/fine runs/own_folder/mine/val --json'
+command = 't2t-vit predict runs/own_folder/fine runs/own_folder/mine/val --json'
 results = json.loads(subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout)
 truths = [Path(result['image']).parent.name for result in results]
 guesses = [result['predictions'][0]['name'] for result in results]

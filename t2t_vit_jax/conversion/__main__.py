@@ -1,4 +1,4 @@
-"""Converts PyTorch weights: python -m t2t_vit_jax.conversion CHECKPOINT --output=weights.safetensors.
+"""Converts PyTorch weights: t2t-vit convert CHECKPOINT --output=weights.safetensors.
 
 The checkpoint may come from the reference, from mmpretrain, or from a training script that saves a state
 dict; nothing in it is executed, and PyTorch is not needed. With --reverse, a converted file becomes a
@@ -61,14 +61,14 @@ def _setting(text: str) -> tuple[str, Any]:
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
-    prog='python convert_torch_weights.py',
+    'convert',
+    example='t2t-vit convert 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors',
     description='Converts a PyTorch checkpoint of T2T-ViT to a safetensors file of this package, or back.',
-    epilog='For example: python convert_torch_weights.py 81.5_T2T_ViT_14.pth.tar --output=t2t_vit_14.safetensors',
   )
   parser.add_argument(
     'checkpoint',
     metavar='CHECKPOINT',
-    help="of the reference, mmpretrain or timm's script, the index of its shards, or a name of published weights",
+    help="checkpoint of the reference, mmpretrain or timm's script, index of its shards, or name of published weights",
   )
   parser.add_argument(
     '--output', metavar='FILE', type=Path, help='the file to write: .safetensors; with --reverse also .pth'

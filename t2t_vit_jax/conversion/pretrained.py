@@ -29,7 +29,7 @@ MIRROR = 'T2T_VIT_JAX_MIRROR'  # URL of a folder with the published files, in pl
 
 FOLDER, MODEL = 'weights', 'model.safetensors'  # in a run's workdir; a repository of the hub has the file alone
 HUB = 'hf://'
-HELP = 'weight file, run folder, name of published weights (python -m t2t_vit_jax.weights lists them) or hf://USER/REPO'
+HELP = 'weight file, run folder, name of published weights (t2t-vit weights lists them) or hf://USER/REPO'
 _TIMEOUTS = (10, 60)  # seconds to connect, and between two pieces of a file
 _PAUSES = (1, 4, 16)  # seconds before a download that broke off goes on
 

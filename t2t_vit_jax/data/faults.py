@@ -14,7 +14,7 @@ SAMPLED = 16  # images that a dry run reads of each split
 READABLE_NOW = 'a second try succeeded'
 REMEDY = (
   'Replace those that warnings name, or allow a larger share with --config.data.max_bad_fraction; '
-  'python -m t2t_vit_jax.data.shrink names them too, and copies the others'
+  't2t-vit shrink names them too, and copies the others'
 )
 MAX_NAMED = 20  # images; further ones are only counted
 REMARKS = {

@@ -122,8 +122,7 @@ class _TrainExample:
         continue
       return _example(image, record.label, index, bad=tries > 0, remarks=Remark.NONE if tries else file.remarks)
     raise DataError(
-      f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}; '
-      'python -m t2t_vit_jax.data.shrink names them'
+      f'{MAX_BAD_IN_A_ROW} images in a row cannot be read in {self.source.description}; t2t-vit shrink names them'
     )
 
 

@@ -1,7 +1,7 @@
 """Prepares a tfds dataset as the array_record files that training reads.
 
-python -m t2t_vit_jax.data.prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
-python -m t2t_vit_jax.data.prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
+t2t-vit prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
+t2t-vit prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
 
 Needs TensorFlow, which training does not: pip install 't2t-vit-jax[prepare]'.
 """
@@ -23,6 +23,7 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
+from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
 from t2t_vit_jax.errors import (
   MissingExtraError,
@@ -30,11 +31,9 @@ from t2t_vit_jax.errors import (
   free_space,
   full_disk,
   plural,
-  printable,
   readable_size,
   require,
 )
-from t2t_vit_jax.interrupts import imports_are_done
 
 try:
   from t2t_vit_jax.data.tfds_source import Digits, image_and_label, open_builder, tfds, without_array_record
@@ -303,20 +302,12 @@ def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
     raise UserError(f'{problem}: {reason[:400]}') from error
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code."""
-  imports_are_done()
-  parser = argparse.ArgumentParser(prog='python -m t2t_vit_jax.data.prepare', description=__doc__.split('\n\n')[0])
-  parser.add_argument('dataset', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
-  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
-  parser.add_argument('--data-dir', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')
-  parser.add_argument('--manual-dir', help='folder of files fetched by hand, such as the ImageNet tars')
-  parser.add_argument('--allow-partial', action='store_true', help='accept tars that hold a part of ImageNet')
-  arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
   if (arguments.dataset is None) == (arguments.convert is None):
-    parser.error('give either a dataset or --convert FOLDER')
+    raise UserError('give either a dataset or --convert FOLDER')
   if arguments.convert and not arguments.data_dir:
-    parser.error('--convert needs --data-dir')
+    raise UserError('--convert needs --data-dir')
   os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}  # no notes about TensorFlow's build
   for logger in ('absl', 'urllib3'):  # they warn of ImageNet's missing test images, and of each retried download
     logging.getLogger(logger).setLevel(logging.ERROR)
@@ -325,15 +316,29 @@ def main(argv: list[str] | None = None) -> int:
       info = convert(arguments.convert, arguments.data_dir)
     else:
       info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.allow_partial)
-  except UserError as error:
-    print(printable(f'error: {error}'), file=sys.stderr)
-    return 2
   except KeyboardInterrupt:
     print('interrupted: only downloads are kept; start again with the same command', file=sys.stderr)
     return 130
   counts = ', '.join(f'{split} {details.num_examples:,}' for split, details in info.splits.items())
   print(f'{info.full_name} is ready in {info.data_dir}: {counts} images')
   return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    'prepare',
+    example='t2t-vit prepare imagenet2012 --manual-dir=TARS --data-dir=DATA',
+    description=__doc__.split('\n\n')[0],
+  )
+  parser.add_argument('dataset', metavar='DATASET', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
+  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
+  parser.add_argument(
+    '--data_dir', metavar='DIR', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)'
+  )
+  parser.add_argument('--manual_dir', metavar='DIR', help='folder of files fetched by hand, such as the ImageNet tars')
+  parser.add_argument('--allow_partial', action='store_true', help='accept tars that hold a part of ImageNet')
+  return run_tool(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':

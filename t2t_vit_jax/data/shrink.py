@@ -1,7 +1,7 @@
 """Writes a copy of a dataset with smaller images, which decode faster, as an image folder.
 
-python -m t2t_vit_jax.data.shrink imagenet2012 --data-dir ~/tensorflow_datasets --output small --max-side 320
-python -m t2t_vit_jax.data.shrink --folder PHOTOS --output small --max-side 320 --quality 90
+t2t-vit shrink imagenet2012 --data-dir ~/tensorflow_datasets --output small --max-side 320
+t2t-vit shrink --folder PHOTOS --output small --max-side 320 --quality 90
 """
 
 import argparse
@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_folder
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, printable, readable_size, writing_problem
-from t2t_vit_jax.interrupts import imports_are_done
 
 SPLITS = ('train', 'validation', 'test')  # that a folder may have
 NUM_COMPARED = 64  # images of a split that are compared with their copies
@@ -187,29 +187,12 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
   return {name: dataclasses.replace(open_folder(folder, name), upright=True) for name in there or SPLITS[:1]}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m t2t_vit_jax.data.shrink', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('dataset', nargs='?', help='prepared tfds dataset, such as imagenet2012')
-  parser.add_argument('--folder', help='image folder, FOLDER/train/CLASS/IMAGE, in place of a tfds dataset')
-  parser.add_argument('--data-dir', help='where the tfds dataset is (default: TFDS_DATA_DIR or ~/tensorflow_datasets)')
-  parser.add_argument('--output', required=True, help='folder to write to')
-  parser.add_argument('--max-side', type=int, default=320, help='longer side at most, px (default: %(default)s)')
-  parser.add_argument('--quality', type=int, default=90, help='quality of JPEG, 1 to 95 (default: %(default)s)')
-  arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+  """Does what the command line asks for; returns the exit code."""
   if (arguments.dataset is None) == (arguments.folder is None):
-    parser.error('give either a dataset or --folder FOLDER')
+    raise UserError('give either a dataset or --folder FOLDER')
   if arguments.max_side < 1 or not 1 <= arguments.quality <= 95:
-    parser.error('--max-side must be positive, and --quality from 1 to 95')
-  return arguments
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code."""
-  imports_are_done()
-  arguments = parse_arguments(argv)
+    raise UserError('--max-side must be positive, and --quality from 1 to 95')
   output = Path(arguments.output).expanduser()
   try:
     if arguments.folder and output.resolve() == Path(arguments.folder).expanduser().resolve():
@@ -218,14 +201,35 @@ def main(argv: list[str] | None = None) -> int:
       shrinker = Shrinker(source, output / name, arguments.max_side, arguments.quality)
       for line in report(shrink(shrinker), len(source), output / name):
         print(printable(line))
-  except UserError as error:
-    print(printable(f'error: {error}'), file=sys.stderr)
-    return 2
   except KeyboardInterrupt:
     print('interrupted: what is copied stays; the same command goes on', file=sys.stderr)
     return 130
   print(printable(f'train on it with --config.data.source=folder --config.data.path={output}'))
   return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = Parser(
+    'shrink',
+    example='t2t-vit shrink --folder=PHOTOS --output=small --max-side=320',
+    description=__doc__.split('\n\n')[0],
+  )
+  parser.add_argument('dataset', metavar='DATASET', nargs='?', help='prepared tfds dataset, such as imagenet2012')
+  parser.add_argument('--folder', metavar='DIR', help='image folder, DIR/train/CLASS/IMAGE, in place of a tfds dataset')
+  parser.add_argument(
+    '--data_dir',
+    metavar='DIR',
+    help='folder of the tfds dataset (default: TFDS_DATA_DIR or ~/tensorflow_datasets)',
+  )
+  parser.add_argument('--output', metavar='DIR', required=True, help='folder to write to')
+  parser.add_argument(
+    '--max_side', metavar='PX', type=int, default=320, help='length of the longer side at most (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--quality', metavar='N', type=int, default=90, help='quality of JPEG, 1 to 95 (default: %(default)s)'
+  )
+  return run_tool(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':

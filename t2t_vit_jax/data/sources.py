@@ -516,7 +516,7 @@ def _is_hidden(name: str) -> bool:
 def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
   """The shell command that prepares a dataset for training."""
   manual_dir = ' --manual-dir FOLDER_OF_THE_TARS' if name.startswith('imagenet2012') else ''
-  return f'python -m t2t_vit_jax.data.prepare {name}{manual_dir} --data-dir {shlex.quote(os.fspath(data_dir))}'
+  return f't2t-vit prepare {name}{manual_dir} --data-dir {shlex.quote(os.fspath(data_dir))}'
 
 
 def local_folder(folder: str) -> str:

@@ -178,7 +178,7 @@ def without_array_record(builder: tfds.core.DatasetBuilder) -> str:
   folder = shlex.quote(builder.data_dir.rstrip('/'))
   return (
     f'{builder.data_path} holds no array_record files, which random access needs; convert its files with: '
-    f'python -m t2t_vit_jax.data.prepare --convert {folder} --data-dir NEW_FOLDER'
+    f't2t-vit prepare --convert {folder} --data-dir NEW_FOLDER'
   )
 
 

@@ -1,4 +1,4 @@
-"""Evaluates weights on ImageNet, its relatives and others: python -m t2t_vit_jax.evaluate WEIGHTS ... --sets=val,real,a
+"""Evaluates weights on ImageNet, its relatives and others: t2t-vit evaluate WEIGHTS ... --sets=val,real,a
 
 docs/evaluate.md describes the sets and what it prints.
 """
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from t2t_vit_jax import processes
-from t2t_vit_jax.command_line import Parser, print_error, run_tool
+from t2t_vit_jax.command_line import Parser, add_process_flags, positive, print_error, run_tool
 from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
@@ -40,7 +40,7 @@ from t2t_vit_jax.evaluate.sets import (
   open_splits,
 )
 from t2t_vit_jax.evaluate.tables import ENDINGS
-from t2t_vit_jax.predict import explaining_memory, positive
+from t2t_vit_jax.predict import explaining_memory
 from t2t_vit_jax.recipe.build import DTYPES
 from t2t_vit_jax.recipe.sharding import make_mesh
 
@@ -304,22 +304,35 @@ not_negative.__name__ = 'number'  # as argparse names it
 def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   parser = Parser(
-    prog='python -m t2t_vit_jax.evaluate',
+    'evaluate',
+    example='t2t-vit evaluate t2t_vit_14 t2t_vit_t_14 --sets=val,real --data_dir=DATA',
     description='Evaluates weights on sets of labelled images, and prints one table.',
     epilog='Exit code: 0; 2 if it failed. Results that were found before are kept.',
   )
   parser.add_argument('weights', metavar='WEIGHTS', nargs='+', help=pretrained.HELP)
   parser.add_argument(
-    '--sets', metavar='NAME,...', action='append', default=[], help=f'{", ".join(NAMES)}, or NAME[:SPLIT] of tfds'
+    '--sets',
+    metavar='NAME,...',
+    action='append',
+    default=[],
+    help=f'names of sets: {", ".join(NAMES)}, or NAME[:SPLIT] of tfds',
   )
   parser.add_argument(
-    '--folder', metavar='DIR', action='append', default=[], help='images as DIR/CLASS/IMAGE, classes of the weights'
+    '--folder',
+    metavar='DIR',
+    action='append',
+    default=[],
+    help='folder of images, DIR/CLASS/IMAGE, with classes of the weights',
   )
   parser.add_argument(
     '--data_dir', metavar='DATA', help='folder of prepared datasets and unpacked archives (default: that of tfds)'
   )
   parser.add_argument(
-    '--results', metavar='FILE', type=Path, default=Path('evaluation.jsonl'), help='keeps results (%(default)s)'
+    '--results',
+    metavar='FILE',
+    type=Path,
+    default=Path('evaluation.jsonl'),
+    help='file that keeps results (default: %(default)s)',
   )
   parser.add_argument(
     '--force', action='store_true', help='evaluate again what is in the results, and overwrite outputs'
@@ -335,29 +348,34 @@ def main(argv: list[str] | None = None) -> int:
     '--report', metavar='FILE', type=Path, help='draw how reliable the models are: an .html or .png file'
   )
   parser.add_argument(
-    '--batch_size', metavar='N', type=positive, default=256, help='images computed at a time (default: %(default)s)'
+    '--batch_size',
+    metavar='N',
+    type=positive,
+    default=256,
+    help='number of images computed at a time (default: %(default)s)',
   )
-  parser.add_argument('--image_size', metavar='SIZE', help="in px, if not the weights': SIDE or HEIGHTxWIDTH")
-  parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of the computation (default: %(default)s)')
+  parser.add_argument(
+    '--image_size', metavar='SIZE', help="image size in px, SIDE or HEIGHTxWIDTH (default: the weights')"
+  )
+  parser.add_argument(
+    '--dtype', choices=DTYPES, default='float32', help='precision of the computation (default: %(default)s)'
+  )
   parser.add_argument(
     '--orientation',
     choices=ORIENTATIONS,
-    help="what to do with EXIF's (default: ignored; for --folder: as the weights say)",
+    help="treatment of EXIF's orientation (default: ignored; for --folder: as the weights say)",
   )
   parser.add_argument(
     '--all_classes', action='store_true', help='on sets of fewer classes: choose among all of the weights'
   )
   parser.add_argument('--allow_missing_classes', action='store_true', help='take sets that lack some of the classes')
   parser.add_argument(
-    '--num_workers', metavar='N', type=not_negative, help='processes that read images (default: as many as processors)'
+    '--num_workers',
+    metavar='N',
+    type=not_negative,
+    help='number of processes that read images (default: as many as processors)',
   )
-  parser.add_argument(
-    '--coordinator', metavar='HOST:PORT', help='of process 0, if JAX does not find the processes by itself'
-  )
-  parser.add_argument('--num_processes', metavar='N', type=int, help='with --coordinator: how many there are')
-  parser.add_argument(
-    '--process_id', metavar='N', type=int, help='with --coordinator: the number of this process, from 0 on'
-  )
+  add_process_flags(parser)
   return run_tool(lambda: run(parser.parse_args(argv)))
 
 

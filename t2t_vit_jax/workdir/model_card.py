@@ -185,7 +185,7 @@ logits = model.apply(variables, images)  # (B, {size}, {size}, {weights.channels
     f'parameters and {weights.arguments["num_classes"]} classes, for images of {size} x {size} px.{start}',
     f'{files}.',
     example,
-    '```bash\npython -m t2t_vit_jax.predict model.safetensors IMAGE\n```',
+    '```bash\nt2t-vit predict model.safetensors IMAGE\n```',
   ]
 
 

@@ -1,0 +1,67 @@
+"""`t2t-vit COMMAND ...`, run as `python -m t2t_vit_jax`: its commands, their help, configs by name, missing devices."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from t2t_vit_jax.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd, **environment):
+  done = subprocess.run(
+    [sys.executable, '-m', 't2t_vit_jax', *map(str, arguments)],
+    cwd=cwd,
+    env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_commands_are_listed_without_importing_jax(tmp_path):
+  code = 'import sys; from t2t_vit_jax.__main__ import main; main([]); assert "jax" not in sys.modules'
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith('  ')][1:] == list(COMMANDS)
+
+
+def test_an_unknown_command_gets_one_line(capsys):
+  assert main(['predikt']) == 2
+  assert capsys.readouterr().err == "error: there is no command 'predikt': did you mean 'predict'?\n"
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_begins_with_an_example(name, capsys):
+  with pytest.raises(SystemExit) as ended:
+    main([name, '--help'])
+  assert ended.value.code == 0
+  assert capsys.readouterr().out.startswith(f'For example:\n  t2t-vit {name} ')
+
+
+def test_a_users_config_may_build_on_the_default_from_any_folder(tmp_path):
+  """Hyphens in flags are understood too."""
+  (tmp_path / 'mine.py').write_text(
+    'from configs import digits\n\ndef get_config():\n  config = digits.get_config()\n'
+    '  config.model.depth = 1\n  config.data.image_size = 16\n  return config\n'
+  )
+  flags = ['--config=mine.py', '--config.data.batch-size=64', '--config.schedule.max_steps=2']
+  code, output, errors = run('train', *flags, cwd=tmp_path, JAX_PLATFORMS='cpu')
+  assert code == 0, errors
+  assert (tmp_path / 'runs' / 'mine' / 'weights' / 'model.safetensors').is_file(), output
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections calls it
+@pytest.mark.parametrize('flag', ['--epochs=3', '--config.epochs=3'])
+def test_the_last_name_of_a_field_is_enough_for_advice(flag, capsys):
+  assert main(['train', flag]) == 2
+  assert capsys.readouterr().err.endswith(': did you mean --config.schedule.epochs?\n')
+
+
+def test_an_unknown_config_gets_one_line(capsys):
+  assert main(['plan', '--config=t2t_vit_t4', '--topology=v5e:2x2']) == 2
+  assert capsys.readouterr().err.startswith("error: there is no config 't2t_vit_t4': did you mean ")
