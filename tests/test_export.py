@@ -173,10 +173,12 @@ def test_the_documented_lines_need_only_jax(performer, tmp_path):
   np.save(tmp_path / 'images.npy', images)
   cache = tmp_path / 'cache'
   put_into_cache(performer.read_bytes(), 't2t_vit_14', cache)
-  command = next(line for line in documented('bash')[0].splitlines() if 't2t_vit_jax.export' in line)
-  assert command.startswith('python ')
+  command = next(line for line in documented('bash')[0].splitlines() if line.startswith('t2t-vit export '))
   printed = run(
-    [sys.executable, *command.split()[1:]], tmp_path, PYTHONPATH=path_with(ROOT), T2T_VIT_JAX_CACHE=str(cache)
+    [sys.executable, '-m', 't2t_vit_jax', *command.split()[1:]],
+    tmp_path,
+    PYTHONPATH=path_with(ROOT),
+    T2T_VIT_JAX_CACHE=str(cache),
   )
   assert printed.startswith('wrote t2t_vit_14.npz: uint8[B,64,64,3] -> float32[B,10], for cpu, cuda, tpu')
 

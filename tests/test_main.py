@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
 import pytest
 
+from docs import command_help
 from t2t_vit_jax.__main__ import COMMANDS, main
+from tests.test_docs import ALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +68,22 @@ def test_the_last_name_of_a_field_is_enough_for_advice(flag, capsys):
 def test_an_unknown_config_gets_one_line(capsys):
   assert main(['plan', '--config=t2t_vit_t4', '--topology=v5e:2x2']) == 2
   assert capsys.readouterr().err.startswith("error: there is no config 't2t_vit_t4': did you mean ")
+
+
+def test_the_page_of_commands_is_up_to_date():
+  assert command_help.PAGE.read_text() == command_help.render(), 'run `python -m docs.command_help`'
+
+
+def test_documented_commands_exist_with_their_flags():
+  """In every block of commands of README, CONTRIBUTING and docs."""
+  _, *sections = re.split(r'^## (\w+)\n', command_help.PAGE.read_text(), flags=re.MULTILINE)
+  flags = {
+    name: set(re.findall(r'^  (?:-h, )?--(\S+)', section, re.MULTILINE))
+    for name, section in zip(sections[::2], sections[1::2], strict=True)
+  }
+  assert flags.keys() == COMMANDS.keys()
+  documented = [line.split() for line in ALL if line.startswith('t2t-vit ')]
+  assert len(documented) > 20
+  for _, name, *words in documented:
+    used = {word[2:].split('=')[0].replace('-', '_') for word in words if word.startswith('--')}
+    assert {flag for flag in used if not flag.startswith('config.')} <= flags[name], (name, words)

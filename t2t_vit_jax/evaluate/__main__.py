@@ -338,8 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     '--force', action='store_true', help='evaluate again what is in the results, and overwrite outputs'
   )
   chosen = parser.add_mutually_exclusive_group()
-  for form in ('json', 'csv', 'markdown'):
-    chosen.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {form}')
+  for form, name in {'json': 'JSON', 'csv': 'CSV', 'markdown': 'Markdown'}.items():
+    chosen.add_argument(f'--{form}', dest='form', action='store_const', const=form, help=f'print {name}')
   parser.add_argument(
     '--output', metavar='FILE', type=Path, help='write the table to a file; .json, .csv and .md set its form too'
   )
