@@ -193,7 +193,9 @@ def test_what_is_released(built):
     assert f'\nVersion: {version}\n' in wheel.read(f't2t_vit_jax-{version}.dist-info/METADATA').decode()
   assert {name.split('/')[0] for name in names} == {'t2t_vit_jax', f't2t_vit_jax-{version}.dist-info'}
   data = {f't2t_vit_jax/data/{name}.tsv' for name in ('digits', 'imagenet_names', 'imagenet_subsets')}
-  assert {'t2t_vit_jax/py.typed', 't2t_vit_jax/evaluate/report.css', *data} <= set(names)
+  configs = {f't2t_vit_jax/configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
+  assert {'t2t_vit_jax/py.typed', 't2t_vit_jax/evaluate/report.css', *data, *configs} <= set(names)
+  assert not [name for name in names if '__pycache__' in name or Path(name).name.startswith('.')]
   with tarfile.open(built / f't2t_vit_jax-{version}.tar.gz') as sdist:
     files = {name.split('/', 1)[1] for name in sdist.getnames()}
   assert {'train.py', 'configs/default.py', 'docs/training.md', 'LICENSE', 'CHANGELOG.md', 'hatch_build.py'} <= files
@@ -300,9 +302,8 @@ def test_the_citation_is_that_of_the_readme():
 def test_the_wheel_computes_the_references_logits(installed, tmp_path):
   """From a converted checkpoint, in a folder without the checkout."""
   checkpoint = golden.DATA / 'official_tiny_performer.pth.tar'
-  run(
-    installed, '-m', 't2t_vit_jax.conversion', checkpoint, '--output=w.safetensors', '--set=num_heads=4', cwd=tmp_path
-  )
+  command = installed.with_name('t2t-vit')
+  run(command, 'convert', checkpoint, '--output=w.safetensors', '--set=num_heads=4', cwd=tmp_path)
   code = f"""if True:
     import jax, numpy as np, t2t_vit_jax
     print(t2t_vit_jax.__file__)
@@ -317,8 +318,24 @@ def test_the_wheel_computes_the_references_logits(installed, tmp_path):
   assert Path(file).is_relative_to(installed.parents[1])
   assert float(difference) <= 1e-5
   assert shape == '(2, 5)'
-  run(installed, '-m', 't2t_vit_jax.export', 'w.safetensors', '--output=model.npz', cwd=tmp_path)
+  run(command, 'export', 'w.safetensors', '--output=model.npz', cwd=tmp_path)
   assert (tmp_path / 'model.npz').stat().st_size > 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.needs('build')
+def test_the_wheel_trains_a_config_of_its_own_or_a_users_and_predicts(installed, tmp_path):
+  command, folder = installed.with_name('t2t-vit'), tmp_path / 'photos'
+  (tmp_path / 'mine.py').write_text(
+    'from configs import digits\n\ndef get_config():\n  config = digits.get_config()\n'
+    '  config.model.depth = 1\n  config.data.image_size = 16\n  config.schedule.max_steps = 2\n  return config\n'
+  )
+  run(command, 'train', '--config=mine.py', cwd=tmp_path)
+  assert 'top-1' in run(command, 'train', '--config=digits', '--evaluate=runs/mine', cwd=tmp_path)
+  folder.mkdir()
+  Image.fromarray(np.full((20, 20), 99, np.uint8)).save(folder / 'a.png')
+  (guesses,) = json.loads(run(command, 'predict', 'runs/mine', folder, '--json', cwd=tmp_path))
+  assert {guess['name'] for guess in guesses['predictions']} <= set(map(str, range(10)))
 
 
 @pytest.mark.parametrize('program', [['train.py'], ['convert_torch_weights.py'], ['-m', 't2t_vit_jax.predict']])
