@@ -1,6 +1,7 @@
 """Ends a program of this package at once after Ctrl-C, also while it imports or while JAX computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 from pathlib import Path
 import signal
@@ -28,6 +29,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
   os.write(2, b'interrupted\n')
   os._exit(130)  # the shells' code for Ctrl-C
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+  """Context of late imports: Ctrl-C ends the program at once, as in those at its start."""
+  global _importing
+  _importing = True
+  yield
+  _importing = False
 
 
 def imports_are_done() -> None:

@@ -12,17 +12,18 @@ from typing import Any
 from t2t_vit_jax.command_line import add_process_flags, print_error, print_message, run_tool
 from t2t_vit_jax.config_files import ConfigParser
 from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.interrupts import importing
 
 
 def run(arguments: Any) -> int:
   """Does what the command line asks for; returns the exit code."""
-  # Imported late: imports take seconds, and wrong flags should be refused at once.
-  from t2t_vit_jax import processes
-  from t2t_vit_jax.console import say
-  from t2t_vit_jax.training.dry_run import dry_run
-  from t2t_vit_jax.training.evaluate_only import evaluate_only
-  from t2t_vit_jax.training.loop import Stopped, train
-  from t2t_vit_jax.workdir.weight_files import export_checkpoint
+  with importing():  # late: it takes seconds, and wrong flags should be refused at once
+    from t2t_vit_jax import processes
+    from t2t_vit_jax.console import say
+    from t2t_vit_jax.training.dry_run import dry_run
+    from t2t_vit_jax.training.evaluate_only import evaluate_only
+    from t2t_vit_jax.training.loop import Stopped, train
+    from t2t_vit_jax.workdir.weight_files import export_checkpoint
 
   config = arguments.config
   try:

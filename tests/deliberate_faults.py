@@ -224,10 +224,10 @@ FAULTS = (
   ),
   Fault(
     'an unknown config field is let through',
-    'command_line.py',
-    'configs',
-    'if (path := match[1]) not in known:',
-    'if (path := match[1]) in known:',
+    'config_files.py',
+    'train',
+    'if (path := match[1]) not in known and path not in tree:',
+    'if (path := match[1]) in known and path not in tree:',
   ),
 )
 

@@ -148,7 +148,7 @@ def test_the_cifar_transfer_is_the_published_one(name):
   model, data = name.rsplit('_', 1)
   assert (config.init_from, config.data.name) == (model, data)
   assert model in list_models(pretrained=True)
-  assert f'data.prepare {data} ' in card
+  assert f't2t-vit prepare {data} ' in card
   assert (config.data.train_split, config.data.eval_split) == ('train', 'test')
   assert (config.data.interpolation, config.data.crop_fraction) == ('bilinear', 1.0)
   assert config.data.mean == (0.4914, 0.4822, 0.4465)

@@ -241,7 +241,7 @@ def test_names_of_sets():
 def test_other_classes_and_missing_data_get_one_line(classifier, data, tmp_path):
   path, data_dir = classifier[0], data[0]
   with pytest.raises(
-    UserError, match=r'^a is not in .*/imagenet-a/CLASS/IMAGE, or prepare it with: python -m .* imagenet_a '
+    UserError, match=r'^a is not in .*/imagenet-a/CLASS/IMAGE, or prepare it with: t2t-vit prepare imagenet_a '
   ):
     open_set('a', str(tmp_path))
   with pytest.raises(UserError, match=r'^real is not in .*: put real.json of https://\S+ into .*, beside val'):

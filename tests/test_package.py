@@ -338,11 +338,14 @@ def test_the_wheel_trains_a_config_of_its_own_or_a_users_and_predicts(installed,
   assert {guess['name'] for guess in guesses['predictions']} <= set(map(str, range(10)))
 
 
-@pytest.mark.parametrize('program', [['train.py'], ['convert_torch_weights.py'], ['-m', 't2t_vit_jax.predict']])
+@pytest.mark.parametrize(
+  'program',
+  [['train.py', '--dry_run'], ['convert_torch_weights.py', '--help'], ['-m', 't2t_vit_jax', 'predict', '--help']],
+)
 def test_an_interrupt_while_a_program_imports_gets_one_line(program):
   """Interrupts it when it has loaded a library of numpy: it is in the middle of its imports then."""
   process = start_command(
-    sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, *program, '--help', cwd=ROOT, PYTHONPATH=str(ROOT)
+    sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, *program, cwd=ROOT, PYTHONPATH=str(ROOT)
   )
   while 'numpy' not in Path(f'/proc/{process.pid}/maps').read_text():
     assert process.poll() is None, process.communicate()

@@ -79,14 +79,15 @@ def test_collectives_of_a_kind_are_told_together():
   names = ('kind', 'dtype', 'num_bytes', 'count', 'in_open_loop')
   step = {'collectives': [dict(zip(names, transfer, strict=True)) for transfer in transfers]}
   assert report.collectives(step) == (
-    '1 all-gather of 12 B f32, 3 all-reduce of 7.0 MB bf16+f32, 8 all-reduce of 32 B u32 in loops of unknown length'
+    '1 all-gather of 12 bytes f32, 3 all-reduce of 7.0 MB bf16+f32, '
+    '8 all-reduce of 32 bytes u32 in loops of unknown length'
   )
 
 
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--topology=v5e:2x2'], 'which run? Give --config=FILE'),
+    (['--topology=v5e:2x2'], 'which run? Give --config=CONFIG'),
     ([*TINY, *DIGITS], 'give either --topology or --compare'),
     ([*TINY, '--config.model.dept=1', '--topology=v5e:2x2'], "unknown config field 'model.dept': did you mean"),
     ([*TINY, *DIGITS, '--topology=v5e:2x2', '--output=nowhere/x.json'], 'there is no folder'),

@@ -406,7 +406,7 @@ def test_the_documented_commands_and_options_exist(weights, photos, tmp_path, mo
   (tmp_path / 'cat.jpg').write_bytes((photos / 'a.jpg').read_bytes())
   monkeypatch.chdir(tmp_path)
   tools = {'predict': main, 'visualize': visualize.main}
-  commands = re.findall(r'^python -m t2t_vit_jax\.(\w+) (t2t_vit_14.*)$', DOCUMENT, re.MULTILINE)
+  commands = re.findall(r'^t2t-vit (\w+) (t2t_vit_14.*)$', DOCUMENT, re.MULTILINE)
   assert [(tool, tools[tool](arguments.split())) for tool, arguments in commands] == [('predict', 1), ('visualize', 0)]
   assert (tmp_path / 'cat.png').is_file()
   capsys.readouterr()

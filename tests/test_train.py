@@ -163,7 +163,7 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_the_state_is_saved(tmp_pat
 @pytest.mark.needs('tensorflow')
 def test_imagenet_from_the_official_tars(tmp_path):
   write_imagenet_tars(tmp_path / 'tars', images_per_class=4, num_validation=10)
-  prepare = [sys.executable, '-m', 't2t_vit_jax.data.prepare', 'imagenet2012']
+  prepare = [sys.executable, '-m', 't2t_vit_jax', 'prepare', 'imagenet2012']
   prepared = subprocess.run(
     [*prepare, '--allow-partial', '--manual-dir', tmp_path / 'tars', '--data-dir', tmp_path / 'data'],
     env=environment(),
