@@ -247,6 +247,7 @@ def test_a_prediction_takes_a_name_and_nothing_else(tmp_path, weights_of_7, zip_
   assert len(guesses['predictions']) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.needs('huggingface_hub')
 def test_a_repository_on_a_hub_is_fetched_by_the_hubs_client_and_found_again_offline(tmp_path):
   options = Options(settings={'num_heads': 4})

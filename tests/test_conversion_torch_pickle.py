@@ -18,6 +18,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.conversion import files, torch_pickle
 from t2t_vit_jax.conversion.torch_tensors import DTYPES, Tensor
 from tests import checkpoints, golden
+from tests.parameters import slow_but
 
 FORMATS = {'zip': {}, 'legacy': {'_use_new_zipfile_serialization': False}}
 TYPES = [getattr(torch, name) for name in DTYPES if not name.startswith('q')]
@@ -213,7 +214,7 @@ def write_pickle(path, file_format, steps):
     path.write_bytes(start + steps + end)
 
 
-@pytest.mark.parametrize('file_format', FORMATS)
+@pytest.mark.parametrize('file_format', slow_but(('zip',), FORMATS))
 @pytest.mark.parametrize('name', STEPS)
 def test_no_pickle_fills_memory_or_ends_python(name, file_format, tmp_path, monkeypatch):
   steps, says = STEPS[name]

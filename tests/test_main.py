@@ -46,6 +46,7 @@ def test_help_begins_with_an_example(name, capsys):
   assert capsys.readouterr().out.startswith(f'For example:\n  t2t-vit {name} ')
 
 
+@pytest.mark.slow
 def test_a_users_config_may_build_on_the_default_from_any_folder(tmp_path):
   """Hyphens in flags are understood too."""
   (tmp_path / 'mine.py').write_text(

@@ -40,6 +40,7 @@ def config_of(data_dir, **changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_weight_file_is_evaluated_at_another_size_than_its_own(data_dir, tmp_path, monkeypatch):
   path = tmp_path / 'weights.safetensors'
   convert(DATA / 'official_tiny_performer.pth.tar', path, Options(settings={'num_heads': 4}))
@@ -291,6 +292,7 @@ def test_channels_that_the_weights_do_not_take_get_one_line(data_dir, grey_weigh
     build_run(finetuning(data_dir, five))
 
 
+@pytest.mark.slow
 def test_a_grey_run_is_evaluated_and_predicts_in_grey(data_dir, tmp_path):
   changes = {'schedule.max_steps': 3, 'data.channels': 1, 'data.eval_split': 'test[:40]'}
   loop.train(small_config(data_dir, **changes), tmp_path)

@@ -85,6 +85,7 @@ def test_two_steps_and_two_more_equal_four(data_dir, four_steps, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_same_as_two(data_dir, four_steps, tmp_path):
   config = performer_config(data_dir, **{'schedule.max_steps': 4, 'mesh.data': 1})
   loop.train(config, tmp_path)
@@ -158,6 +159,7 @@ def test_a_finished_run_names_the_split_that_it_evaluated(data_dir, four_steps, 
   assert capsys.readouterr().out.splitlines()[-1].startswith('test top-1 ')
 
 
+@pytest.mark.slow
 def test_a_short_run_says_that_its_average_is_mostly_initial_weights(data_dir, tmp_path, capsys):
   changes = {
     'schedule.max_steps': 60,
@@ -175,6 +177,7 @@ def test_a_short_run_says_that_its_average_is_mostly_initial_weights(data_dir, t
   assert (tmp_path / 'weights' / 'model_raw.safetensors').exists()
 
 
+@pytest.mark.slow
 def test_other_changes_are_said_and_evaluations_come_when_they_should(data_dir, tmp_path, capsys):
   # Two steps an epoch.
   changes = {

@@ -66,6 +66,7 @@ def test_it_shows_what_predict_predicts_and_the_layers_compute(weights, photo):
     np.testing.assert_allclose(shares[3, 2, 1], rows[3, 1 + 2 * 4 + 1], atol=1e-6)  # row 2, column 1 of a 4 x 4 grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'overrides', 'blocks'),
   [
