@@ -6,7 +6,7 @@
 #   docker run --rm --gpus all --shm-size=8g -v "$PWD:/home/t2t/here" t2t-vit:cuda train --workdir=here/runs/digits
 #   docker run --rm --privileged --net=host -v "$PWD:/home/t2t/here" t2t-vit:tpu train --workdir=here/runs/digits
 #
-# `--build-arg EXTRAS=fast,hub,gcs` installs other extras of pyproject.toml. The user has the id 1000, and must be able to
+# `--build-arg EXTRAS=fast,hub,plots,tfds,gcs` installs other extras of pyproject.toml. The user has the id 1000, and must be able to
 # write to a mounted folder that results go to. CUDA comes with jax's wheels; the host needs the driver and NVIDIA's
 # container toolkit. A TPU VM may give its devices to root alone: then add `--user 0`.
 FROM python:3.13-slim AS builder
@@ -16,7 +16,7 @@ WORKDIR /source
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY configs configs
 COPY t2t_vit_jax t2t_vit_jax
-ARG EXTRAS=fast,hub
+ARG EXTRAS=fast,hub,plots,tfds
 
 FROM builder AS builder-cpu
 RUN /opt/t2t/bin/pip install ".[${EXTRAS}]"

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
   config.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; grey images get the average, of `std` too
   config.data.std = (0.229, 0.224, 0.225)
   # EXIF orientation: 'upright' turns images, 'ignored' does not, as published. None: as the weight file has it, else
-  # 'upright' for folders and 'ignored' for tfds.
+  # 'upright' for folders, else 'ignored'.
   config.data.orientation = 'ignored'
   # Processes that decode and augment, for each process of the run; 0: threads. None: by processors and memory.
   config.data.num_workers = placeholder(int)

@@ -43,8 +43,8 @@ def _open(data: Any, with_train: bool) -> tuple[Source | None, Source]:
   """Opens a row of `SOURCES`, whose images are turned as `data.orientation` says."""
   upright = choose(ORIENTATIONS, 'data.orientation', data.orientation)
   source = choose(SOURCES, 'data.source', data.source)
-  if data.path is not None and data.source != 'folder':
-    raise UserError("data.path is for data.source='folder' only: for 'tfds' set data.data_dir instead")
+  if data.path is not None and data.source in ('tfds', 'digits'):
+    raise UserError(f"data.path is for data.source='folder', not {data.source!r}: for 'tfds' set data.data_dir instead")
   train, evaluation = source(data, with_train)
   train = None if train is None else dataclasses.replace(train, upright=upright)
   return train, dataclasses.replace(evaluation, upright=upright)
