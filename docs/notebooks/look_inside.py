@@ -4,8 +4,9 @@
 # This notebook classifies photographs with a T2T-ViT, and shows what is inside the model while it does: the features
 # after each stage of the tokens-to-token module, and where the class token looks.
 #
-# It needs the extras `plots` and `probe`, and no network. So it trains a small model of its own, for 80 steps, on pieces of the two photographs that come
-# with scikit-learn. With a network, these lines take the place of the training, and the sections after it work alike:
+# It needs the extras `plots` and `probe`, and no network. So it trains a small model of its own, for 80 steps, on
+# pieces of the two photographs that come with scikit-learn. With a network, these lines take the place of the training,
+# and the sections after it work alike:
 #
 # ```python
 # from t2t_vit_jax.data.class_names import readable_names

@@ -2,7 +2,8 @@
 # # Train on a folder of your own
 #
 # A folder with a subfolder of pictures for each class is all that a run needs. This notebook writes such a folder from
-# real pictures, fine-tunes a small model on it, predicts, and looks at what is confused. It runs in a checkout, with the extras `plots` and `probe`.
+# real pictures, fine-tunes a small model on it, predicts, and looks at what is confused. It runs in a checkout, with
+# the extras `plots` and `probe`.
 #
 # No network is needed: the pictures are handwritten digits that come with scikit-learn, and the weights to start from
 # are made here. They are of a model that has learned the digits 0 to 4. It is then fine-tuned on a few pictures of 5 to
