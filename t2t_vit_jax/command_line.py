@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     return did_you_mean(flag, self._option_string_actions)
 
   def error(self, message: str) -> NoReturn:
-    raise UserError(message)
+    raise UserError(message.replace('ignored explicit argument', 'takes no value, not'))
 
 
 def start_program() -> None:

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from t2t_vit_jax.command_line import Parser, with_flag_names, with_home
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable
 
 PACKAGE = Path(__file__).parent
 FOLDER = next(folder for folder in (PACKAGE / 'configs', PACKAGE.parent / 'configs') if folder.is_dir())
@@ -33,10 +33,10 @@ def find_config(config: str) -> Path:
     UserError: there is no such file.
   """
   file = Path(config)
+  if config in names():  # whatever else has this name here
+    return FOLDER / f'{config}.py'
   if file.is_file():
     return file
-  if config in names():
-    return FOLDER / f'{config}.py'
   if file.name == config and file.suffix != '.py':
     beside = f'{config}.py is a file here, ' if Path(f'{config}.py').is_file() else ''
     raise UserError(f'there is no config {config!r}: {beside}{did_you_mean(config, names())}')
@@ -138,9 +138,12 @@ def _read_config(file: Path, config: str, fields: list[str]) -> Any:
   try:
     values(argv)
   except (AttributeError, KeyError):
-    _refuse_unknown_field(fields, file)
+    _refuse_unknown_field(fields, config)
     raise
-  except (flags.Error, OSError) as error:
+  except (flags.Error, OSError, ValueError) as error:
+    if 'Error whilst parsing config file' in str(error):  # the config's own error comes last
+      cause = str(error).strip().splitlines()[-1]
+      raise UserError(f'{file}: {printable(cause)}') from error
     raise UserError(first_line(error, kind=False)) from error
   for name in values:
     if isinstance(value := values[name].value, str) and value.startswith('--'):  # absl takes what comes next
@@ -148,11 +151,11 @@ def _read_config(file: Path, config: str, fields: list[str]) -> Any:
   return values.config
 
 
-def _refuse_unknown_field(fields: list[str], file: Path) -> None:
+def _refuse_unknown_field(fields: list[str], config: str) -> None:
   """Raises UserError if a flag names a field that the config lacks."""
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, HELP, flag_values=values, sys_argv=['', f'--config={file}'])
-  values(['', f'--config={file}'])
+  config_flags.DEFINE_config_file('config', None, HELP, flag_values=values, sys_argv=['', f'--config={config}'])
+  values(['', f'--config={config}'])
   tree = values.config
   known = _paths(tree)
   for match in filter(None, (re.match(r'--(?:no)?config\.([^=]+)', argument) for argument in fields)):

@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
   def run() -> int:
     arguments = parser.parse_args(argv)
     size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
+    jax.config.update('jax_platforms', 'cpu')  # lowering needs no accelerator
     form = arguments.format or ('onnx' if arguments.output.suffix == '.onnx' else 'npz')
     options = dict(form=form, dtype=arguments.dtype, attention=arguments.attention, image_size=size)
     for line in export_weights(arguments.weights, arguments.output, **options, force=arguments.force):
@@ -288,5 +289,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  jax.config.update('jax_platforms', 'cpu')  # lowering needs no accelerator
   sys.exit(main())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import os
 from pathlib import Path
+import queue
 import signal
 import sys
 import threading
@@ -11,8 +12,8 @@ from types import FrameType
 
 IMPORT_SYSTEM = '<frozen importlib._bootstrap>'
 _importing = True
-_heard = threading.Event()  # whether Python has called `interrupt`
-GRACE_S = 1.0  # in which a program that runs Python code does so
+_heard: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each Ctrl-C that Python code has heard
+GRACE_S = 1.0  # seconds in which a program that runs Python code hears it
 GC_CALLBACK = '_xla_gc_callback'  # jax's: Python drops what is raised in it
 
 
@@ -20,8 +21,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
   """Handles SIGINT: raises KeyboardInterrupt, but ends the program if it still imports, where that may be swallowed."""
   if frame is not None and frame.f_code.co_name == GC_CALLBACK:
     threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # once more, after it
+    heard()
     return
-  _heard.set()
+  heard()
   caller = frame if _importing else None
   while caller is not None and caller.f_code.co_filename != IMPORT_SYSTEM:
     caller = caller.f_back
@@ -31,13 +33,20 @@ def interrupt(number: int, frame: FrameType | None) -> None:
   os._exit(130)  # the shells' code for Ctrl-C
 
 
+def heard() -> None:
+  """Says that Python code deals with this Ctrl-C; each handler of SIGINT calls it first."""
+  _heard.put(None)
+
+
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
   """Context of late imports: Ctrl-C ends the program at once, as in those at its start."""
   global _importing
   _importing = True
-  yield
-  _importing = False
+  try:
+    yield
+  finally:
+    _importing = False
 
 
 def imports_are_done() -> None:
@@ -69,9 +78,15 @@ def end_if_unheard(end: Callable[[], object]) -> None:
 
   def watch() -> None:
     while number := os.read(reader, 1):
-      ours = number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is interrupt  # not a training loop's
-      if ours and not _heard.wait(GRACE_S):
+      if number[0] != signal.SIGINT:
+        continue
+      # A training loop's handler may be late: the loop finishes its step, and must save.
+      ours = signal.getsignal(signal.SIGINT) is interrupt
+      try:
+        _heard.get(timeout=GRACE_S if ours else None)
+      except queue.Empty:
         end()
+        os._exit(130)  # the shells' code for Ctrl-C
 
   threading.Thread(target=watch, daemon=True).start()
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT['recipe'] = {'errors', 'models', 'data', 'conversion', 'processes'}
 MAY_IMPORT['workdir'] = {'recipe', 'console'} | MAY_IMPORT['recipe']
-MAY_IMPORT['training'] = {'workdir', 'planning'} | MAY_IMPORT['workdir']
+MAY_IMPORT['training'] = {'workdir', 'planning', 'interrupts'} | MAY_IMPORT['workdir']
 TOOLS = {
   'evaluate',
   'predict',

@@ -88,3 +88,25 @@ def test_documented_commands_exist_with_their_flags():
   for _, name, *words in documented:
     used = {word[2:].split('=')[0].replace('-', '_') for word in words if word.startswith('--')}
     assert {flag for flag in used if not flag.startswith('config.')} <= flags[name], (name, words)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections calls it
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--config=broken.py'], r"broken\.py: .*invalid literal for int\(\) with base 10: '3o0'"),
+    (['--config=sized.py:9', '--config.model.dept=1'], "unknown config field 'model.dept': did you mean 'model.depth'"),
+    (['--config.data.=5'], ''),
+    (['--dry_run=true'], "argument --dry_run: takes no value, not 'true'"),
+  ],
+)
+def test_errors_in_configs_and_flags_are_one_line_with_the_cause(flags, message, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'broken.py').write_text("def get_config():\n  return int('3o0')\n")
+  (tmp_path / 'sized.py').write_text(
+    'from configs import digits\n\ndef get_config(size):\n  return digits.get_config()\n'
+  )
+  (tmp_path / 'digits').write_text('no Python')  # a file with the name of a config is not taken for it
+  monkeypatch.chdir(tmp_path)
+  assert main(['train', *flags]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.match(f'error: {message}', line), line

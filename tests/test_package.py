@@ -409,3 +409,32 @@ except KeyboardInterrupt:
   print('interrupted')
 """
   assert run(sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, '-c', code, cwd=ROOT) == 'interrupted\n'
+
+
+@pytest.mark.slow
+def test_a_loop_that_stops_by_itself_has_the_time_to_save():
+  """Longer than a program that does not hear Ctrl-C is left alive."""
+  code = """
+import sys, time
+sys.argv[0] = '-m'
+import t2t_vit_jax
+from t2t_vit_jax.command_line import run_tool
+from t2t_vit_jax.training.stopping import stop_request
+
+def tool():
+  with stop_request() as request:
+    print('ready', flush=True)
+    while not request:
+      pass
+    time.sleep(3)
+    print('saved', flush=True)
+  return 130
+
+sys.exit(run_tool(tool))
+"""
+  for _ in range(3):  # which thread runs first is a matter of chance
+    process = start_command(sys.executable, '-c', SIGINT_AS_USUAL, sys.executable, '-c', code, PYTHONPATH=str(ROOT))
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, 'saved\n')

@@ -19,6 +19,7 @@ from multiprocessing import resource_tracker
 import os
 import resource
 import signal
+import sys
 import threading
 from typing import Any, Self
 
@@ -216,7 +217,7 @@ class Workers:
       raise
     finally:
       _close(groups)
-      if self.num_workers:
+      if self.num_workers and 'grain' in sys.modules:
         _free_shared_memory()
 
   def _in_processes(

@@ -53,4 +53,4 @@ def _check_writable(folder: epath.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / f'.{os.getpid()}'
   file.write_text('')
-  file.unlink()
+  file.unlink(missing_ok=True)  # processes of other hosts may have the same number

@@ -24,7 +24,7 @@ def dry_run(config: Any) -> None:
   Raises:
     UserError: as a run would; or none of a few images of a split can be read.
   """
-  check_trackers(config.logging.tracker)
+  in_all_processes(lambda: check_trackers(config.logging.tracker))
   run = build_run(config)
   for source in (run.train_source, run.evaluator.source):
     in_all_processes(functools.partial(check_sample, source, warn))

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from t2t_vit_jax.interrupts import heard
+
 
 class StopRequest:
   """A request to stop the run: true once a signal has come."""
@@ -45,6 +47,8 @@ def stop_request() -> Iterator[StopRequest]:
 
   def handle(number: int, frame: Any) -> None:
     del frame
+    if number == signal.SIGINT:
+      heard()
     for each, handler in previous.items():
       # A terminal that closes may send SIGHUP twice.
       signal.signal(each, signal.SIG_IGN if each == number == signal.SIGHUP else handler)
