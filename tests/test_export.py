@@ -279,7 +279,7 @@ def test_onnx_files_have_metadata_and_are_written_only_if_they_are_right(perform
   printed, errors = capsys.readouterr()
   assert re.fullmatch(
     rf"wrote {output}: uint8\[B,64,64,3\] -> float32\[B,10\], ONNX Runtime's results differ from the model's by up to "
-    r'\d\.\de-0\d, 0\.\d MB\n',
+    r'\d\.\de-0\d, [\d.]+ kB\n',
     printed,
   )
   assert errors == ''

@@ -196,6 +196,7 @@ class Workers:
     # Counted in groups: about four batches in all workers.
     ahead = max(4 * batch_size // (group_size * max(self.num_workers, 1)), self.num_threads)
     groups: Any = None
+    batches: Any = None
     try:
       with _hiding_interrupts() if self.num_workers else contextlib.nullcontext():
         # Numbers are grouped before workers share them out, so groups don't depend on the number of workers.
@@ -217,6 +218,7 @@ class Workers:
       raise
     finally:
       _close(groups)
+      batches = None  # zip keeps the last groups that it has put together
       if self.num_workers and 'grain' in sys.modules:
         _free_shared_memory()
 
