@@ -64,7 +64,7 @@ def test_workers_get_no_images_and_the_same_split():
   [
     ({'data.eval_split': 'tset'}, "^digits has no split 'tset': did you mean 'test'"),
     ({'data.name': 'cifar10'}, r'^data\.name=cifar10 needs .* --config\.data\.source=tfds$'),
-    ({'data.path': 'photos'}, r"^data\.path is for data\.source='folder' only"),
+    ({'data.path': 'photos'}, r"^data\.path is for data\.source='folder', not 'digits'"),
   ],
 )
 def test_fields_that_ask_for_other_data_are_refused(changes, message):

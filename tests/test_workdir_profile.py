@@ -10,11 +10,17 @@ from t2t_vit_jax.training import loop
 from t2t_vit_jax.workdir.profile import Profile
 from tests.test_training_loop import small_config
 
+# Python 3.12 warns of JAX's types, and an error instead would end it within JAX's code.
+pytestmark = pytest.mark.filterwarnings('ignore:builtin type:DeprecationWarning')
+
 
 def traced_steps(workdir):
   (file,) = workdir.glob('tensorboard/plugins/profile/*/*.xplane.pb')
-  events = (event for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events)
-  return sorted(dict(event.stats)['step_num'] for event in events if event.name == 'train'), file.read_bytes()
+  profile, steps = ProfileData.from_file(str(file)), []  # it must outlive what is read from it
+  for plane in profile.planes:
+    for line in plane.lines:
+      steps += [dict(event.stats)['step_num'] for event in line.events if event.name == 'train']
+  return sorted(steps), file.read_bytes()
 
 
 def config_of(data_dir, profile_steps, max_steps):
