@@ -58,6 +58,7 @@ class MissingExtraError(UserError):
   """
 
   def __init__(self, purpose: str, library: str, advice: str = ''):
+    self.library = library
     super().__init__(f'{purpose} needs {library}: {install_command(EXTRAS.get(library))}{advice}')
 
 

@@ -41,6 +41,7 @@ os.environ['XLA_FLAGS'] = ' '.join([
 import jax
 import pytest
 
+from t2t_vit_jax.errors import MissingExtraError
 from t2t_vit_jax.recipe import run as recipe_run
 from t2t_vit_jax.recipe.build import build_recipe
 from tests.processes import end_all
@@ -122,6 +123,8 @@ def missing_library(error):
     return None
   if isinstance(error, ModuleNotFoundError) and (error.name or '').split('.')[0] in OPTIONAL:
     return error.name.split('.')[0]
+  if isinstance(error, MissingExtraError) and error.library in OPTIONAL and not is_installed(error.library):
+    return error.library
   return missing_library(error.__cause__ or error.__context__)
 
 
