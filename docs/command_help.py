@@ -30,7 +30,7 @@ SECTION = """
 
 
 def help_of(module: str) -> str:
-  """What the command of a module prints for --help, 100 columns wide."""
+  """Text that the command of a module prints for --help, 100 columns wide."""
   output = io.StringIO()
   os.environ['COLUMNS'] = '102'  # argparse leaves two free
   with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):

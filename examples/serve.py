@@ -177,7 +177,7 @@ class Service:
     return FileResponse(PAGE, headers=PAGE_HEADERS)
 
   async def health(self, request: Request) -> Response:
-    """What is served, and how many requests are at work."""
+    """Answers with the model that is served, and the number of requests at work."""
     metadata = self._model.metadata
     facts = {'model': metadata['model'], 'image_size': metadata['image_size'], 'classes': metadata['num_classes']}
     return JSONResponse({'status': 'ok', **facts, 'attention': self._model.has_attention, 'waiting': self._waiting})

@@ -295,7 +295,7 @@ def test_classes_whose_names_are_those_of_splits_have_a_way_out(classes, eval_fr
 
 @pytest.mark.parametrize('change', [{}, {'eval_fraction': 0.2}, {'train_split': '.'}])
 def test_images_without_class_folders_get_advice_that_helps(change, tmp_path):
-  """What was said, flags for the config, led to the same error again."""
+  """Flags for the config, as advised before, led to the same error again."""
   write_image_folder(tmp_path, ('cat',), photos=2)
   config = default.get_config().data
   config.update(source='folder', path=str(tmp_path / 'photos' / 'cat'), **change)

@@ -102,7 +102,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def anchors(page):
-  """What GitHub calls the headings of a page in links."""
+  """Names of a page's headings in links, as GitHub makes them."""
   headings = re.findall(r'^#+ (.*)', re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
   return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
 

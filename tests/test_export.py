@@ -203,7 +203,7 @@ def test_the_documented_lines_need_only_jax(performer, tmp_path):
 )
 @pytest.mark.parametrize(('orientation', 'channels'), [('upright', 3), ('ignored', 3), (None, 1)])
 def test_the_documented_preparation_is_that_of_evaluation(width, height, size, form, orientation, channels, tmp_path):
-  """Of pictures stored sideways, transparent, with a palette or in other colours too."""
+  """Compares pictures stored sideways, transparent, with a palette or in other colours too."""
   path, exif = tmp_path / form, Image.Exif()
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8))
   exif[0x0112] = {'turned.jpg': 6, 'mirrored.png': 5}.get(form, 1)

@@ -18,7 +18,7 @@ def stored(name):
 
 
 def text_of(cell):
-  """What a cell printed; in files text is a list of lines."""
+  """Text that a cell printed; in files it is a list of lines."""
   return ''.join(''.join(output['text']) for output in cell.get('outputs', []) if output['output_type'] == 'stream')
 
 
