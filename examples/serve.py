@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.command_line import Parser, fail, run_tool
 from t2t_vit_jax.data.class_names import readable_names
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage, EncodedImage
 from t2t_vit_jax.data.transforms import ResizeCenterCrop, pixels_of
@@ -34,8 +34,7 @@ from t2t_vit_jax.errors import MissingExtraError, UserError, first_line, printab
 try:
   require('serving', 'starlette', 'uvicorn')
 except MissingExtraError as error:
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(2)
+  fail(str(error))
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException

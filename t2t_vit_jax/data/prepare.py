@@ -23,7 +23,7 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from t2t_vit_jax.command_line import Parser, run_tool
+from t2t_vit_jax.command_line import Parser, fail, run_tool
 from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
 from t2t_vit_jax.errors import (
   MissingExtraError,
@@ -40,8 +40,7 @@ try:
 except MissingExtraError as error:
   if __name__ != '__main__':
     raise
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(2)
+  fail(str(error))
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
