@@ -5,7 +5,7 @@ import sys
 from typing import NamedTuple
 
 from t2t_vit_jax import __version__
-from t2t_vit_jax.errors import UserError, did_you_mean
+from t2t_vit_jax.errors import did_you_mean
 
 
 class Command(NamedTuple):
@@ -24,8 +24,8 @@ COMMANDS = {
   'convert': Command('t2t_vit_jax.conversion.__main__', 'Converts PyTorch weights to a weight file, or back.'),
   'weights': Command('t2t_vit_jax.weights', 'Lists and fetches published weights.'),
   'plan': Command('t2t_vit_jax.plan', 'Tells what a run needs on TPUs or GPUs, without them.'),
-  'prepare': Command('t2t_vit_jax.data.prepare', 'Prepares a dataset of tfds, such as ImageNet, for training.'),
-  'shrink': Command('t2t_vit_jax.data.shrink', 'Copies a dataset with smaller images, which decode faster.'),
+  'prepare': Command('t2t_vit_jax.prepare', 'Prepares a dataset of tfds, such as ImageNet, for training.'),
+  'shrink': Command('t2t_vit_jax.shrink', 'Copies a dataset with smaller images, which decode faster.'),
 }
 
 
@@ -40,12 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   """Command line; returns the exit code."""
   name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
   if name in COMMANDS:  # only its module is imported, which takes seconds
-    try:
-      module = importlib.import_module(COMMANDS[name].module)
-    except UserError as error:  # it needs a library that is not installed
-      print(f'error: {error}', file=sys.stderr)
-      return 2
-    return int(module.main(arguments))
+    return int(importlib.import_module(COMMANDS[name].module).main(arguments))
   if name in ('--help', '-h', 'help', '--version'):
     print(__version__ if name == '--version' else overview())
     return 0

@@ -13,7 +13,7 @@ MAY_IMPORT = {
   'command_line': {'errors', 'interrupts', 'processes'},
   'processes': {'errors'},
   'models': {'errors'},
-  'data': {'errors', 'command_line'},
+  'data': {'errors'},
   'conversion': {'errors', 'console', 'models'},
   'planning': {'errors'},
 }
@@ -26,6 +26,8 @@ TOOLS = {
   'visualize',
   'export',
   'plan',
+  'prepare',
+  'shrink',
   'train',
   'config_files',
   '__main__',

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 
+from PIL import Image
 import pytest
 
 from docs import command_help
 from t2t_vit_jax.__main__ import COMMANDS, main
+from tests import golden
 from tests.test_docs import ALL
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,35 @@ def test_help_begins_with_an_example(name, capsys):
     main([name, '--help'])
   assert ended.value.code == 0
   assert capsys.readouterr().out.startswith(f'For example:\n  t2t-vit {name} ')
+
+
+def test_without_tfds_prepare_shows_its_help_and_names_the_extra(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  for module in ('preparation', 'tfds_source'):
+    monkeypatch.delitem(sys.modules, f't2t_vit_jax.data.{module}', raising=False)
+    monkeypatch.delattr(f't2t_vit_jax.data.{module}', raising=False)
+  with pytest.raises(SystemExit, match='0'):
+    main(['prepare', '--help'])
+  assert main(['prepare', 'digits']) == 2
+  output, errors = capsys.readouterr()
+  assert '--manual_dir DIR' in output
+  assert re.fullmatch(r"error: a dataset of tfds needs tensorflow_datasets: pip install .*\[tfds\]'\n", errors)
+
+
+@pytest.mark.slow
+@pytest.mark.needs('libtpu')
+def test_commands_are_silent_about_a_tpu_that_is_not_there(tmp_path):
+  """Its library prints errors wherever it is installed, and still does in a user's own program."""
+  environment = {name: value for name, value in os.environ.items() if name != 'JAX_PLATFORMS'}
+  environment |= {'PYTHONPATH': str(ROOT), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  Image.new('RGB', (32, 32)).save(tmp_path / 'black.png')
+  golden.converted('performer', tmp_path)
+  prediction = ['-m', 't2t_vit_jax', 'predict', 'performer.safetensors', 'black.png']
+  for command in (prediction, ['-c', 'import t2t_vit_jax, jax; jax.devices()']):
+    done = subprocess.run(
+      [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ('TPU' in done.stderr) == (command is not prediction), done.stderr
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from t2t_vit_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 't2t_vit_jax'
-TRAIN, CONVERT, PREPARE = PACKAGE / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'data' / 'prepare.py'
-SHRINK = PACKAGE / 'data' / 'shrink.py'
+TRAIN, CONVERT, PREPARE = PACKAGE / 'train.py', PACKAGE / 'conversion' / '__main__.py', PACKAGE / 'prepare.py'
+SHRINK = PACKAGE / 'shrink.py'
 EVALUATE = PACKAGE / 'evaluate' / '__main__.py'
 TOOLS = [PACKAGE / f'{name}.py' for name in ('export', 'plan', 'predict', 'visualize', 'weights')]
 # The tools whose users see what a part of the package says, where that part is no tool itself. `load_as_configured` and
@@ -22,6 +22,7 @@ SHOWN_BY = {
   'conversion/files.py': [CONVERT, EVALUATE, *(tool for tool in TOOLS if tool.stem not in ('plan', 'weights'))],
   'conversion': [CONVERT],
   'evaluate': [EVALUATE],
+  'data/preparation.py': [PREPARE],
   'data/sources.py': [PREPARE],  # in the commands that it names
   '': [TRAIN],
 }

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 def test_neither_torch_nor_tensorflow_is_loaded(tmp_path):
   """By imports, by PyTorch's files, and by a run's report, whose library for event files imports torch where it can."""
   modules = ['t2t_vit_jax', 't2t_vit_jax.export', 't2t_vit_jax.visualize', 't2t_vit_jax.training.loop']
-  modules += ['t2t_vit_jax.data.loader', 't2t_vit_jax.data.prepare']
+  modules += ['t2t_vit_jax.data.loader', 't2t_vit_jax.data.preparation']
   report = f"""
 from t2t_vit_jax.workdir.metrics import Reporter
 from t2t_vit_jax.workdir.folder import open_workdir

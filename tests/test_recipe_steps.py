@@ -70,17 +70,19 @@ def test_one_step_is_plain_gradient_descent_when_the_optimizer_is(model):
   jax.tree.map(np.testing.assert_array_equal, after.frozen, state.frozen)
 
 
-def test_steps_draw_other_dropout_masks():
+def test_steps_draw_other_dropout_masks_and_move_the_average():
   model = t2t_vit_jax.create_model('t2t_vit_tiny', num_classes=10, depth=1, dropout_rate=0.5)
   still = optax.set_to_zero()
-  state = fresh_state(model, still, with_ema=False)
-  step = jax.jit(steps.make_train_step(model, still, lambda _: 0.0, augmentation=PLAIN, ema_decay=0.0))
+  state = fresh_state(model, still, with_ema=True)
+  state = state.replace(ema=jax.tree.map(jnp.zeros_like, state.params))
+  step = jax.jit(steps.make_train_step(model, still, lambda _: 0.0, augmentation=PLAIN, ema_decay=0.9))
   batch = random_batch(4)
   next_state, first = step(state, batch, jax.random.key(1))
   _, again = step(state, batch, jax.random.key(1))
   _, second = step(next_state, batch, jax.random.key(1))
   assert float(first['loss']) == float(again['loss'])
   assert float(first['loss']) != float(second['loss'])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.1 * b, rtol=1e-5), next_state.ema, state.params)
 
 
 def test_frozen_variables_are_not_in_the_optimizer(model):

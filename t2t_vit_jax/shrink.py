@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, process
 import dataclasses
-import gc
 import io
 import multiprocessing
 from pathlib import Path
@@ -233,5 +232,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  gc.callbacks.clear()  # jax's would swallow a Ctrl-C that arrives while it runs, and nothing here uses jax
   sys.exit(main())

@@ -20,9 +20,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
 from t2t_vit_jax import UserError
-from t2t_vit_jax.data import prepare as prepare_module
-from t2t_vit_jax.data.prepare import _writing, convert, main, prepare
+from t2t_vit_jax.data import preparation
+from t2t_vit_jax.data.preparation import _writing, convert, prepare
 from t2t_vit_jax.data.tfds_source import open_tfds
+from t2t_vit_jax.prepare import main
 from tests.imagenet_tars import write_imagenet_tars
 from tests.processes import start_command
 
@@ -57,8 +58,8 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 
 def start(*arguments: object, setup: str) -> subprocess.Popen:
   """The program in a process of its own, after the statements `setup`."""
-  code = f'{setup}; import runpy; runpy.run_module("t2t_vit_jax.data.prepare", run_name="__main__", alter_sys=True)'
-  return start_command(sys.executable, '-c', code, *arguments)
+  code = f'{setup}; import sys; sys.argv[0] = "t2t-vit"; from t2t_vit_jax.__main__ import main; sys.exit(main())'
+  return start_command(sys.executable, '-c', code, 'prepare', *arguments)
 
 
 def test_tars_of_other_sizes_are_refused_before_anything_is_written(tars, tmp_path):
@@ -343,7 +344,7 @@ def test_a_disk_that_fills_up_gets_one_line(tars, tfrecord, tmp_path):
 
 @pytest.mark.needs('tensorflow')
 def test_a_proxy_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capfd):
-  monkeypatch.setattr(prepare_module, 'PATIENCE_S', 0.2)
+  monkeypatch.setattr(preparation, 'PATIENCE_S', 0.2)
   with socket.create_server(('localhost', 0)) as proxy:
     monkeypatch.setenv('HTTPS_PROXY', f'http://localhost:{proxy.getsockname()[1]}')
     assert main(['cifar10', f'--data-dir={tmp_path}']) == 2

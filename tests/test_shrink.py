@@ -4,7 +4,7 @@ from PIL import Image
 import pytest
 from sklearn.datasets import load_sample_image
 
-from t2t_vit_jax.data import shrink
+from t2t_vit_jax import shrink
 from t2t_vit_jax.data.sources import open_folder
 from tests.image_folder import encoded
 

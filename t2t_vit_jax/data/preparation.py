@@ -1,17 +1,11 @@
-"""Prepares a tfds dataset as the array_record files that training reads.
+"""Writes tfds datasets as the array_record files that training reads, and checks what is written.
 
-t2t-vit prepare imagenet2012 --manual-dir TARS --data-dir ~/tensorflow_datasets
-t2t-vit prepare --convert OLD/imagenet2012/5.1.0 --data-dir NEW
-
-Needs TensorFlow, which training does not: pip install 't2t-vit-jax[prepare]'.
+Needs TensorFlow for all but digits, which training does not: pip install 't2t-vit-jax[prepare]'.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
-import gc
 import importlib.util
-import logging
 import os
 from pathlib import Path
 import shlex
@@ -23,25 +17,12 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from t2t_vit_jax.command_line import Parser, fail, run_tool
 from t2t_vit_jax.data.sources import IMAGENET_COUNTS, local_folder
-from t2t_vit_jax.errors import (
-  MissingExtraError,
-  UserError,
-  free_space,
-  full_disk,
-  plural,
-  readable_size,
-  require,
-)
+from t2t_vit_jax.data.tfds_source import Digits, image_and_label, open_builder, tfds, without_array_record
+from t2t_vit_jax.errors import UserError, free_space, full_disk, plural, readable_size, require
 
-try:
-  from t2t_vit_jax.data.tfds_source import Digits, image_and_label, open_builder, tfds, without_array_record
-except MissingExtraError as error:
-  if __name__ != '__main__':
-    raise
-  fail(str(error))
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+# Last: where an extra is missing, the line above has said so.
+from array_record.python.array_record_data_source import ArrayRecordDataSource  # isort: skip
 
 PATIENCE_S = 30  # for an answer to a download, each of three times
 ARRAY_RECORD, TFRECORD = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
@@ -299,47 +280,3 @@ def _as_user_error(problem: str, target: Path = Path()) -> Iterator[None]:
     if 'No space left on device' in reason:
       reason = full_disk(target)
     raise UserError(f'{problem}: {reason[:400]}') from error
-
-
-def run(arguments: argparse.Namespace) -> int:
-  """Does what the command line asks for; returns the exit code."""
-  if (arguments.dataset is None) == (arguments.convert is None):
-    raise UserError('give either a dataset or --convert FOLDER')
-  if arguments.convert and not arguments.data_dir:
-    raise UserError('--convert needs --data-dir')
-  os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}  # no notes about TensorFlow's build
-  for logger in ('absl', 'urllib3'):  # they warn of ImageNet's missing test images, and of each retried download
-    logging.getLogger(logger).setLevel(logging.ERROR)
-  try:
-    if arguments.convert:
-      info = convert(arguments.convert, arguments.data_dir)
-    else:
-      info = prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.allow_partial)
-  except KeyboardInterrupt:
-    print('interrupted: only downloads are kept; start again with the same command', file=sys.stderr)
-    return 130
-  counts = ', '.join(f'{split} {details.num_examples:,}' for split, details in info.splits.items())
-  print(f'{info.full_name} is ready in {info.data_dir}: {counts} images')
-  return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Command line; returns the exit code."""
-  parser = Parser(
-    'prepare',
-    example='t2t-vit prepare imagenet2012 --manual-dir=TARS --data-dir=DATA',
-    description=__doc__.split('\n\n')[0],
-  )
-  parser.add_argument('dataset', metavar='DATASET', nargs='?', help='tfds name, such as imagenet2012 or cifar10')
-  parser.add_argument('--convert', metavar='FOLDER', help='tfrecord folder of tfds to convert, instead of a name')
-  parser.add_argument(
-    '--data_dir', metavar='DIR', help='folder to write to (default: TFDS_DATA_DIR or ~/tensorflow_datasets)'
-  )
-  parser.add_argument('--manual_dir', metavar='DIR', help='folder of files fetched by hand, such as the ImageNet tars')
-  parser.add_argument('--allow_partial', action='store_true', help='accept tars that hold a part of ImageNet')
-  return run_tool(lambda: run(parser.parse_args(argv)))
-
-
-if __name__ == '__main__':
-  gc.callbacks.clear()  # jax's would swallow a Ctrl-C that arrives while it runs, and nothing here uses jax
-  sys.exit(main())
