@@ -46,17 +46,21 @@ FORMS = {
   't2t_vit_14': ({'attention_form': 'xla'}, {'attention_form': 'cudnn'}),
   't2t_vit_t_14': tuple({'token_attention_form': form} for form in ('full', 'chunked', 'cudnn')),
 }
-ROUNDS, SECONDS = 5, 1.0
+ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """How much is measured: batches of throughput and forms, images of the input, and fields and side of the models."""
+  """How much is measured: batches of throughput and forms, images of the input, and fields and side of the models.
+
+  `seconds` are those of a round of a measurement.
+  """
 
   batches: Sequence[int] = (1, 32, 64, 128, 256, 512, 1024, 2048)
   forms_batch: int = 64
   images: int = 512
   side: int = 224
+  seconds: float = 1.0
   fields: tuple[tuple[str, Any], ...] = ()
 
   def workload(self, model: str, batch_size: int, dtype: str = 'bfloat16', **fields: Any) -> Workload:
@@ -67,7 +71,7 @@ class Scale:
     return Workload(model, batch_size, self.side, dtype, own | fields)
 
 
-SMALL = Scale(batches=(4,), forms_batch=2, images=32, side=64, fields=(('depth', 1),))
+SMALL = Scale(batches=(4,), forms_batch=2, images=32, side=64, seconds=0.1, fields=(('depth', 1),))
 
 
 def parity(scale: Scale) -> Iterator[list[str]]:
@@ -142,19 +146,20 @@ def forms(scale: Scale) -> Iterator[list[str]]:
         relative_difference(found[1], first[1]),
       )
       times = [
-        milliseconds(cpu, f'{name} {fields}', computation, workload)[0] for computation in ('forward', 'adamw_step')
+        milliseconds(cpu, f'{name} {fields}', computation, workload, scale.seconds)[0]
+        for computation in ('forward', 'adamw_step')
       ]
       form = ', '.join(fields.values())
       yield [name, form, f'{by_logits:.1e}', f'{by_gradients:.1e}', *(common.spread(x, 2) for x in times)]
 
 
 def milliseconds(
-  device: JaxComputations, key: str, computation: str, workload: Workload
+  device: JaxComputations, key: str, computation: str, workload: Workload, seconds: float
 ) -> tuple[list[float], dict[str, Any]]:
-  """Milliseconds of a call in each round, and what preparing it has told."""
+  """Milliseconds of a call in each round of about `seconds`, and what preparing it has told."""
   key = f'{key}, {computation}'
   facts = device.prepare(key, computation, workload=workload)
-  calls = max(1, round(SECONDS / facts['warm_s']))
+  calls = max(1, round(seconds / facts['warm_s']))
   return [1e3 * device.seconds(key, calls) for _ in range(ROUNDS)], facts
 
 
@@ -164,7 +169,7 @@ def throughput(scale: Scale, best: dict[str, float]) -> Iterator[list[str]]:
     device = JaxComputations()  # a fresh one: arrays of the last go
     workload = scale.workload('t2t_vit_14', batch_size)
     try:
-      times, facts = milliseconds(device, '', computation, workload)
+      times, facts = milliseconds(device, '', computation, workload, scale.seconds)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
