@@ -37,7 +37,7 @@ from benchmarks.input_pipeline import Meter, Pipeline, write_images
 from benchmarks.jax_process import JaxComputations
 from t2t_vit_jax.data.sources import open_folder
 from t2t_vit_jax.data.worker_count import default_num_workers
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, plural
 
 MODELS = ('t2t_vit_7', 't2t_vit_14', 't2t_vit_t_14', 't2t_vit_14_se', 't2t_vit_16_ghost', 't2t_vit_dense')
 # Largest difference of logits, in their deviations, and relative length of the difference of gradients.
@@ -274,7 +274,9 @@ class Page:
     """The page in Markdown."""
     facts = self._facts
     lines = [f'# t2t_vit_jax on {facts["device"]["kind"]}', '']
-    lines += [f'{facts["devices"]} device(s), {facts["cpu"]}, {facts["cores"]} processors, commit {facts["commit"]}; ']
+    lines += [
+      f'{plural(facts["devices"], "device")}, {facts["cpu"]}, {facts["cores"]} processors, commit {facts["commit"]}; '
+    ]
     lines += [', '.join(f'{name} {version}' for name, version in facts['versions'].items()), '']
     for title, part in self._parts.items():
       lines += [f'## {title}', '']

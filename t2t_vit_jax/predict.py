@@ -27,7 +27,7 @@ from t2t_vit_jax.data.class_names import readable_names
 from t2t_vit_jax.data.decoding import ORIENTATIONS, Remark
 from t2t_vit_jax.data.loader import Share, Workers, eval_batches
 from t2t_vit_jax.data.transforms import EvalTransform, ResizeCenterCrop
-from t2t_vit_jax.errors import UserError, csv_line, printable
+from t2t_vit_jax.errors import UserError, csv_line, plural, printable
 from t2t_vit_jax.models.preprocessing import Normalization
 from t2t_vit_jax.models.t2t_vit import T2TViT
 
@@ -233,7 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
   text = FORMS[form](_counted(predictions, unreadable, len(images)))
   _write(_unless_none(text, unreadable, len(images)), arguments.output)
   if arguments.output:
-    print(f'wrote {arguments.output}: predictions for {len(images) - len(unreadable):,} images')
+    print(f'wrote {arguments.output}: predictions for {plural(len(images) - len(unreadable), "image")}')
   if unreadable:
     warn(f'{len(unreadable):,} of {len(images):,} images cannot be read; the others were classified')
   return 1 if unreadable else 0

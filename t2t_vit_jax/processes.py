@@ -21,7 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, plural
 
 T = TypeVar('T')
 
@@ -86,7 +86,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     hosts = len(set(gather_texts(socket.gethostname())))  # the first to use the devices, which meet here too
   if number == 0:
     platform, devices = jax.default_backend(), jax.device_count()
-    _say(f'{count} processes on {hosts} host(s) with {devices} {platform} devices in all')
+    _say(f'{count} processes on {plural(hosts, "host")} with {devices} {platform} devices in all')
 
 
 def check_devices() -> None:

@@ -23,7 +23,7 @@ from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
 from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_folder
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
-from t2t_vit_jax.errors import UserError, printable, readable_size, writing_problem
+from t2t_vit_jax.errors import UserError, plural, printable, readable_size, writing_problem
 
 SPLITS = ('train', 'validation', 'test')  # that a folder may have
 NUM_COMPARED = 64  # images of a split that are compared with their copies
@@ -158,7 +158,7 @@ def report(copies: Iterable[Copy], total: int, folder: Path) -> list[str]:
         lines.append(f'not copied: {copy.id} cannot be read ({copy.problem})')
   if unreadable:
     lines.append(f'{unreadable:,} of {total:,} images of {folder} cannot be read and were not copied')
-  lines.append(f'{folder}: {total - unreadable:,} images, {readable_size(before)} -> {readable_size(after)}')
+  lines.append(f'{folder}: {plural(total - unreadable, "image")}, {readable_size(before)} -> {readable_size(after)}')
   if differences:
     mean = sum(differences) / len(differences)
     lines.append(

@@ -31,11 +31,11 @@ def test_a_batch_is_not_divided_by_default():
       3,
       4,
       64,
-      'optimizer.accumulate_steps 3 does not divide the 128 images of each of 4 device(s) into whole groups of '
+      'optimizer.accumulate_steps 3 does not divide the 128 images of each of 4 devices into whole groups of '
       'augment.mixing_group_size 64: set it to 1 or 2',
     ),
-    (4, 4, 64, 'accumulate_steps 4 does not divide the 128 images of each of 4 device(s) into whole groups'),
-    (3, 64, 1, 'accumulate_steps 3 does not divide the 8 images of each of 64 device(s): set it to 1 or 2 or 4 or 8'),
+    (4, 4, 64, 'accumulate_steps 4 does not divide the 128 images of each of 4 devices into whole groups'),
+    (3, 64, 1, 'accumulate_steps 3 does not divide the 8 images of each of 64 devices: set it to 1 or 2 or 4 or 8'),
     (2, 16, 64, 'augment.mixing_group_size 64: set it to 1'),
   ],
 )

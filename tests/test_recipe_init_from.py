@@ -171,7 +171,7 @@ def test_finetuning_on_a_folder_without_splits_from_one_file_to_another(weights,
   accuracy = loop.train(config, tmp_path / 'run')
   output = capsys.readouterr().out
   # 60 images on two devices: 64, 32, 16 and 8 are halved until an epoch has 8 steps.
-  assert 'steps: 3 of 4 images, 15 an epoch, on 2 cpu device(s)' in output
+  assert 'steps: 3 of 4 images, 15 an epoch, on 2 cpu devices' in output
   assert 'step 3/3 epoch 0.2' in output
   assert ' lr 3.12e-03 ' in output  # 0.05 * 4 / 64
 

@@ -81,7 +81,7 @@ def test_the_image_and_the_layer_are_named(folder, tmp_path, capsys):
   assert all(np.isfinite(row['loss']) for row in rows if row.get('skipped_steps') == 0)
   warnings = capsys.readouterr().err.splitlines()
   assert warnings == [
-    f'warning: 1 step(s) were not applied, the first is {step}: '
+    f'warning: 1 step not applied, the first is {step}: '
     'the output of tokens_to_token/attention1/Dropout_0 is not finite for b/5.JPEG'  # which takes the attention's
     for step in skipped
   ]
@@ -197,4 +197,4 @@ def test_more_workers_than_processors_are_no_advice():
   assert warnings == []
   slow.note(0.5, 20)
   assert 'with 4 threads; about 8 would do' in warnings[0]
-  assert 'may use 4 processor(s) only; --config.data.fast_decode=True' in warnings[0]
+  assert 'may use 4 processors only; --config.data.fast_decode=True' in warnings[0]

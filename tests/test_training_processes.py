@@ -180,7 +180,7 @@ def test_the_documented_commands_for_one_machine(data_dir, tmp_path):
     ['bash', '-ec', commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
   )
   assert done.returncode == 0, done.stderr
-  assert '2 processes on 1 host(s) with 2 cpu devices in all' in done.stderr.splitlines()
+  assert '2 processes on 1 host with 2 cpu devices in all' in done.stderr.splitlines()
   lines = [line for line in done.stdout.splitlines() if not line.startswith('[Gloo]')]
   assert re.fullmatch(r'test top-1 \d+\.\d\d % \(\d+/360\)', lines[-1])
   assert losses(tmp_path / 'runs' / 'two').keys() == {11, 22}

@@ -155,7 +155,7 @@ def test_lines_that_are_no_rows_are_dropped_and_said(tmp_path, capsys):
     pass
   assert file.read_bytes() == b''.join(row + b'\n' for row in ODD_ROWS)
   assert capsys.readouterr().err == (
-    f'warning: {file}: dropped {1 + len(BROKEN_ROWS)} line(s) that are no rows of metrics, such as the last one of a '
+    f'warning: {file}: dropped {1 + len(BROKEN_ROWS)} lines without a row of metrics, such as the last one of a '
     'killed process\n'
   )
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t2t_vit_jax.errors import UserError, printable, writing_problem
+from t2t_vit_jax.errors import UserError, plural, printable, writing_problem
 from t2t_vit_jax.evaluate import tables
 from t2t_vit_jax.evaluate.accuracy import Row, identity
 from t2t_vit_jax.evaluate.sets import ALEXNET_ERRORS, SEVERITIES
@@ -197,9 +197,9 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
   for row in rows:
     where = f'{printable(row["weights"])} on {printable(row["set"])}'
     if row['unreadable']:
-      yield f'{where}: {row["unreadable"]:,} images cannot be read; they count as wrong'
+      yield f'{where}: {plural(row["unreadable"], "image")} cannot be read, and counted as wrong'
     if row['left_out']:
-      yield f'{where}: {row["left_out"]:,} images have no label of the scored classes; they do not count'
+      yield f'{where}: {plural(row["left_out"], "image")} without a label of the scored classes, not counted'
   if any('corruptions' in row for row in rows):
     yield "error: of all severities, as a share of AlexNet's; top-1 % and top-5 % of c are means over its parts"
 

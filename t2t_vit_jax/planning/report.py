@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import itertools
 from typing import Any
 
-from t2t_vit_jax.errors import readable_size
+from t2t_vit_jax.errors import plural, readable_size
 
 GIB = 2**30
 COLUMNS = (
@@ -31,8 +31,8 @@ def describe(plan: dict[str, Any]) -> list[str]:
   return [
     f'{config["model"]["name"]}, {plan["parameters"]:,} trained parameters, {config["model"]["dtype"]}, '
     f'{config["data"]["image_size"]} px',
-    f'{plan["slice"]}: {plan["chips"]} chips of {plan["hosts"]} host(s), mesh data {mesh["data"]} x fsdp '
-    f'{mesh["fsdp"]}, {plan["state"] / GIB:.3f} GiB of state on each chip',
+    f'{plan["slice"]}: {plural(plan["chips"], "chip")} of {plural(plan["hosts"], "host")}, '
+    f'mesh data {mesh["data"]} x fsdp {mesh["fsdp"]}, {plan["state"] / GIB:.3f} GiB of state on each chip',
     f'batch: {config["data"]["batch_size"]} images, {plan["images_per_chip"]} on each chip; '
     f'{plan["total_steps"]:,} steps',
     *[f'mixing groups of {group_size} images span chips, which exchange pixels; results do not change'] * spans_chips,

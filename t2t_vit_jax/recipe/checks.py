@@ -5,7 +5,7 @@ from typing import Any
 
 from t2t_vit_jax.conversion.weight_format import HEADER_FIELDS, check_field
 from t2t_vit_jax.data.transforms import MODES
-from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share, choose
+from t2t_vit_jax.errors import UserError, check_not_negative, check_positive, check_share, choose, plural
 
 # Ranges of fields; augmentations check their own.
 POSITIVE = (
@@ -98,7 +98,7 @@ def check_accumulation(accumulate_steps: int, images_per_device: int, num_device
     groups = f' into whole groups of augment.mixing_group_size {group_size}' if group_size > 1 else ''
     raise UserError(
       f'optimizer.accumulate_steps {accumulate_steps} does not divide the {images_per_device} images of each of '
-      f'{num_devices} device(s){groups}: set it to {" or ".join(map(str, fitting))}'
+      f'{plural(num_devices, "device")}{groups}: set it to {" or ".join(map(str, fitting))}'
     )
 
 

@@ -10,7 +10,7 @@ from t2t_vit_jax.conversion.convert import load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
 from t2t_vit_jax.data.class_names import comparable, comparable_of_model
 from t2t_vit_jax.data.transforms import MODES
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, plural
 from t2t_vit_jax.models.preprocessing import for_channels
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant
@@ -120,7 +120,8 @@ def check_channels(configured: int, channels: int, origin: Any) -> None:
     raise UserError(f'{origin} holds a model for images of {channels} channels, but images are read as RGB or grey')
   if configured != channels:
     raise UserError(
-      f'{origin} holds a model for images of {channels} channel(s): leave out --config.data.channels={configured}'
+      f'{origin} holds a model for images of {plural(channels, "channel")}: '
+      f'leave out --config.data.channels={configured}'
     )
 
 

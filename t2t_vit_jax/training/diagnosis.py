@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2t_vit_jax.data.loader import Workers
-from t2t_vit_jax.errors import UserError, first_line
+from t2t_vit_jax.errors import UserError, first_line, plural
 from t2t_vit_jax.models.blocks import unstack_blocks
 from t2t_vit_jax.models.t2t_vit import T2TViT
 from t2t_vit_jax.recipe.build import Recipe
@@ -52,7 +52,7 @@ class NonFiniteSteps:
     if self._explained < MAX_NAMED:
       self._explained += 1
       explanation = explain(self.run, state, steps[0])
-      self.warn(f'{len(steps)} step(s) were not applied, the first is {steps[0]}: {explanation}')
+      self.warn(f'{plural(len(steps), "step")} not applied, the first is {steps[0]}: {explanation}')
     for step in steps:
       self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
       self._last = step
@@ -155,8 +155,8 @@ class SlowInput:
       advice = f'about {enough} would do: --config.data.num_workers={enough}'
       if enough > self.processors:
         advice += (
-          f', but this process may use {self.processors} processor(s) only; --config.data.fast_decode=True and smaller '
-          'images on disk need fewer'
+          f', but this process may use {plural(self.processors, "processor")} only; '
+          '--config.data.fast_decode=True and smaller images on disk need fewer'
         )
       kind = 'data workers' if self.workers.num_workers else 'threads'
       self.warn(f'training waits for images {share:.0%} of its time, with {number} {kind}; {advice}')

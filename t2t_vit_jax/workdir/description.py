@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from t2t_vit_jax.errors import UserError, first_line, readable_size
+from t2t_vit_jax.errors import UserError, first_line, plural, readable_size
 from t2t_vit_jax.recipe import sharding
 from t2t_vit_jax.recipe.build import Recipe
 from t2t_vit_jax.recipe.evaluation import Accuracy
@@ -19,12 +19,12 @@ def summary(run: Run) -> list[str]:
   order, mesh = recipe.order, recipe.mesh
   return [
     f'model: {_model_name(recipe)}, {recipe.num_parameters:,} trained parameters, {recipe.model.dtype}',
-    f'train: {run.train_source.description}, {len(run.train_source):,} images',
-    f'evaluation: {eval_source.description}, {len(eval_source):,} images',
+    f'train: {run.train_source.description}, {plural(len(run.train_source), "image")}',
+    f'evaluation: {eval_source.description}, {plural(len(eval_source), "image")}',
     f'steps: {recipe.total_steps:,} of {order.batch_size} images, {order.steps_per_epoch:,} an epoch, '
-    f'on {mesh.size} {jax.default_backend()} device(s)',
+    f'on {plural(mesh.size, f"{jax.default_backend()} device")}',
     f'mesh: data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; each device has '
-    f'{recipe.images_per_device} images of a batch and '
+    f'{plural(recipe.images_per_device, "image")} of a batch and '
     f'{readable_size(sharding.bytes_per_device(recipe.abstract_state))} of state',
     f'images: read by {_workers(run)} ({run.workers_note})',
     *dict.fromkeys((*run.train_source.notes, *eval_source.notes)),  # of a divided folder both have the same
@@ -63,8 +63,8 @@ def reading_description(workdir: Any) -> Iterator[None]:
 
 
 def _workers(run: Run) -> str:
-  workers = run.workers
-  return f'{workers.num_workers} worker process(es)' if workers.num_workers else f'{workers.num_threads} thread(s)'
+  number, threads = run.workers.num_workers, run.workers.num_threads
+  return plural(number, 'worker process') if number else plural(threads, 'thread')
 
 
 def _mixing_note(recipe: Recipe) -> list[str]:

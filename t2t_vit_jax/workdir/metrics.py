@@ -18,7 +18,7 @@ from tqdm import tqdm
 from t2t_vit_jax.console import say, warn
 from t2t_vit_jax.conversion.files import write_file
 from t2t_vit_jax.data.loader import Batch
-from t2t_vit_jax.errors import MissingExtraError, UserError, readable_size, writing_problem
+from t2t_vit_jax.errors import MissingExtraError, UserError, plural, readable_size, writing_problem
 from t2t_vit_jax.recipe.evaluation import Accuracy
 from t2t_vit_jax.workdir.folder import Workdir
 from t2t_vit_jax.workdir.report_page import image_grid, read_rows, write_report
@@ -305,4 +305,4 @@ def _drop_rows_after(file: Path, step: int, *, evaluated: bool) -> None:
   text = ''.join(f'{line}\n' for line in kept)
   write_file(file, lambda temporary: temporary.write_text(text, 'utf-8', 'surrogateescape'))
   if broken := sum(row is None for _, row in rows):
-    warn(f'{file}: dropped {broken} line(s) that are no rows of metrics, such as the last one of a killed process')
+    warn(f'{file}: dropped {plural(broken, "line")} without a row of metrics, such as the last one of a killed process')
