@@ -7,13 +7,15 @@ import importlib.util
 from pathlib import Path
 import re
 import sys
+import traceback
+import types
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from t2t_vit_jax.command_line import Parser, with_flag_names, with_home
-from t2t_vit_jax.errors import UserError, did_you_mean, first_line, printable
+from t2t_vit_jax.errors import UserError, did_you_mean, first_line
 
 PACKAGE = Path(__file__).parent
 FOLDER = next(folder for folder in (PACKAGE / 'configs', PACKAGE.parent / 'configs') if folder.is_dir())
@@ -96,7 +98,7 @@ class ConfigParser(Parser):
     make_importable(file)
     fields = [f'{flag}={value}' if value is not None else flag for flag, value in overrides if flag != '--config']
     arguments.config_file = file
-    arguments.config = _read_config(file, f'{file}{colon}{argument}', fields)
+    arguments.config = _override(_load_config(file, argument if colon else None), fields)
     return arguments
 
   def unknown_flag(self, flag: str) -> str:
@@ -126,24 +128,58 @@ def _divide(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
   return own, overrides
 
 
-def _read_config(file: Path, config: str, fields: list[str]) -> Any:
-  """The config of a file after the flags `fields`.
+def _load_config(file: Path, argument: str | None) -> ConfigDict:
+  """What `get_config`, or `get_config(argument)`, of a config file returns.
+
+  Raises:
+    UserError: the file is no config, an error in it, or a field that no config has.
+  """
+  module = types.ModuleType('config')
+  module.__file__ = str(file)
+  try:
+    exec(compile(file.read_bytes(), str(file), 'exec'), module.__dict__)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'{file} has no function get_config, which returns the config')
+    config = module.get_config() if argument is None else module.get_config(argument)
+  except UserError:
+    raise
+  except Exception as error:  # anything can stand in the file
+    raise UserError(f'{file}{_line_of(error, file)}: {first_line(error)}') from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'{file}: get_config returns {config!r:.50}, no ConfigDict; does it end with `return config`?')
+  default = _default_config()
+  known = _paths(default)
+  for path in _paths(config):  # those of the model may be any of `T2TViT`, which refuses others
+    if path not in known and not path.startswith('model.'):
+      raise UserError(
+        f'{file}: unknown config field {path!r}: {_fields_named(path, default) or did_you_mean(path, known)}'
+      )
+  return config
+
+
+def _line_of(error: Exception, file: Path) -> str:
+  """Where in `file` an exception arose, as a phrase; empty if elsewhere."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+  if isinstance(error, SyntaxError) and error.filename == str(file):
+    lines.append(error.lineno)
+  return f', line {lines[-1]}' if lines else ''
+
+
+def _override(config: ConfigDict, fields: list[str]) -> ConfigDict:
+  """A config after the flags `fields`.
 
   Raises:
     UserError: a field is unknown, or its value has the wrong type.
   """
   values = flags.FlagValues()
-  argv = ['', f'--config={config}', *fields]
-  config_flags.DEFINE_config_file('config', None, HELP, flag_values=values, sys_argv=argv)
+  argv = ['', *fields]
   try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     values(argv)
   except (AttributeError, KeyError):
     _refuse_unknown_field(fields, config)
     raise
-  except (flags.Error, OSError, ValueError) as error:
-    if 'Error whilst parsing config file' in str(error):  # the config's own error comes last
-      cause = str(error).strip().splitlines()[-1]
-      raise UserError(f'{file}: {printable(cause)}') from error
+  except (flags.Error, ValueError) as error:
     raise UserError(first_line(error, kind=False)) from error
   for name in values:
     if isinstance(value := values[name].value, str) and value.startswith('--'):  # absl takes what comes next
@@ -151,16 +187,12 @@ def _read_config(file: Path, config: str, fields: list[str]) -> Any:
   return values.config
 
 
-def _refuse_unknown_field(fields: list[str], config: str) -> None:
+def _refuse_unknown_field(fields: list[str], config: ConfigDict) -> None:
   """Raises UserError if a flag names a field that the config lacks."""
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, HELP, flag_values=values, sys_argv=['', f'--config={config}'])
-  values(['', f'--config={config}'])
-  tree = values.config
-  known = _paths(tree)
+  known = _paths(config)
   for match in filter(None, (re.match(r'--(?:no)?config\.([^=]+)', argument) for argument in fields)):
-    if (path := match[1]) not in known and path not in tree:
-      advice = _fields_named(path, tree) or did_you_mean(path, known)
+    if (path := match[1]) not in known and path not in config:
+      advice = _fields_named(path, config) or did_you_mean(path, known)
       raise UserError(f'unknown config field {path!r}: {advice}')
 
 

@@ -226,8 +226,8 @@ FAULTS = (
     'an unknown config field is let through',
     'config_files.py',
     'train',
-    'if (path := match[1]) not in known and path not in tree:',
-    'if (path := match[1]) in known and path not in tree:',
+    'if (path := match[1]) not in known and path not in config:',
+    'if (path := match[1]) in known and path not in config:',
   ),
 )
 

@@ -56,7 +56,7 @@ def test_accumulation_and_backbone_factor(data_dir):
 
 
 def test_a_count_of_parts_that_does_not_fit_is_refused(data_dir):
-  with pytest.raises(UserError, match=r'accumulate_steps 3 does not divide the 32 images of each of 2 device\(s\)'):
+  with pytest.raises(UserError, match=r'accumulate_steps 3 does not divide the 32 images of each of 2 devices'):
     one_step(data_dir, **{'optimizer.accumulate_steps': 3})
 
 

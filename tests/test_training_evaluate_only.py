@@ -277,7 +277,7 @@ def test_weights_for_grey_images_are_trained_on_grey_images(data_dir, grey_weigh
 
 
 def test_channels_that_the_weights_do_not_take_get_one_line(data_dir, grey_weights, tmp_path):
-  says = r'grey\.safetensors holds a model for images of 1 channel\(s\): leave out --config\.data\.channels=3'
+  says = r'grey\.safetensors holds a model for images of 1 channel: leave out --config\.data\.channels=3'
   changes = {'data.channels': 3}
   with pytest.raises(UserError, match=says):
     evaluate_only(config_of(data_dir, **changes), grey_weights)
