@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
   config.schedule.base_learning_rate = 5e-4  # peak for a batch of base_batch_size, linear in data.batch_size
   config.schedule.base_batch_size = 512
   config.schedule.backbone_factor = 1.0  # of the peak, for all parameters but the head's; 0: the head alone is trained
-  config.schedule.epochs = 300  # of the cosine, warmup included
+  config.schedule.epochs = 300  # of the cosine, warmup included; cooldown_epochs come after them
   config.schedule.cooldown_epochs = 10  # at the final learning rate
   config.schedule.warmup_epochs = 10
   config.schedule.warmup_learning_rate = 1e-6  # at the start of the warmup

@@ -76,9 +76,10 @@ class ConfigParser(Parser):
   def __init__(self, command: str, default: str | None = None, **options: Any):
     super().__init__(command, **options)
     self.default = default
+    explained = FOLDER / 'default.py' if FOLDER.parent == PACKAGE else 'configs/default.py'
     self.add_argument('--config', metavar='CONFIG', help=f'{HELP} (default: {default})' if default else HELP)
     self.add_argument(
-      '--config.FIELD', metavar='VALUE', help='value of a field of the config; configs/default.py explains every field'
+      '--config.FIELD', metavar='VALUE', help=f'value of a field of the config; {explained} explains every field'
     )
 
   def parse_args(self, argv: Any = None, namespace: Any = None) -> Any:

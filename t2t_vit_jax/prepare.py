@@ -7,12 +7,13 @@ Needs TensorFlow, which training does not: pip install 't2t-vit-jax[prepare]'.
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
 
 from t2t_vit_jax.command_line import Parser, run_tool
-from t2t_vit_jax.errors import UserError
+from t2t_vit_jax.errors import UserError, require
 from t2t_vit_jax.interrupts import importing
 
 
@@ -22,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     raise UserError('give either a dataset or --convert FOLDER')
   if arguments.convert and not arguments.data_dir:
     raise UserError('--convert needs --data-dir')
+  if importlib.util.find_spec('tensorflow_datasets') is None:
+    require('t2t-vit prepare', 'tensorflow')  # whose extra has both
   with importing():
     from t2t_vit_jax.data import preparation  # late: the help needs no tfds
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from t2t_vit_jax.command_line import Parser, run_tool
 from t2t_vit_jax.data.decoding import BadImage, EncodedImage
-from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, open_folder
+from t2t_vit_jax.data.sources import SPLIT_FOLDERS, Source, has_class_folders, open_folder
 from t2t_vit_jax.data.transforms import ResizeCenterCrop
 from t2t_vit_jax.errors import UserError, plural, printable, readable_size, writing_problem
 
@@ -169,10 +169,10 @@ def report(copies: Iterable[Copy], total: int, folder: Path) -> list[str]:
 
 
 def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
-  """The splits of the dataset by name.
+  """The splits of the dataset by name; '.' is that of a folder whose own folders are the classes.
 
   Raises:
-    UserError: there are none.
+    UserError: there are none, or the copy would become a class.
   """
   if arguments.dataset:
     from t2t_vit_jax.data.tfds_source import open_builder, open_tfds  # late: folders need no tfds
@@ -183,6 +183,10 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, Source]:
     return {name: open_tfds(arguments.dataset, name, arguments.data_dir) for name in names}
   folder = Path(arguments.folder).expanduser()
   there = [name for name in SPLITS if any((folder / x).is_dir() for x in SPLIT_FOLDERS.get(name, (name,)))]
+  if not there and has_class_folders(folder):
+    there = ['.']
+    if Path(arguments.output).expanduser().resolve().is_relative_to(folder.resolve()):
+      raise UserError(f'{arguments.output} would be one of the classes in {folder}: choose an --output outside of it')
   return {name: dataclasses.replace(open_folder(folder, name), upright=True) for name in there or SPLITS[:1]}
 
 
@@ -196,14 +200,16 @@ def run(arguments: argparse.Namespace) -> int:
   try:
     if arguments.folder and output.resolve() == Path(arguments.folder).expanduser().resolve():
       raise UserError(f'{output} stays as it is: choose another --output for the copy')
-    for name, source in open_splits(arguments).items():
+    splits = open_splits(arguments)
+    for name, source in splits.items():
       shrinker = Shrinker(source, output / name, arguments.max_side, arguments.quality)
       for line in report(shrink(shrinker), len(source), output / name):
         print(printable(line))
   except KeyboardInterrupt:
     print('interrupted: what is copied stays; the same command goes on', file=sys.stderr)
     return 130
-  print(printable(f'train on it with --config.data.source=folder --config.data.path={output}'))
+  fraction = ' --config.data.eval_fraction=0.2' if '.' in splits else ''
+  print(printable(f'train on it with --config.data.source=folder --config.data.path={output}{fraction}'))
   return 0
 
 
@@ -215,7 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__.split('\n\n')[0],
   )
   parser.add_argument('dataset', metavar='DATASET', nargs='?', help='prepared tfds dataset, such as imagenet2012')
-  parser.add_argument('--folder', metavar='DIR', help='image folder, DIR/train/CLASS/IMAGE, in place of a tfds dataset')
+  parser.add_argument(
+    '--folder', metavar='DIR', help='image folder, DIR/train/CLASS/IMAGE or DIR/CLASS/IMAGE, in place of a tfds dataset'
+  )
   parser.add_argument(
     '--data_dir',
     metavar='DIR',

@@ -302,7 +302,7 @@ def test_another_number_of_classes_gives_a_fresh_head(caplog):
   path = golden_file('performer')
   with caplog.at_level(logging.WARNING, logger='absl'):
     model, variables = load_pretrained(path, num_classes=3, settings=HEADS)
-  assert 'head: 3 instead of 10 classes; not trained' in caplog.text
+  assert 'head: 3 instead of 10 classes; it has yet to be trained' in caplog.text
   numbers = golden.load_numbers('tiny_performer')
   kernel, bias = variables['params']['head']['kernel'], variables['params']['head']['bias']
   assert (kernel.shape, bias.shape) == ((64, 3), (3,))

@@ -87,7 +87,7 @@ def test_folders_that_are_no_dataset_get_one_line(folder, tmp_path):
     assert '\n' not in str(caught.value)
     return str(caught.value)
 
-  assert f'{tmp_path}/nothing does not exist: images are expected as' in message(tmp_path / 'nothing')
+  assert message(tmp_path / 'nothing') == f'{tmp_path}/nothing does not exist'
   assert f'{folder} has no folder test' in message(folder, 'test')
   assert f'{tmp_path} has no folder validation or val or valid' in message(tmp_path, 'validation')
   assert 'classes that the training split lacks: n02' in message(folder, 'val', class_names=('n1', 'n10'))

@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from t2t_vit_jax import shrink
-from t2t_vit_jax.data.sources import open_folder
+from t2t_vit_jax.data.sources import open_divided_folder, open_folder
 from tests.image_folder import encoded
 
 PHOTOS = ('china.jpg', 'flower.jpg')  # 640 x 427 px
@@ -65,6 +65,16 @@ def test_a_folder_of_photographs(photos, tmp_path, capsys):
   assert kept.stat().st_mtime_ns == before
   assert missing.exists()
   assert capsys.readouterr().out == output
+
+
+def test_a_folder_of_classes_without_splits(photos, tmp_path, capsys):
+  folder, small = str(photos / 'train'), str(tmp_path / 'small')
+  assert shrink.main(['--folder', folder, '--output', small]) == 0
+  assert capsys.readouterr().out.endswith(f'--config.data.path={small} --config.data.eval_fraction=0.2\n')
+  train, evaluation = open_divided_folder(small, 'train', 'validation', 0.2)
+  assert (len(train), len(evaluation), train.class_names) == (3, 1, ('class 0', 'class 1'))
+  assert shrink.main(['--folder', folder, '--output', f'{folder}/small']) == 2
+  assert 'would be one of the classes' in capsys.readouterr().err
 
 
 def test_a_tfds_dataset(data_dir, tmp_path, capsys):

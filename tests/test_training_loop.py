@@ -520,4 +520,4 @@ def test_weights_of_other_classes_get_a_new_head(data_dir, four_steps, tmp_path,
     config = performer_config(data_dir, init_from=str(path))
     head = jax.device_get(build_run(config).recipe.fresh_state().params['head']['kernel'])
     assert (head == weights.arrays['params/head/kernel']).all() == kept
-    assert ('head: new, for other classes; not trained' in caplog.text) != kept
+    assert ('head: new, for other classes; it has yet to be trained' in caplog.text) != kept

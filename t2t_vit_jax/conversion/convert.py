@@ -200,7 +200,7 @@ def _adapt(weights: Weights, options: Options) -> tuple[Weights, list[str]]:
     change = (
       'new, for other classes' if options.fresh_head else f'{num_classes or "none"} instead of {old_number} classes'
     )
-    notes.append(f'head: {change}; not trained')
+    notes.append(f'head: {change}; it has yet to be trained')
     arguments['num_classes'], class_names = num_classes, None
     arrays = {key: array for key, array in arrays.items() if not key.startswith('params/head/')}
     if num_classes:

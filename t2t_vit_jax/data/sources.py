@@ -355,9 +355,11 @@ def _find_split(path: Path, split: str) -> Path | None:
 def _split_folder(path: Path, split: str) -> Path:
   if folder := _find_split(path, split):
     return folder
-  candidates = [path / name for name in SPLIT_FOLDERS.get(split, (split,))]
-  problem = 'does not exist' if not path.is_dir() else f'has no folder {" or ".join(x.name for x in candidates)}'
-  raise LayoutError(f'{path} {problem}: images are expected as {candidates[0]}/CLASS/IMAGE')
+  if not path.is_dir():
+    raise LayoutError(f'{path} is a file, no folder' if path.exists() else f'{path} does not exist')
+  first, *others = SPLIT_FOLDERS.get(split, (split,))
+  names = ' or '.join([first, *others])
+  raise LayoutError(f'{path} has no folder {names}: images are expected as {path / first}/CLASS/IMAGE')
 
 
 def _holds_images(folder: Path) -> bool:
