@@ -23,6 +23,7 @@ from t2t_vit_jax.export import export_weights
 from t2t_vit_jax.predict import open_classifier, predict
 from t2t_vit_jax.visualize import look_inside
 from tests import golden
+from tests.parameters import slow
 from tests.processes import ROOT, end_all, start_command, started
 
 pytestmark = [pytest.mark.needs('starlette'), pytest.mark.needs('uvicorn')]
@@ -186,14 +187,6 @@ def test_the_page_needs_nothing_from_elsewhere(server):
   assert not re.search(r'https?://|src=|href="(?!data:)', page)
 
 
-@pytest.mark.slow
-def test_it_ends_by_sigterm(folder):
-  process, _ = start(folder / 'model.npz', '--batch_size=1')
-  process.send_signal(signal.SIGTERM)
-  printed, errors = process.communicate(timeout=30)
-  assert (process.returncode, printed, errors) == (0, 'stopped\n', '')
-
-
 def test_what_cannot_be_served_is_refused_in_one_line(folder, server):
   np.savez(folder / 'other.npz', x=np.ones(3))
   for arguments, says in [
@@ -218,14 +211,14 @@ def test_it_says_what_is_missing_without_the_extra(tmp_path):
   assert re.fullmatch(r"error: serving needs uvicorn: pip install .*\[serve\]'\n", errors)
 
 
-def test_it_ends_by_ctrl_c_and_finishes_what_it_began(folder, server):
-  """The last test of the file: it ends the server."""
-  process, port = server
+@pytest.mark.parametrize('number', [signal.SIGINT, slow(signal.SIGTERM)])
+def test_a_signal_ends_it_when_it_has_finished_what_it_began(number, folder):
+  process, port = start(folder / 'model.npz', '--batch_size=1')
   body = (folder / 'grey.png').read_bytes()
   with socket.create_connection(('127.0.0.1', port)) as client:
     client.sendall(f'POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body[:10])
     wait_for(port, 1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     client.sendall(body[10:])
     with client.makefile('rb') as reader:
       assert reader.readline() == b'HTTP/1.1 200 OK\r\n'
