@@ -133,7 +133,7 @@ def _load_config(file: Path, argument: str | None) -> ConfigDict:
   """What `get_config`, or `get_config(argument)`, of a config file returns.
 
   Raises:
-    UserError: the file is no config, an error in it, or a field that no config has.
+    UserError: the file is no config, there is an error in it, or a field is unknown or missing.
   """
   module = types.ModuleType('config')
   module.__file__ = str(file)
@@ -148,14 +148,18 @@ def _load_config(file: Path, argument: str | None) -> ConfigDict:
     raise UserError(f'{file}{_line_of(error, file)}: {first_line(error)}') from error
   if not isinstance(config, ConfigDict):
     raise UserError(f'{file}: get_config returns {config!r:.50}, no ConfigDict; does it end with `return config`?')
-  default = _default_config()
-  known = _paths(default)
-  for path in _paths(config):  # those of the model may be any of `T2TViT`, which refuses others
-    if path not in known and not path.startswith('model.'):
-      raise UserError(
-        f'{file}: unknown config field {path!r}: {_fields_named(path, default) or did_you_mean(path, known)}'
-      )
+  _check_fields(file, config, _default_config())
   return config
+
+
+def _check_fields(file: Path, config: ConfigDict, default: ConfigDict) -> None:
+  """Raises UserError unless a config has the fields of the default one; `T2TViT` checks those of the model."""
+  known, found = ([path for path in _paths(x) if not path.startswith('model.')] for x in (default, config))
+  if unknown := [path for path in found if path not in known]:
+    advice = _fields_named(unknown[0], default) or did_you_mean(unknown[0], known)
+    raise UserError(f'{file}: unknown config field {unknown[0]!r}: {advice}')
+  if missing := [path for path in known if path not in found]:
+    raise UserError(f'{file}: the config lacks the field {missing[0]!r}: begin with `config = default.get_config()`')
 
 
 def _line_of(error: Exception, file: Path) -> str:

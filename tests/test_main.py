@@ -136,6 +136,7 @@ def test_documented_commands_exist_with_their_flags():
     (['--config=broken.py'], r"broken\.py, line 2: ValueError: invalid literal for int\(\) with base 10: '3o0'"),
     (['--config=misspelt.py'], "misspelt.py: unknown config field 'schedule.epoch': did you mean 'schedule.epochs'"),
     (['--config=without.py'], r'without\.py: get_config returns None, no ConfigDict; does it end with `return config`'),
+    (['--config=part.py'], "part.py: the config lacks the field 'schedule.epochs': begin with `config = default"),
     (['--config=nothing.py'], 'nothing.py has no function get_config'),
     (['--config=unknown.py'], r"unknown\.py, line 1: ModuleNotFoundError: No module named 'config'"),
     (['--config=./digits'], r'digits, line 1: SyntaxError: invalid syntax'),
@@ -152,6 +153,7 @@ def test_errors_in_configs_and_flags_are_one_line_with_the_cause(flags, message,
   get_default = 'from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
   (tmp_path / 'misspelt.py').write_text(f'{get_default}  config.schedule.epoch = 2\n  return config\n')
   (tmp_path / 'without.py').write_text(get_default)
+  (tmp_path / 'part.py').write_text(f'{get_default}  del config.schedule.epochs\n  return config\n')
   (tmp_path / 'nothing.py').write_text('x = 1\n')
   (tmp_path / 'unknown.py').write_text('from config import default\n')
   (tmp_path / 'digits').write_text('no Python')  # a file with the name of a config is not taken for it
