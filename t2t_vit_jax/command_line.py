@@ -59,12 +59,17 @@ class Parser(argparse.ArgumentParser):
         flag = argument.split('=')[0]
         raise UserError(f'unknown flag {flag}: {self.unknown_flag(flag)}')
     if unknown:
-      raise UserError(f'arguments without a flag: {" ".join(unknown)}')
+      raise UserError(f'arguments without a flag: {" ".join(unknown)}{self.advice_without_flag(unknown[0])}')
     return arguments
 
   def unknown_flag(self, flag: str) -> str:
     """Advice for a flag that the command lacks."""
     return did_you_mean(flag, self._option_string_actions)
+
+  def advice_without_flag(self, argument: str) -> str:
+    """Advice for an argument that lacks a flag, as the end of a line; empty if there is none."""
+    del argument
+    return ''
 
   def error(self, message: str) -> NoReturn:
     raise UserError(message.replace('ignored explicit argument', 'takes no value, not'))

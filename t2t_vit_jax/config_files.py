@@ -106,6 +106,10 @@ class ConfigParser(Parser):
     """See `Parser`; a flag with the last name of a field is taken for that field."""
     return _fields_named(flag.lstrip('-'), _default_config()) or super().unknown_flag(flag)
 
+  def advice_without_flag(self, argument: str) -> str:
+    """See `Parser`; it may be a config."""
+    return f'; did you mean --config={argument}?' if argument in names() or argument.endswith('.py') else ''
+
 
 def _default_config() -> Any:
   make_importable(FOLDER / 'default.py')

@@ -43,7 +43,7 @@ def run(cwd, *arguments, **environment):
     (['--config.optimzer.beta1=1'], "unknown config field 'optimzer.beta1': did you mean 'optimizer.beta1'"),
     (['--config=configs/nothing.py'], 'there is no config file configs/nothing.py'),
     (['--config.data.batch_size=many'], 'invalid literal'),
-    (['digits'], 'arguments without a flag: digits'),
+    (['digits'], 'arguments without a flag: digits; did you mean --config=digits?'),
     (['--workdir', '--dry_run'], 'argument --workdir: expected one argument'),
     (['--config.data.path', '--json'], 'Missing value for flag --config.data.path'),
     (['--config.model.name=t2t_vit_tinny'], "did you mean 't2t_vit_tiny'"),
