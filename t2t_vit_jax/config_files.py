@@ -134,7 +134,7 @@ def _divide(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
 
 
 def _load_config(file: Path, argument: str | None) -> ConfigDict:
-  """What `get_config`, or `get_config(argument)`, of a config file returns.
+  """Config that `get_config`, or `get_config(argument)`, of a file returns.
 
   Raises:
     UserError: the file is no config, there is an error in it, or a field is unknown or missing.

@@ -171,7 +171,7 @@ def test_tables_for_people_and_programs():
     '75 of 75 parts of imagenet2012_corrupted',
   ]
   assert 'gaussian_noise           50.00       50.00       50.00       50.00       50.00    56.41\n' in text
-  assert text.splitlines()[-2].endswith('a|b.safetensors on val: 2 images cannot be read, and counted as wrong')
+  assert text.splitlines()[-2].endswith('a|b.safetensors on val: 2 images cannot be read: counted as wrong')
   assert '| a\\|b.safetensors | val | 81.49 | 95.67 | 50,000 | 1,234 | 21.5 M | 86.2 | 384x192 |' in markdown
   table = list(csv.DictReader(io.StringIO(render(rows, 'csv'))))
   assert len(table) == 77

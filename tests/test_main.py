@@ -69,11 +69,8 @@ def test_without_tfds_prepare_shows_its_help_and_names_the_extra(monkeypatch, ca
 @pytest.mark.needs('libtpu')
 def test_commands_are_silent_about_a_tpu_that_is_not_there(tmp_path):
   """Its library prints errors wherever it is installed, and still does in a user's own program."""
-  ours = {
-    'JAX_PLATFORMS',
-    'TPU_ACCELERATOR_TYPE',
-    'TPU_WORKER_HOSTNAMES',
-  }  # a command in this process sets the last two
+  # Commands that ran in this process have set the last two.
+  ours = {'JAX_PLATFORMS', 'TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES'}
   environment = {name: value for name, value in os.environ.items() if name not in ours}
   environment |= {'PYTHONPATH': str(ROOT), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   Image.new('RGB', (32, 32)).save(tmp_path / 'black.png')

@@ -229,3 +229,14 @@ def test_an_image_folder_with_unreadable_images(tmp_path):
   assert 'more than data.max_bad_fraction = 0.03 allows; the last is ' in errors.splitlines()[-1]
   # What was done until then is saved: the second one turns up in the ninth batch.
   assert {path.name for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*')} == {'6', '8'}
+
+
+@pytest.mark.slow
+def test_digits_learn(tmp_path, data_dir):
+  """A sixth of the default run: far above chance, so model, data and optimizer work together."""
+  fields = [f'--config.data.data_dir={data_dir}', '--config.schedule.epochs=10']
+  # XLA's own flags: programs that compute fast, as for users.
+  code, output, errors = run(tmp_path, '--workdir=run', *fields, XLA_FLAGS='')
+  assert code == 0, errors
+  last = output.splitlines()[-1]
+  assert float(last.split()[2]) > 80, last

@@ -197,7 +197,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
   for row in rows:
     where = f'{printable(row["weights"])} on {printable(row["set"])}'
     if row['unreadable']:
-      yield f'{where}: {plural(row["unreadable"], "image")} cannot be read, and counted as wrong'
+      yield f'{where}: {plural(row["unreadable"], "image")} cannot be read: counted as wrong'
     if row['left_out']:
       yield f'{where}: {plural(row["left_out"], "image")} without a label of the scored classes, not counted'
   if any('corruptions' in row for row in rows):
