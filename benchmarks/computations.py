@@ -15,6 +15,7 @@ import optax
 from benchmarks import common
 from benchmarks.yardstick import ViT
 from configs import default
+from t2t_vit_jax.command_line import positive
 from t2t_vit_jax.errors import UserError, did_you_mean
 from t2t_vit_jax.models.variants import create_model, get_variant
 from t2t_vit_jax.recipe import sharding
@@ -73,14 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int, dtype: st
     help="may be given often: a way to compute the model, by T2TViT's fields, such as half:depth=7,remat=none; "
     f'{", ".join(OWN_FIELDS)} may differ too. Known by name: {", ".join(FORMS)}',
   )
-
-
-def positive(text: str) -> int:
-  """Reads a whole number above 0, for argparse."""
-  number = int(text)
-  if number < 1:
-    raise ValueError
-  return number
 
 
 def workloads(

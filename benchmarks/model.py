@@ -31,6 +31,7 @@ from benchmarks.computations import Workload
 from benchmarks.jax_process import JaxComputations
 from benchmarks.processes import Worker, choose_processors
 from benchmarks.torch_process import TorchComputations
+from t2t_vit_jax.command_line import positive
 from t2t_vit_jax.errors import require
 
 COMPUTATIONS = ('forward', 'latency', 'adamw_step', 'training_step')
@@ -179,13 +180,11 @@ def parse_arguments() -> argparse.Namespace:
     '--computation', action='append', choices=COMPUTATIONS, help='may be given often (default: all of them)'
   )
   parser.add_argument('--against', choices=['torch'], help='measure another implementation beside it')
-  parser.add_argument('--rounds', type=computations.positive, default=7, help='default %(default)s')
+  parser.add_argument('--rounds', type=positive, default=7, help='default %(default)s')
   parser.add_argument(
     '--seconds', type=float, default=1.0, help='that each computation takes in a round, about (default %(default)s)'
   )
-  parser.add_argument(
-    '--threads', type=computations.positive, help='processors of each framework (default: all of them)'
-  )
+  parser.add_argument('--threads', type=positive, help='processors of each framework (default: all of them)')
   common.add_output(parser)
   return parser.parse_args()
 

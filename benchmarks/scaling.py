@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks import common, computations
 from benchmarks.computations import Workload
+from t2t_vit_jax.command_line import positive
 from t2t_vit_jax.errors import require
 from t2t_vit_jax.models.soft_split import SPLITS, token_grid
 from t2t_vit_jax.models.tokens_to_token import TokensToToken
@@ -277,7 +278,7 @@ def guides(panel: Any) -> None:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
   """Reads numbers such as '112,224', for argparse."""
-  return tuple(sorted(map(computations.positive, text.split(','))))
+  return tuple(sorted(map(positive, text.split(','))))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -289,7 +290,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(f'--{name}', type=whole_numbers, default=values, metavar='N,N,...', help=f'default {shown}')
   parser.add_argument('--gradients', action='store_true', help='of the parameters, not the forward pass alone')
   parser.add_argument('--flops-only', action='store_true', help='compile nothing')
-  parser.add_argument('--rounds', type=computations.positive, help='measure the time too, in so many rounds')
+  parser.add_argument('--rounds', type=positive, help='measure the time too, in so many rounds')
   parser.add_argument('--plot', metavar='FILE', help='picture to draw, such as scaling.png')
   common.add_output(parser)
   arguments = parser.parse_args()

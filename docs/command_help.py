@@ -32,7 +32,7 @@ SECTION = """
 def help_of(module: str) -> str:
   """Text that the command of a module prints for --help, 100 columns wide."""
   output = io.StringIO()
-  os.environ['COLUMNS'] = '102'  # argparse leaves two free
+  os.environ['COLUMNS'] = '90'  # argparse leaves two free
   with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
     importlib.import_module(module).main(['--help'])
   return output.getvalue().strip()

@@ -53,8 +53,11 @@ if REPOSITORY:
   }
 
 
-def follow_links_out_of_docs(app: Sphinx, docname: str, source: list[str]) -> None:
-  """Turns a page's links to files outside docs/ into links of the site; without a repository they are downloads."""
+def adapt_links(app: Sphinx, docname: str, source: list[str]) -> None:
+  """Turns a page's links to files outside docs/ into links of the site; without a repository they are downloads.
+
+  Links whose text is the name of a page's file, as suits a repository, get the page's title as their text.
+  """
 
   def replacement(link: re.Match[str]) -> str:
     path = posixpath.normpath(posixpath.join(posixpath.dirname(docname), link[1]))
@@ -64,7 +67,8 @@ def follow_links_out_of_docs(app: Sphinx, docname: str, source: list[str]) -> No
       return f'](https://github.com/{REPOSITORY}/blob/main/{path[3:]})'
     return link[0]
 
-  source[0] = re.sub(r'\]\((\.\./[^)]*)\)', replacement, source[0])
+  text = re.sub(r'\]\((\.\./[^)]*)\)', replacement, source[0])
+  source[0] = re.sub(r'\[\w+\.md\](?=\(\w+\.md)', '[]', text)
 
 
 def shorten_signature(
@@ -78,5 +82,5 @@ def shorten_signature(
 
 
 def setup(app: Sphinx) -> None:
-  app.connect('source-read', follow_links_out_of_docs)
+  app.connect('source-read', adapt_links)
   app.connect('autodoc-process-signature', shorten_signature)

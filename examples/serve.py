@@ -68,8 +68,10 @@ class ExportedModel:
       UserError: it is no such file.
     """
     try:
-      with np.load(path) as file:
-        arrays = dict(file)
+      with path.open('rb') as file:
+        if not zipfile.is_zipfile(file):  # numpy would take it for a pickle
+          raise ValueError('no .npz file')
+      arrays = dict(np.load(path))
       self.metadata = json.loads(str(arrays.pop('metadata')))
       program = export.deserialize(bytearray(arrays.pop('program')))
       height, width = self.metadata['image_size']

@@ -149,13 +149,18 @@ def add_process_flags(parser: Parser) -> None:
 
 def positive(text: str) -> int:
   """Type of a flag: a whole number from 1 on."""
-  number = int(text)
-  if number < 1:
-    raise ValueError
+  return whole_number(text, least=1)
+
+
+def whole_number(text: str, least: int) -> int:
+  """Parses a whole number from `least` on; raises argparse's error for anything else."""
+  try:
+    number = int(text)
+  except ValueError:
+    number = least - 1
+  if number < least:
+    raise argparse.ArgumentTypeError(f'must be a whole number from {least} on, not {text!r}')
   return number
-
-
-positive.__name__ = 'number'  # as argparse names it in "invalid number value: '0'"
 
 
 def run_tool(tool: Callable[[], int]) -> int:

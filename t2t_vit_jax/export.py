@@ -261,9 +261,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument('weights', metavar='WEIGHTS', help=pretrained.HELP)
   parser.add_argument('--output', required=True, metavar='FILE', type=Path, help='.npz or .onnx file to write')
-  parser.add_argument(
-    '--format', choices=FORMATS, help='format of the file (default: onnx if its name ends so, else npz)'
-  )
+  parser.add_argument('--format', choices=FORMATS, help='format of the file (default: by the ending of its name)')
   parser.add_argument(
     '--dtype', choices=DTYPES, default=DTYPES[0], help='precision of the computation (default: %(default)s)'
   )
@@ -279,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     size = None if arguments.image_size is None else parse_image_size(arguments.image_size)
     jax.config.update('jax_platforms', 'cpu')  # lowering needs no accelerator
-    form = arguments.format or ('onnx' if arguments.output.suffix == '.onnx' else 'npz')
+    form = arguments.format or arguments.output.suffix[1:].lower()
+    if form not in FORMATS:
+      raise UserError(f'--output {arguments.output}: the name must end with .npz or .onnx')
     options = dict(form=form, dtype=arguments.dtype, attention=arguments.attention, image_size=size)
     for line in export_weights(arguments.weights, arguments.output, **options, force=arguments.force):
       print(line)

@@ -163,8 +163,7 @@ def _as_text(predictions: Iterable[Prediction]) -> Iterator[str]:
 
 def _as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
   """One list, with an image on each line: {"image", "predictions": [{"label", "name", "probability"}], "error"}."""
-  yield '['
-  separator = '\n'
+  separator = '[\n'
   for image, guesses, error in predictions:
     entry = {'image': image, 'predictions': [guess._asdict() for guess in guesses], 'error': error}
     yield separator + json.dumps(entry)

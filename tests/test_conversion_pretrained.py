@@ -303,7 +303,9 @@ def test_names_folders_and_files(tmp_path, cache, monkeypatch):
   file = tmp_path / 'run' / 'weights' / 'model.safetensors'
   file.touch()
   assert find_weights(tmp_path / 'run') == find_weights(tmp_path / 'run' / 'weights') == find_weights(file) == file
-  with pytest.raises(UserError, match=r"neither a file t2t_vit14 nor published weights .* did you mean 't2t_vit_14'"):
+  with pytest.raises(
+    UserError, match=r"t2t_vit14: no such file .* weights of this name published: did you mean 't2t_vit_14'"
+  ):
     find_weights('t2t_vit14')
   with pytest.raises(UserError, match='weights of t2t_vit_dense were never published'):
     find_weights('t2t_vit_dense')

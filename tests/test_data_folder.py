@@ -6,6 +6,7 @@ from pathlib import Path
 import re
 import shutil
 import socket
+import sys
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -18,6 +19,7 @@ from t2t_vit_jax import UserError
 from t2t_vit_jax.data.pipeline import open_sources
 from t2t_vit_jax.data.sources import find_images, open_divided_folder, open_folder, open_images
 from tests.image_folder import decode, write_image_folder
+from tests.processes import start_command
 
 CLASSES = ('n02', 'n10', 'n1')  # sorted as text: n02, n1, n10
 
@@ -42,6 +44,23 @@ def test_imagenets_synsets_have_the_labels_of_tfds():
   synsets = tfds.core.tfds_path('datasets/imagenet2012/labels.txt').read_text().split()
   assert len(synsets) == 1000
   assert synsets == sorted(synsets)
+
+
+def test_classes_have_the_names_of_their_folders_whatever_the_locale_is(tmp_path):
+  write_image_folder(tmp_path, ('Äpfel', '写真'), train=1)
+  program = 'from t2t_vit_jax.data.sources import open_folder; print(ascii(open_folder(".", "train").class_names))'
+  process = start_command(
+    sys.executable,
+    '-c',
+    program,
+    cwd=tmp_path,
+    PYTHONPATH=str(Path(__file__).parents[1]),
+    PYTHONUTF8='0',
+    LC_ALL='C',
+    PYTHONCOERCECLOCALE='0',
+  )
+  output, errors = process.communicate()
+  assert output == f'{("Äpfel", "写真")!a}\n', errors
 
 
 def test_the_validation_folder_goes_by_several_names(folder):

@@ -202,8 +202,8 @@ def test_what_cannot_be_evaluated_gets_one_line_before_anything_is_computed(weig
       f'{weights[0]} on {cat}: the model has 10 classes, but {cat} has 2',
     ),
     (['nothing.safetensors', f'--sets={SPLIT}'], 'nothing.safetensors: no such file'),
-    ([weights[0], f'--sets={SPLIT}', '--batch_size=0'], 'argument --batch_size: invalid number value'),
-    ([weights[0], f'--sets={SPLIT}', '--num_workers=-1'], 'argument --num_workers: invalid number value'),
+    ([weights[0], f'--sets={SPLIT}', '--batch_size=0'], 'argument --batch_size: must be a whole number from 1 on'),
+    ([weights[0], f'--sets={SPLIT}', '--num_workers=-1'], 'argument --num_workers: must be a whole number from 0 on'),
     (
       [weights[0], f'--sets={SPLIT}', '--output=t.xls'],
       '--output t.xls: the name must end with .txt, .json, .csv, .md',

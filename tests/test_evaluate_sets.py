@@ -236,6 +236,7 @@ def test_names_of_sets():
   assert expand(['val', 'c/fog', 'val']) == ['val', *(f'c/fog/{severity}' for severity in range(1, 6))]
   assert len(expand(['c'])) == 75
   assert set(expand(['c', 'a'])) <= SETS.keys()
+  assert expand(['imagenet-a', 'imagenet_v2/topimages']) == ['a', 'v2-top']
 
 
 def test_other_classes_and_missing_data_get_one_line(classifier, data, tmp_path):

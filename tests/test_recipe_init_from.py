@@ -132,10 +132,19 @@ def test_a_config_that_leaves_nothing_open_does_not_need_the_file(config):
   assert resolve(config).to_dict() == config.to_dict()
 
 
+def test_weights_that_cannot_be_fetched_are_asked_for_once(config, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('T2T_VIT_JAX_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setenv('T2T_VIT_JAX_MIRROR', 'http://127.0.0.1:9')
+  config.init_from, config.data.orientation = 't2t_vit_7', None
+  config = resolve(config)  # a run that is resumed does not need them
+  assert (config.data.orientation, config.data.channels) == ('ignored', 3)
+  assert capsys.readouterr().err.count('fetching') == 1
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'init_from': 'nowhere'}, 'init_from: there is neither a file nowhere nor published weights'),
+    ({'init_from': 'nowhere'}, 'init_from: nowhere: no such file or folder; nor are weights of this name published'),
     ({'init_from': 'nowhere.safetensors'}, 'init_from: nowhere.safetensors: no such file'),
     ({'init_from': None}, r'data\.image_size, .*model\.name must be set: .* --config\.init_from=FILE'),
     (

@@ -193,6 +193,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder, server):
     (['missing.npz'], 'missing.npz: cannot be read: No such file or directory'),
     (['performer.safetensors'], 'performer.safetensors: is no exported model'),
     (['other.npz'], 'other.npz: is no exported model'),
+    ([SERVE], 'serve.py: is no exported model (ValueError: no .npz file)'),
     (['model.npz', f'--port={server[1]}'], 'Address already in use'),
   ]:
     process = start_command(sys.executable, SERVE, *arguments, cwd=folder, PYTHONPATH=str(ROOT))

@@ -117,10 +117,12 @@ def find_weights(source: PathLike) -> Path:
     return _in_folder(path)
   if name in VARIANTS and not path.exists():
     raise UserError(f'weights of {name} were never published; there are: {", ".join(PUBLISHED)}')
-  if path.name == name and not path.suffix and not path.exists():
-    raise UserError(
-      f'there is neither a file {name} nor published weights of this name: {did_you_mean(name, PUBLISHED)}'
-    )
+  if not path.exists():
+    if path.name == name and not path.suffix:
+      advice = f'nor are weights of this name published: {did_you_mean(name, PUBLISHED)}'
+    else:
+      advice = 'weights are a file, the folder of a run, a name that t2t-vit weights lists, or hf://USER/REPO'
+    raise files.problem(path, f'no such file or folder; {advice}')
   return path
 
 

@@ -319,10 +319,12 @@ def _select(source: Source, chosen: np.ndarray, part: str) -> Source:
 def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
   """Opens `folder/<class>/...`; see `open_folder`."""
   try:
-    own_classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    own_folders = {
+      _as_utf8(entry.name): entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)
+    }
   except OSError as error:
     raise UserError(f'{folder} cannot be read: {error.strerror}') from error
-  if not own_classes:
+  if not own_folders:
     if _holds_images(folder):
       raise LayoutError(
         f'{folder} has images, but no folders: move them to {folder}/CLASS/IMAGE, one folder for each class'
@@ -330,8 +332,9 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
     raise LayoutError(
       f'{folder} has no folders: images are expected as {folder}/CLASS/IMAGE, one folder for each class'
     )
+  own_classes = sorted(own_folders)
   class_names = class_names or tuple(own_classes)
-  folders = dict(zip(comparable(own_classes), own_classes, strict=True))
+  folders = {key: own_folders[name] for key, name in zip(comparable(own_classes), own_classes, strict=True)}
   if len(folders) < len(own_classes):
     raise UserError(f'{folder} has two folders for one class: their names differ only in how an accent is written')
   known = comparable(class_names)
@@ -346,6 +349,11 @@ def _open_classes(folder: Path, class_names: tuple[str, ...] | None) -> Source:
     labels += [label] * len(images)
   records = _FolderRecords(folder, np.array(names), np.array(labels, np.int32))
   return Source(records, class_names, os.fspath(folder), notes=scan.notes(folder))
+
+
+def _as_utf8(name: str) -> str:
+  """The name of a file as UTF-8, whatever encoding Python takes from the locale: weights keep it as a class's name."""
+  return os.fsencode(name).decode('utf-8', 'surrogateescape')
 
 
 def _find_split(path: Path, split: str) -> Path | None:

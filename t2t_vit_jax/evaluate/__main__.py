@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from t2t_vit_jax import processes
-from t2t_vit_jax.command_line import Parser, add_process_flags, positive, print_error, run_tool
+from t2t_vit_jax.command_line import Parser, add_process_flags, positive, print_error, run_tool, whole_number
 from t2t_vit_jax.console import note, say, warn
 from t2t_vit_jax.conversion import files, parse_image_size, pretrained
 from t2t_vit_jax.data.decoding import ORIENTATIONS, BadImage
@@ -295,10 +295,7 @@ def _write(text: str, output: Path | None) -> None:
 
 def not_negative(text: str) -> int:
   """Type of a flag: a whole number from 0 on."""
-  return positive(text) if text != '0' else 0
-
-
-not_negative.__name__ = 'number'  # as argparse names it
+  return whole_number(text, least=0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -148,12 +148,12 @@ def expand(texts: Iterable[str]) -> list[str]:
 
   `c` stands for all of ImageNet-C, and c/CORRUPTION for its five severities.
 
-  Datasets of tfds that belong to a set become that set, since it has rules of its own.
+  Datasets of tfds that belong to a set become that set, since it has rules of its own; hyphens do for underscores.
   """
   found: list[str] = []
-  of_tfds = {definition.tfds: name for name, definition in SETS.items()} | {'imagenet_v2': 'v2'}
+  of_tfds = {definition.tfds.replace('-', '_'): name for name, definition in SETS.items()} | {'imagenet_v2': 'v2'}
   for name in filter(None, ','.join(texts).split(',')):
-    name = of_tfds.get(name, name)
+    name = of_tfds.get(name.replace('-', '_'), name)
     parts = [key for key in SETS if key.startswith(f'{name}/')]
     found += parts or [name]
   return list(dict.fromkeys(found))

@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 from t2t_vit_jax.conversion import Options, find_weights
-from t2t_vit_jax.conversion.convert import load, log_notes
+from t2t_vit_jax.conversion.convert import PathLike, load, log_notes
 from t2t_vit_jax.conversion.weight_format import Weights, read_header
 from t2t_vit_jax.data.class_names import comparable, comparable_of_model
 from t2t_vit_jax.data.transforms import MODES
 from t2t_vit_jax.errors import UserError, plural
 from t2t_vit_jax.models.preprocessing import for_channels
+from t2t_vit_jax.models.published import PUBLISHED
 from t2t_vit_jax.models.t2t_vit import ARCHITECTURE, T2TViT
 from t2t_vit_jax.models.variants import get_variant
 from t2t_vit_jax.recipe.checks import check_ranges
@@ -31,8 +32,9 @@ def resolve(config: Any) -> Any:
     UserError: there is no weight file, it can't be read, or it contradicts the config; or a field is out of its range.
   """
   config = copy.deepcopy(config)
-  if config.data.orientation is None:
-    _set_orientation(config, weights_header(config.init_from).get('data', {}))
+  is_open = None in (config.data.orientation, config.data.channels)
+  header = weights_header(config.init_from) if is_open and config.init_from is not None else {}
+  _set_orientation(config, header.get('data', {}))
   open_fields = [f'data.{field}' for field in DATA_FIELDS if config.data[field] is None]
   open_fields += ['model.name'] if config.model.name is None else []
   if open_fields and config.init_from is None:
@@ -48,7 +50,7 @@ def resolve(config: Any) -> Any:
       if weights.model is None:
         _describe_model(config, weights)
   if config.data.channels is None:
-    config.data.channels = weights.channels if weights else _channels(config)
+    config.data.channels = weights.channels if weights else _channels(config, header)
   _fit_channels(config)
   check_ranges(config)
   if config.model.name:
@@ -96,12 +98,12 @@ def _set_orientation(config: Any, data: Mapping[str, Any]) -> None:
     config.data.orientation = data.get('orientation', default)
 
 
-def _channels(config: Any) -> int:
-  """Channels of the images that the weights `config.init_from` take; 3 without such a file."""
-  if config.init_from is None:
-    return 3
-  if header := weights_header(config.init_from):
+def _channels(config: Any, header: Mapping[str, Any]) -> int:
+  """Channels of the images that the weights `config.init_from` take, of which `header` is known; 3 without weights."""
+  if header:
     return int(header['channels'])
+  if config.init_from is None or config.init_from in PUBLISHED:  # without a header they cannot be fetched
+    return 3
   try:
     return _load_init_from(config).channels
   except UserError:  # if the file is needed, its error comes then
@@ -125,10 +127,8 @@ def check_channels(configured: int, channels: int, origin: Any) -> None:
     )
 
 
-def weights_header(source: str | None) -> dict[str, Any]:
+def weights_header(source: PathLike) -> dict[str, Any]:
   """The header of the weights that `find_weights` finds, of the format of this package; empty if there are none."""
-  if source is None:
-    return {}
   try:
     file = find_weights(source)
     if not file.is_file():  # a pipe would never end
@@ -146,7 +146,7 @@ def _load_init_from(config: Any) -> Weights:
     raise UserError(f'init_from: {error}') from error
 
 
-def load_as_configured(path: str, config: Any, model_name: str | None) -> Weights:
+def load_as_configured(path: PathLike, config: Any, model_name: str | None) -> Weights:
   """Loads a weight file; what a PyTorch checkpoint does not show of its model, `config.model` tells.
 
   Args:

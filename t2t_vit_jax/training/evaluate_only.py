@@ -82,16 +82,17 @@ def evaluate_only(config: Any, source: str | os.PathLike[str]) -> dict[str, Accu
 
 
 def _load(path: str, config: Any) -> Weights:
+  file = find_weights(path)
   try:
-    return load(find_weights(path), Options())[0]
+    return load(file, Options())[0]
   except UserError:
-    if weights_header(path):
+    if weights_header(file):
       raise
   try:  # a checkpoint hides its number of heads, or fits several named models
-    return load_as_configured(path, config, model_name=None)
+    return load_as_configured(file, config, model_name=None)
   except UserError as error:
     with contextlib.suppress(UserError):
-      return load_as_configured(path, config, model_name=config.model.name)
+      return load_as_configured(file, config, model_name=config.model.name)
     raise error
 
 
