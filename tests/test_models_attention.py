@@ -1,7 +1,8 @@
-"""The attention for cuDNN: its padding gives the same values, and each platform gets its own form."""
+"""Attention: derivatives in half precision, the padding for cuDNN, and the form that each platform gets."""
 
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from t2t_vit_jax import T2TViT
-from t2t_vit_jax.models.attention import cudnn_attention, full_attention, padded_attention
+from t2t_vit_jax.models.attention import cudnn_attention, full_attention, padded_attention, softmax
 from tests import golden
 from tests.parameters import slow
 
@@ -35,6 +36,42 @@ def test_padded_tokens_change_neither_values_nor_gradients(length):
   cotangent = jax.random.normal(jax.random.key(3), actual.shape)
   for x, y in zip(pull_back_padded(cotangent), pull_back(cotangent), strict=True):
     np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+def test_derivatives_in_half_precision_are_those_of_float32_but_for_rounding():
+  """Forward, backward and mixed, of a batch of attentions."""
+  arguments = [jnp.stack([x, x[::-1]]) for x in queries_keys_values(9)]
+  tangents = [x[::-1] / 2 for x in arguments]
+
+  def derivatives(q, k, v, *tangents):
+    def loss(q, k, v):
+      return (full_attention(q, k, v).astype(jnp.float32) ** 2).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))
+    return jax.jvp(full_attention, (q, k, v), tangents), jax.jvp(gradients, (q, k, v), tangents)
+
+  exact, rounded = (
+    jax.jit(jax.vmap(derivatives))(*(x.astype(dtype) for x in (*arguments, *tangents)))
+    for dtype in (jnp.float32, jnp.bfloat16)
+  )
+  for x, y in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+    assert jnp.linalg.norm(y - x) < 3e-2 * jnp.linalg.norm(x)
+
+
+def test_the_gradient_of_equal_scores_is_zero_in_half_precision():
+  """Each weight is 1 / 1024, and all together are 1: summed in half precision they need not be."""
+  weights, pull_back = jax.vjp(softmax, jnp.zeros((3, 1024), jnp.bfloat16))
+  (gradient,) = pull_back(jnp.full_like(weights, 3))
+  np.testing.assert_array_equal(gradient.astype(jnp.float32), 0)
+
+
+def test_the_gradient_of_keys_is_a_float32_product_on_a_cpu_alone():
+  arguments = queries_keys_values(16, jnp.bfloat16)
+  traced = jax.jit(jax.grad(lambda *x: full_attention(*x).sum(), argnums=(0, 1, 2))).trace(*arguments)
+  for platform, wide in (('cpu', 1), ('tpu', 0), ('cuda', 0)):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    factors = re.findall(r'stablehlo.dot_general.* : \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)', text)
+    assert sorted(factors) == [('bf16', 'bf16')] * (5 - wide) + [('f32', 'f32')] * wide
 
 
 def lowered(fields, platform, dtype=jnp.bfloat16, **options):

@@ -74,6 +74,14 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():
   np.testing.assert_array_equal(layer.apply({}, branch, train=False), branch)
 
 
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+  """In bfloat16 a sum of ones ends at 256."""
+  layer, x = layers.Dense(2, dtype=jnp.bfloat16), jnp.ones((2, 1003, 4))
+  params = layer.init(jax.random.key(0), x)
+  gradient = jax.grad(lambda params: layer.apply(params, x).astype(jnp.float32).sum())(params)
+  np.testing.assert_array_equal(gradient['params']['bias'], 2006)
+
+
 def test_dense_weights_start_from_a_normal_of_std_002():
   kernel = np.asarray(layers.Dense(512).init(jax.random.key(0), jnp.zeros((1, 512)))['params']['kernel'])
   assert kernel.std() == pytest.approx(0.02, rel=0.01)

@@ -17,7 +17,51 @@ AttentionForm = Literal['auto', 'xla', 'cudnn']
 
 def attention_weights(q: Array, k: Array) -> Array:
   """softmax(q kᵀ), (B, H, T, S), of q (B, T, H, W) and k (B, S, H, W); q is scaled already."""
-  return nn.softmax(einsum('bthd,bshd->bhts', q, k), axis=-1)
+  return softmax(scores(q, k))
+
+
+@jax.custom_jvp
+def scores(q: Array, k: Array) -> Array:
+  """Scores q kᵀ, (B, H, T, S), of q (B, T, H, W) and k (B, S, H, W).
+
+  XLA:CPU has no fast product in half precision for the gradient of k, so in programs for a CPU that is one in float32.
+  """
+  return einsum('bthd,bshd->bhts', q, k)
+
+
+@scores.defjvp
+def _derivative_of_scores(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+  (q, k), (dq, dk) = primals, tangents
+
+  def wide(q: Array, dk: Array) -> Array:
+    return scores(q.astype(jnp.float32), dk.astype(jnp.float32)).astype(q.dtype)
+
+  of_k = scores(q, dk) if q.dtype == jnp.float32 else lax.platform_dependent(q, dk, cpu=wide, default=scores)
+  return scores(q, k), scores(dq, k) + of_k
+
+
+def softmax(x: Array) -> Array:
+  """Softmax over the last axis; in half precision `half_softmax`."""
+  return nn.softmax(x, axis=-1) if jnp.finfo(x.dtype).bits >= 32 else half_softmax(x)
+
+
+@jax.custom_jvp
+def half_softmax(x: Array) -> Array:
+  """Softmax over the last axis of x in half precision, whose derivative is computed in float32.
+
+    dy = y (dx - sum(y dx))
+
+  A sum in half precision is less exact, and takes XLA:CPU many times as long.
+  """
+  return nn.softmax(x, axis=-1)
+
+
+@half_softmax.defjvp
+def _derivative_of_softmax(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+  (x,), (dx,) = primals, tangents
+  y = half_softmax(x)
+  wide, dx = y.astype(jnp.float32), dx.astype(jnp.float32)
+  return y, (wide * (dx - (wide * dx).sum(axis=-1, keepdims=True))).astype(y.dtype)
 
 
 def weighted_sum(weights: Array, v: Array) -> Array:

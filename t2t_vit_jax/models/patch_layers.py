@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from t2t_vit_jax.models.layers import EPSILON, Dense, Dtype, LayerNorm
+from t2t_vit_jax.models.layers import EPSILON, Dense, Dtype, LayerNorm, add_bias
 from t2t_vit_jax.models.products import product_precision
 from t2t_vit_jax.models.soft_split import Split, soft_split
 
@@ -31,7 +31,7 @@ def patch_dense(x: Array, split: Split, dense: Params, *, form: SoftSplitForm = 
   if form == 'patches':
     return _dense(soft_split(x, split), dense, dtype)
   y = _convolve(x.astype(dtype), dense['kernel'], split, padding=split.padding).astype(dtype)
-  return y + _per_channel(dense['bias']).astype(dtype) if 'bias' in dense else y
+  return add_bias(y, dense['bias']) if 'bias' in dense else y
 
 
 def patch_norm_dense(
