@@ -167,7 +167,8 @@ def _derivative_of_sum(primals: tuple[Array, Array], tangents: tuple[Array, Arra
   def narrow(dbias: Array) -> Array:
     return jnp.broadcast_to(dbias.astype(y.dtype), y.shape)
 
-  return add_bias(y, bias), dy + lax.platform_dependent(dbias, cpu=wide, default=narrow)
+  is_half = jnp.finfo(y.dtype).bits < 32
+  return add_bias(y, bias), dy + (lax.platform_dependent(dbias, cpu=wide, default=narrow) if is_half else narrow(dbias))
 
 
 class Mlp(nn.Module):
