@@ -68,10 +68,11 @@ class ExportedModel:
       UserError: it is no such file.
     """
     try:
-      with path.open('rb') as file:
-        if not zipfile.is_zipfile(file):  # numpy would take it for a pickle
+      with path.open('rb') as stream:
+        if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle
           raise ValueError('no .npz file')
-      arrays = dict(np.load(path))
+      with np.load(path) as file:
+        arrays = dict(file)
       self.metadata = json.loads(str(arrays.pop('metadata')))
       program = export.deserialize(bytearray(arrays.pop('program')))
       height, width = self.metadata['image_size']

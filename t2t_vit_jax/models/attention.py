@@ -36,7 +36,8 @@ def _derivative_of_scores(primals: tuple[Array, Array], tangents: tuple[Array, A
   def wide(q: Array, dk: Array) -> Array:
     return scores(q.astype(jnp.float32), dk.astype(jnp.float32)).astype(q.dtype)
 
-  of_k = scores(q, dk) if q.dtype == jnp.float32 else lax.platform_dependent(q, dk, cpu=wide, default=scores)
+  is_half = jnp.finfo(q.dtype).bits < 32
+  of_k = lax.platform_dependent(q, dk, cpu=wide, default=scores) if is_half else scores(q, dk)
   return scores(q, k), scores(dq, k) + of_k
 
 
